@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every error the project raises on purpose.
+
+A message says what is wrong, where, what was found, what was wanted and, where there is one, the nearest legal value.
+Checks collect *all* offenders before raising, so that one run names every problem.
+
+Errors of user input derive from `ValueError` as well, so that callers who know nothing of this package can catch them.
+Errors that may be raised while a host library drives a forward pass derive from `RuntimeError` instead: Optimum's
+first-block capture swallows every `ValueError` (``optimum/gptq/quantizer.py``), and an error must never vanish there.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LordError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class ConfigError(LordError, ValueError):
+    """A configuration value or key is illegal."""
+
+
+class TargetError(LordError, ValueError):
+    """The model has no layers to work on, or a pattern selects none."""
+
+
+class ModelError(LordError, ValueError):
+    """The model cannot be compressed: not found, not a causal language model, already quantized, no tokenizer."""
+
+
+class RankError(LordError, ValueError):
+    """A rank is illegal for a layer, or no layer would be decomposed."""
+
+
+class GroupSizeError(LordError, ValueError):
+    """A group size or feature count is illegal for packing."""
+
+
+class CalibrationError(LordError, ValueError):
+    """The calibration data is missing, empty, binary or too short."""
+
+
+class OutputError(LordError, ValueError):
+    """The output folder is not empty or cannot be written."""
+
+
+class CheckpointError(LordError, ValueError):
+    """A saved checkpoint does not hold what its configuration says."""
+
+
+class FormatVersionError(CheckpointError):
+    """The checkpoint was written by a newer version of the format."""
+
+
+class EvaluationError(LordError, ValueError):
+    """A task, metric or evaluation setting is unknown or illegal."""
+
+
+class ConsentError(LordError, PermissionError):
+    """Generated code would run, and nobody consented."""
+
+
+class NumericsError(LordError, RuntimeError):
+    """NaN or inf in weights, activations or factors; the message names the tensor."""
+
+
+class HostError(LordError, RuntimeError):
+    """A host library did something other than its contract says."""
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str:
+    """Returns a hint such as ``; did you mean 'rank_ratio'?``, or an empty string when nothing is near."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def unknown_keys(found: Iterable[str], known: Iterable[str], where: str) -> ConfigError | None:
+    """Builds one error naming every key of `found` that is not in `known`, or returns None."""
+    known = list(known)
+    bad = [key for key in found if key not in known]
+    if not bad:
+        return None
+    lines = [f"  {key!r}{nearest_name(key, known)}" for key in bad]
+    return ConfigError(f"unknown key in {where}:\n" + "\n".join(lines) + f"\nknown keys: {', '.join(sorted(known))}")
