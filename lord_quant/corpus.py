@@ -25,8 +25,44 @@ STDLIB = "python-stdlib"
 HELDOUT_ONE_IN = 5
 TEXT_KEY = "text"
 SOURCE_SUFFIXES = frozenset(
-    ".py .pyi .js .jsx .ts .tsx .java .c .h .cc .cpp .hpp .cu .go .rs .rb .php .cs .scala .kt .swift .lua .pl .r .jl "
-    ".sh .sql .html .css .md .rst .txt .json .yaml .yml .toml".split()
+    [
+        ".py",
+        ".pyi",
+        ".js",
+        ".jsx",
+        ".ts",
+        ".tsx",
+        ".java",
+        ".c",
+        ".h",
+        ".cc",
+        ".cpp",
+        ".hpp",
+        ".cu",
+        ".go",
+        ".rs",
+        ".rb",
+        ".php",
+        ".cs",
+        ".scala",
+        ".kt",
+        ".swift",
+        ".lua",
+        ".pl",
+        ".r",
+        ".jl",
+        ".sh",
+        ".sql",
+        ".html",
+        ".css",
+        ".md",
+        ".rst",
+        ".txt",
+        ".json",
+        ".yaml",
+        ".yml",
+        ".toml",
+    ]
 )
 _STDLIB_SKIPPED = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__", "lib2to3"})
 

@@ -1,1 +1,67 @@
-REGISTER_COMMANDS = []
+# SPDX-License-Identifier: Apache-2.0
+"""Registers `lord` with optimum-cli. Installed as optimum/commands/register/register_lord.py.
+
+Runs whenever any optimum-cli command starts, so it imports nothing but argparse and the thin command modules.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from types import ModuleType
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+
+from lord_quant.commands import eval as eval_command
+from lord_quant.commands import inspect as inspect_command
+from lord_quant.commands import plan as plan_command
+from lord_quant.commands import quantize as quantize_command
+
+
+def _command(name: str, module: ModuleType) -> CommandInfo:
+    """Wraps a command module (HELP, EXAMPLES, add_arguments, run) as an optimum-cli subcommand."""
+
+    class LordSubcommand(BaseOptimumCLICommand):
+        COMMAND = CommandInfo(name=name, help=module.HELP)
+
+        @staticmethod
+        def parse_args(parser: ArgumentParser) -> None:
+            parser.description, parser.epilog = module.HELP, module.EXAMPLES
+            parser.formatter_class = RawDescriptionHelpFormatter
+            module.add_arguments(parser)
+
+        def run(self) -> None:
+            sys.exit(_guarded(module, self.args))
+
+    return CommandInfo(name=name, help=module.HELP, subcommand_class=LordSubcommand)
+
+
+def _guarded(module: ModuleType, args: object) -> int:
+    """Runs a command; an error of ours becomes its message and exit code 2, an interruption exit code 130."""
+    from lord_quant.errors import LordError
+
+    try:
+        return module.run(args)
+    except LordError as error:
+        sys.stderr.write(f"optimum-cli lord: {type(error).__name__}: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("optimum-cli lord: interrupted; nothing was written\n")
+        return 130
+    except BrokenPipeError:
+        return 0
+
+
+class LordCommand(BaseOptimumCLICommand):
+    """The parent of all our commands."""
+
+    COMMAND = CommandInfo(name="lord", help="Low-rank decomposition before quantization: plan, quantize, eval, inspect.")
+    SUBCOMMANDS = (
+        _command("plan", plan_command),
+        _command("quantize", quantize_command),
+        _command("eval", eval_command),
+        _command("inspect", inspect_command),
+    )
+
+
+REGISTER_COMMANDS = [LordCommand]

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only place that imports Optimum's GPTQ and GPTQModel.
+
+Importing GPTQModel prints a banner, turns the root logger to INFO and redirects the Hugging Face cache through
+environment variables; `host` contains all that. Everything else here runs the *unmodified* quantizer and reads what its
+solver reports.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lord_quant.errors import HostError, NumericsError
+from lord_quant.silence import silence
+
+
+logger = logging.getLogger(__name__)
+
+PACK_VARIABLE = "GPTQMODEL_DISABLE_PACK_EXT"
+
+
+@dataclass(frozen=True)
+class GptqRecord:
+    """What the solver reports for one linear layer.
+
+    Attributes:
+        name: Full module path (of a factor, or of a layer that stayed dense).
+        loss: The solver's own figure: squared error in the Hessian's metric per sample; None where it fell back to
+            plain rounding for want of samples.
+        damp_percent: Damping it ended with; higher than asked for when the Hessian needed more.
+        seconds: Wall time of the solve.
+    """
+
+    name: str
+    loss: float | None
+    damp_percent: float
+    seconds: float
+
+
+def host() -> Any:
+    """Imports and returns `optimum.gptq.quantizer`, silently and without lasting side effects on the process."""
+    with silence():
+        with contextlib.suppress(ImportError):
+            from logbar import LogBar
+
+            LogBar.shared().setLevel(logging.ERROR)
+        import optimum.gptq.quantizer as quantizer
+    return quantizer
+
+
+def make_quantizer(**arguments: Any) -> Any:
+    """Builds Optimum's `GPTQQuantizer` with the given arguments."""
+    return host().GPTQQuantizer(**arguments)
+
+
+def quantize_model(model: nn.Module, quantizer: Any, expected: int, run: Callable[[], Any]) -> list[GptqRecord]:
+    """Runs a host quantizer on a model and returns what it did to every layer.
+
+    Args:
+        model: The model; its linear layers are replaced by packed ones.
+        quantizer: The host's quantizer that `run` drives.
+        expected: How many linear layers must be quantized.
+        run: Calls the quantizer's `quantize_model`.
+
+    Raises:
+        HostError: The host quantized another number of layers than expected.
+        NumericsError: A scale came out NaN or inf; the layer is named.
+    """
+    finish = quantizer.post_init_model
+
+    def finish_eagerly(packed: nn.Module) -> nn.Module:
+        _keep_eager(packed)
+        return finish(packed)
+
+    quantizer.post_init_model = finish_eagerly
+    try:
+        with _record_solver(model) as records, _without_packing_extension():
+            run()
+    finally:
+        del quantizer.post_init_model
+    model.eval()  # the host leaves packed layers in training mode, where 4-bit CPU kernels compute differently
+    if len(records) != expected:
+        raise HostError(f"Optimum quantized {len(records)} linear layers; wanted {expected}")
+    for name, module in model.named_modules():
+        scales = getattr(module, "scales", None)
+        if isinstance(scales, torch.Tensor) and not torch.isfinite(scales).all():
+            raise NumericsError(f"layer {name!r}: scales hold NaN or inf after quantization")
+    return records
+
+
+@contextlib.contextmanager
+def _without_packing_extension() -> Iterator[None]:
+    """Packs with torch operations unless the user chose otherwise.
+
+    GPTQModel would first compile a C++ extension for half a minute, to pack the same bits no faster.
+    """
+    chosen = os.environ.get(PACK_VARIABLE)
+    os.environ.setdefault(PACK_VARIABLE, "1")
+    try:
+        yield
+    finally:
+        if chosen is None:
+            os.environ.pop(PACK_VARIABLE, None)
+
+
+@contextlib.contextmanager
+def _record_solver(model: nn.Module) -> Iterator[list[GptqRecord]]:
+    """Lets Optimum use a solver that also notes what it returned; the arithmetic is the host's."""
+    module = host()
+    names = {id(layer): name for name, layer in model.named_modules()}
+    records: list[GptqRecord] = []
+
+    class RecordingGPTQ(module.GPTQ):  # type: ignore[misc, name-defined]
+        def __init__(self, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+            super().__init__(layer, *args, **kwargs)
+            self.lord_name = names[id(layer)]
+
+        def fasterquant(self, *args: Any, **kwargs: Any) -> Any:
+            outputs = super().fasterquant(*args, **kwargs)
+            seconds, loss, damp = outputs[3], outputs[4], outputs[5]
+            # Too few samples make the solver fall back to rounding; it then reports a text instead of a loss.
+            loss = float(loss) if isinstance(loss, int | float) else None
+            records.append(GptqRecord(self.lord_name, loss, float(damp), float(seconds)))
+            return outputs
+
+    original = module.GPTQ
+    module.GPTQ = RecordingGPTQ
+    try:
+        yield records
+    finally:
+        module.GPTQ = original
+
+
+def post_init(quantizer: Any, model: nn.Module) -> nn.Module:
+    """Finishes packed layers after their tensors were loaded; what `quantize_model` leaves behind is finished alike."""
+    _keep_eager(model)
+    return quantizer.post_init_model(model)
+
+
+def _keep_eager(model: nn.Module) -> None:
+    """Keeps CPU kernels from being wrapped in torch.compile when they are initialised.
+
+    Compilation needs a C++ compiler on the user's machine, takes longer than it saves on the CPU, and may compute other
+    last bits than the same layer loaded elsewhere.
+    """
+    for module in model.modules():
+        qweight = getattr(module, "qweight", None)
+        if isinstance(qweight, torch.Tensor) and qweight.device.type == "cpu":
+            module.optimized = True  # type: ignore[assignment]

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checkpoint on disk: what its configuration says, writing it atomically, holding its tensors against its plan.
+
+A checkpoint is an ordinary transformers folder (safetensors, config.json, tokenizer) whose `quantization_config` carries
+one of two methods of this package:
+
+* ``lord_gptq``: layers packed by GPTQ, some of them replaced by two packed factors (`rank_pattern`, possibly empty);
+* ``lord``: float low-rank factors, nothing packed.
+
+Beside the weights lie `lord_report.json` (what was done and measured) and `README.md` (the model card).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lord_quant.config import FLOAT_BITS, GptqConfig
+from lord_quant.errors import CheckpointError, FormatVersionError, OutputError
+from lord_quant.plan import Plan
+from lord_quant.version import FORMAT_VERSION, __version__
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+METHOD_GPTQ = "lord_gptq"
+METHOD_FLOAT = "lord"
+REPORT_NAME = "lord_report.json"
+
+
+def quantization_config(plan: Plan, gptq: GptqConfig, block_path: str, host_format: str) -> dict[str, Any]:
+    """Builds the `quantization_config` that `from_pretrained` rebuilds the model from.
+
+    Args:
+        plan: The plan that was run.
+        gptq: How it was quantized.
+        block_path: Module path of the transformer blocks.
+        host_format: Packing format the host left, such as ``gptq_v2``.
+    """
+    values: dict[str, Any] = {
+        "quant_method": METHOD_FLOAT if plan.bits == FLOAT_BITS else METHOD_GPTQ,
+        "format_version": FORMAT_VERSION,
+        "lord_quant_version": __version__,
+        "rank_pattern": plan.rank_pattern,
+        "mean_correction": plan.mean_correction,
+    }
+    if plan.bits != FLOAT_BITS:
+        values |= {
+            "bits": plan.bits,
+            "group_size": plan.group_size,
+            "sym": gptq.sym,
+            "desc_act": gptq.desc_act,
+            "act_group_aware": not gptq.desc_act,
+            "damp_percent": gptq.damp_percent,
+            "true_sequential": gptq.true_sequential,
+            "format": host_format,
+            "block_name_to_quantize": block_path,
+        }
+    return values
+
+
+def check_version(values: Mapping[str, Any]) -> None:
+    """Refuses a configuration written by a newer format.
+
+    Raises:
+        FormatVersionError: Its `format_version` is newer than ours.
+        CheckpointError: It is no version at all, or `rank_pattern` is no mapping.
+    """
+    version = values.get("format_version", FORMAT_VERSION)
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise CheckpointError(f"format_version is {version!r}; wanted an integer of at least 1")
+    if version > FORMAT_VERSION:
+        raise FormatVersionError(
+            f"the checkpoint has format_version {version}, this lord-quant {__version__} reads up to {FORMAT_VERSION}: "
+            "pip install --upgrade lord-quant"
+        )
+    if not isinstance(values.get("rank_pattern") or {}, Mapping):
+        raise CheckpointError(f"rank_pattern is {type(values['rank_pattern']).__name__}; wanted a mapping of path to rank")
+
+
+def read_headers(files: list[str]) -> dict[str, tuple[tuple[int, ...], str, int]]:
+    """Reads shape, dtype and bytes of every tensor in safetensors files, without reading the tensors.
+
+    Raises:
+        CheckpointError: A file is missing or no safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    headers = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as handle:
+                for name in handle.keys():  # noqa: SIM118 (not a dict)
+                    part = handle.get_slice(name)
+                    shape, dtype = tuple(part.get_shape()), part.get_dtype()
+                    headers[name] = (shape, dtype, _bytes(shape, dtype))
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file!r} is not a readable safetensors file: {error}") from error
+    return headers
+
+
+def _bytes(shape: tuple[int, ...], dtype: str) -> int:
+    bits = int("".join(character for character in dtype.partition("_")[0] if character.isdigit()) or 8)
+    count = 1
+    for size in shape:
+        count *= size
+    return count * bits // 8
+
+
+def weight_files(folder: str | Path) -> list[str]:
+    """Lists the safetensors files of a checkpoint folder.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    files = sorted(str(path) for path in Path(folder).glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{str(folder)!r} holds no safetensors file")
+    return files
+
+
+def check_tensors(expected: Mapping[str, tuple[int, ...]], files: list[str], under: str) -> None:
+    """Holds the tensors in the files against those the plan calls for.
+
+    Args:
+        expected: Shape of every tensor that must be there, by name.
+        files: The safetensors files.
+        under: Only tensors whose names begin with this path may be called unexpected.
+
+    Raises:
+        CheckpointError: Tensors are missing, unexpected or of the wrong shape; up to ten are named.
+    """
+    headers = read_headers(files)
+    problems = []
+    for name, shape in expected.items():
+        if name not in headers:
+            problems.append(f"missing: {name} {shape}")
+        elif headers[name][0] != shape:
+            problems.append(f"wrong shape: {name} is {headers[name][0]}, the plan wants {shape}")
+    owners = {name.rpartition(".")[0] for name in expected}
+    packed = ("qweight", "qzeros", "scales", "g_idx", "weight")
+    for name in headers:
+        owner, _, leaf = name.rpartition(".")
+        stray = owner.endswith((".down", ".up")) or leaf in packed[:4]
+        if name.startswith(f"{under}.") and leaf in packed and stray and owner not in owners:
+            problems.append(f"unexpected: {name}")
+    if problems:
+        more = [f"… and {len(problems) - 10} more"] if len(problems) > 10 else []
+        raise CheckpointError(
+            "\n  ".join(["the weights do not match quantization_config (was it edited?):", *problems[:10], *more])
+        )
+
+
+def check_output(output: str | Path, *, overwrite: bool = False, model: str | None = None) -> Path:
+    """Checks that a folder can be written, before any work; leaves nothing behind.
+
+    Args:
+        output: Folder to be written.
+        overwrite: Whether an existing checkpoint may be replaced.
+        model: The model that will be read; the output may not be it or hold it.
+
+    Raises:
+        OutputError: Not empty, not writable, or too precious to replace.
+    """
+    path = Path(output).expanduser().absolute()
+    if model is not None and Path(model).expanduser().exists():
+        source = Path(model).expanduser().resolve()
+        if source == path.resolve() or path.resolve() in source.parents:
+            raise OutputError(f"output {str(output)!r} is or holds the model itself; wanted another folder")
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"output {str(output)!r} is a file; wanted a folder")
+    if path.is_dir() and any(path.iterdir()):
+        if not overwrite:
+            raise OutputError(f"output {str(output)!r} is not empty; wanted a new folder, or --overwrite")
+        if not (path / "config.json").is_file():
+            raise OutputError(
+                f"output {str(output)!r} is not empty and holds no config.json: --overwrite only replaces model folders"
+            )
+    parent = path.parent
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".lord-", dir=parent))
+    except OSError as error:
+        raise OutputError(f"output {str(output)!r} cannot be written: {parent}: {error.strerror}") from error
+    return path
+
+
+@contextmanager
+def atomic_folder(output: Path) -> Iterator[Path]:
+    """Yields a temporary folder beside `output` that becomes `output` by one rename when the body succeeds.
+
+    A folder that stood there before is moved aside first and removed afterwards; when the body fails, nothing changes.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    try:
+        staging.chmod(0o777 & ~_umask())
+        yield staging
+        for path in staging.rglob("*"):
+            if path.is_file():
+                _sync(path)
+        if output.exists():
+            aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.replaced-", dir=output.parent))
+            output.rename(aside / output.name)
+            staging.rename(output)
+            shutil.rmtree(aside)
+        else:
+            staging.rename(output)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path, texts: Mapping[str, str]
+) -> None:
+    """Writes weights, configuration, tokenizer and text files into an existing folder."""
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def cast_floats(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Casts float parameters to the stored dtype in place.
+
+    Buffers stay: rotary frequencies are computed, not stored, and packed layers keep the dtypes of their format.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``optimum-cli lord eval``: evaluates a model, optionally beside its baseline."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from lord_quant.evaluation.harness import EvalResult
+
+HELP = "Evaluate a model with lm-eval tasks, token perplexity and speed, optionally beside a baseline."
+EXAMPLES = """\
+examples:
+  # HumanEval (runs the code the model writes, in a sandbox) and perplexity, beside the model before compression
+  optimum-cli lord eval --model compressed/ --baseline original/ --tasks lord_humaneval --perplexity \\
+      --confirm-run-unsafe-code --batch-size 16
+
+  # any task of lm-eval, on the first 100 documents, into a file
+  optimum-cli lord eval --model compressed/ --tasks arc_easy,lord_code_ppl --limit 100 --output scores.json
+
+  # perplexity of your own text, windows overlapping by half
+  optimum-cli lord eval --model compressed/ --perplexity my_sources/ --window 1024 --stride 512
+
+  # the same tasks with lm-eval's own command line
+  lm_eval run --model hf --model_args pretrained=compressed/ --tasks lord_humaneval --confirm_run_unsafe_code \\
+      --include_path "$(optimum-cli lord eval --print-include-path)"
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="DIR", help="folder or hub name of the model")
+    parser.add_argument("--tasks", metavar="A,B", default="", help="lm-eval tasks, groups or tags, and lord_* tasks")
+    parser.add_argument("--baseline", metavar="DIR", help="model to compare with, evaluated in the same way")
+    parser.add_argument("--batch-size", metavar="N", default="1", help="sequences at a time, or auto (default: 1)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: CUDA if there is one)")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, … (default: the checkpoint's own)")
+    parser.add_argument("--limit", type=float, metavar="N", help="documents of each task, or a fraction; for trying out")
+    parser.add_argument("--seed", type=int, default=1234, help="random seed (default: 1234)")
+    parser.add_argument(
+        "--perplexity",
+        nargs="?",
+        const="python-stdlib",
+        metavar="DATASET",
+        help="also token perplexity, on a file, a folder, a hub data set, or held-out files of the Python standard library",
+    )
+    parser.add_argument("--window", type=int, metavar="TOKENS", help="perplexity window (default: 1024)")
+    parser.add_argument("--stride", type=int, metavar="TOKENS", help="perplexity stride (default: the window)")
+    parser.add_argument("--max-windows", type=int, default=64, metavar="N", help="perplexity windows (default: 64)")
+    parser.add_argument("--speed", action="store_true", help="also measure prefill and decode speed, and memory")
+    parser.add_argument(
+        "--confirm-run-unsafe-code", action="store_true", help="consent to tasks that run code the model generates"
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the result to this file")
+    parser.add_argument("--overwrite", action="store_true", help="let --output replace a file")
+    parser.add_argument(
+        "--print-include-path", action="store_true", help="print the folder of the lord_* tasks for lm_eval, and stop"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command; errors of the user's making are `LordError`s for the caller to print.
+
+    Raises:
+        LordError: As `lord_quant.evaluation.harness.evaluate`.
+        OutputError: The output file exists already, or its folder does not.
+        EvaluationError: No model given.
+    """
+    if args.print_include_path:
+        from lord_quant.evaluation.preflight import tasks_path
+
+        print(tasks_path())
+        return 0
+    from lord_quant.errors import EvaluationError
+
+    if not args.model:
+        raise EvaluationError("--model is missing; wanted the folder or hub name of a model")
+    if args.output is not None:
+        _check_output(args.output, args.overwrite)
+
+    from lord_quant.evaluation.harness import evaluate
+
+    result = evaluate(
+        args.model,
+        [name.strip() for name in args.tasks.split(",") if name.strip()],
+        baseline=args.baseline,
+        batch_size=args.batch_size,
+        device=args.device,
+        dtype=args.dtype,
+        limit=args.limit,
+        confirm_run_unsafe_code=args.confirm_run_unsafe_code,
+        perplexity_dataset=args.perplexity,
+        window=args.window,
+        stride=args.stride,
+        max_windows=args.max_windows,
+        speed=args.speed,
+        seed=args.seed,
+    )
+    if args.output is not None:
+        _write(args.output, result)
+    print(format_table(result))
+    return 0
+
+
+def format_table(result: EvalResult) -> str:
+    """One row for each metric; with a baseline also its value and recovery, the model's value over the baseline's."""
+    from tabulate import tabulate
+
+    base = result.baseline
+    rows: list[list[object]] = []
+    for task, metrics in result.metrics.items():
+        for metric, value in metrics.items():
+            up = result.higher_is_better.get(task, {}).get(metric)
+            arrow = "" if up is None else "↑" if up else "↓"
+            rows.append([task, metric, arrow, value, base.metrics.get(task, {}).get(metric) if base else None])
+    if result.perplexity is not None:
+        other = base.perplexity.perplexity if base and base.perplexity else None
+        rows.append([result.perplexity.source, "token perplexity", "↓", result.perplexity.perplexity, other])
+    if result.speed is not None:
+        mine, theirs = result.speed.model, result.speed.baseline
+        for name, arrow, key in (
+            ("prefill tokens/s", "↑", "prefill_tokens_per_second"),
+            ("decode tokens/s", "↑", "decode_tokens_per_second"),
+            ("peak memory MiB", "↓", "peak_memory_bytes"),
+        ):
+            scale = 2**20 if key == "peak_memory_bytes" else 1
+            other = getattr(theirs, key) / scale if theirs else None
+            rows.append(["speed", name, arrow, getattr(mine, key) / scale, other])
+    headers = ["task", "metric", "", "value"]
+    if base is None:
+        return tabulate([row[:4] for row in rows], headers, floatfmt=".4f")
+    table = [[*row, _ratio(row[3], row[4])] for row in rows]
+    return tabulate(table, [*headers, "baseline", "recovery"], floatfmt=".4f", missingval="-")
+
+
+def _ratio(value: object, base: object) -> float | None:
+    return value / base if isinstance(value, int | float) and isinstance(base, int | float) and base else None
+
+
+def _check_output(path: Path, overwrite: bool) -> None:
+    from lord_quant.errors import OutputError
+
+    if path.is_dir():
+        raise OutputError(f"--output {str(path)!r} is a folder; wanted the name of a JSON file")
+    if path.exists() and not overwrite:
+        raise OutputError(f"--output {str(path)!r} exists already; choose another name or pass --overwrite")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise OutputError(f"--output {str(path)!r}: the folder {str(path.parent)!r} does not exist or is read-only")
+
+
+def _write(path: Path, result: EvalResult) -> None:
+    """Writes beside the target first: a reader sees the whole file or none of it."""
+    text = json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n"
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".tmp", delete=False) as file:
+        file.write(text)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)

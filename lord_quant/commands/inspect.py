@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`optimum-cli lord inspect`: what a checkpoint folder really holds."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+HELP = "Show what a checkpoint holds, summed over the tensors in its files: forms, ranks, bytes, bits per weight."
+EXAMPLES = """examples:
+  optimum-cli lord inspect starcoder-lord
+  optimum-cli lord inspect ./dense-model --json
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's flags."""
+    parser.add_argument("folder", metavar="DIR", help="checkpoint folder, dense or compressed")
+    parser.add_argument("--json", action="store_true", help="print as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the folder's layers and totals."""
+    from tabulate import tabulate
+
+    from lord_quant.report import human_bytes, to_json
+    from lord_quant.silence import import_hosts
+    from lord_quant.stored import measure
+
+    import_hosts()
+    stored = measure(args.folder)
+    rows = [
+        {
+            "name": layer.site.name,
+            "form": layer.form,
+            "out_features": layer.site.out_features,
+            "in_features": layer.site.in_features,
+            "rank": layer.rank,
+            "bytes": layer.weight_bytes + layer.bias_bytes,
+            "bpw": round(layer.bpw, 4),
+        }
+        for layer in stored.layers
+    ]
+    if args.json:
+        totals = {"bpw": stored.bpw, "tensor_bytes": stored.tensor_bytes, "file_bytes": stored.file_bytes}
+        sys.stdout.write(to_json({**totals, "quantization_config": stored.quantization_config, "layers": rows}))
+        return 0
+    table = [
+        [
+            r["name"],
+            r["form"],
+            f"{r['out_features']}x{r['in_features']}",
+            r["rank"] or "-",
+            human_bytes(r["bytes"]),
+            f"{r['bpw']:.2f}",
+        ]
+        for r in rows
+    ]
+    headers = ["layer", "form", "out x in", "rank", "bytes", "bpw"]
+    method = stored.quantization_config.get("quant_method", "none (dense)")
+    sys.stdout.write(tabulate(table, headers, disable_numparse=True, colalign=("left", "left", *["right"] * 4)) + "\n\n")
+    for key in ("bits", "group_size", "sym", "desc_act", "format_version", "lord_quant_version"):
+        if key in stored.quantization_config:
+            method += f", {key} {stored.quantization_config[key]}"
+    sys.stdout.write(
+        f"method        {method}\n"
+        f"linear layers {stored.bpw:.3f} bits per weight all in\n"
+        f"tensors       {human_bytes(stored.tensor_bytes)} ({human_bytes(stored.file_bytes)} of safetensors files)\n"
+    )
+    return 0

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The flags that `plan` and `quantize` share, and how they lie over a configuration file."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from lord_quant.config import LordConfig
+
+RANK_CHOICES = ("rank_ratio", "param_ratio", "rank_pattern")
+
+# Flag (as attribute) → where it lies in the configuration.
+PLACES: dict[str, tuple[str, ...]] = {
+    "model": ("model",),
+    "output": ("output",),
+    "stack": ("stack",),
+    "device": ("device",),
+    "dtype": ("dtype",),
+    "rank_ratio": ("lowrank", "rank_ratio"),
+    "param_ratio": ("lowrank", "param_ratio"),
+    "rank_pattern": ("lowrank", "rank_pattern"),
+    "targets": ("lowrank", "targets"),
+    "ignore": ("lowrank", "ignore"),
+    "force_rank": ("lowrank", "force_rank"),
+    "float64": ("lowrank", "float64"),
+    "bits": ("gptq", "bits"),
+    "group_size": ("gptq", "group_size"),
+    "sym": ("gptq", "sym"),
+    "desc_act": ("gptq", "desc_act"),
+    "damp_percent": ("gptq", "damp_percent"),
+    "dataset": ("calibration", "dataset"),
+    "text_key": ("calibration", "text_key"),
+    "num_samples": ("calibration", "num_samples"),
+    "seq_len": ("calibration", "seq_len"),
+    "seed": ("calibration", "seed"),
+    "batch_size": ("calibration", "batch_size"),
+}
+
+
+def add_plan_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say what becomes of which layer. Flags not given are absent, so a file's values stand."""
+    unset: Any = argparse.SUPPRESS
+    run = parser.add_argument_group("run")
+    run.add_argument("--model", default=unset, metavar="DIR", help="folder or hub name of the dense model")
+    run.add_argument("--config", metavar="FILE", help="YAML configuration; flags given beside it win")
+    run.add_argument("--dtype", default=unset, help="dtype float tensors are stored in: auto, float32, bfloat16, float16")
+    ranks = parser.add_argument_group("decomposition (choose one of the first three; --rank-ratio 1 quantizes only)")
+    ranks.add_argument(
+        "--rank-ratio", default=unset, type=float, metavar="R", help="fraction of min(in, out) kept, such as 0.75"
+    )
+    ranks.add_argument(
+        "--param-ratio", default=unset, type=float, metavar="P", help="fraction of a layer's weights kept, such as 0.8"
+    )
+    ranks.add_argument(
+        "--rank-pattern", default=unset, nargs="+", metavar="PATTERN=RANK", help="explicit ranks; other layers stay dense"
+    )
+    ranks.add_argument(
+        "--targets", default=unset, nargs="+", metavar="PATTERN",
+        help="layers to decompose: all (default), attention, mlp, a name's end, a shell pattern, re:REGEX",
+    )  # fmt: skip
+    ranks.add_argument("--ignore", default=unset, nargs="+", metavar="PATTERN", help="patterns taken away from the targets")
+    ranks.add_argument(
+        "--force-rank", default=unset, action="store_true", help="decompose also where that enlarges a layer"
+    )
+    bits = parser.add_argument_group("quantization (every linear layer of the blocks, decomposed or not)")
+    bits.add_argument(
+        "--bits", default=unset, type=int, metavar="B", help="4 (default), 8, 3, 2; 16 leaves factors in float"
+    )
+    bits.add_argument(
+        "--group-size", default=unset, type=int, metavar="G",
+        help="inputs per scale: 32, 64, 128 or 256 (default: the largest up to 128 that suits the shapes)",
+    )  # fmt: skip
+    bits.add_argument("--sym", default=unset, action=argparse.BooleanOptionalAction, help="symmetric (default)")
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say on what data and where a run computes."""
+    unset: Any = argparse.SUPPRESS
+    bits = parser.add_argument_group("solver")
+    bits.add_argument("--desc-act", default=unset, action="store_true", help="quantize by decreasing activation")
+    bits.add_argument(
+        "--damp-percent", default=unset, type=float, metavar="D", help="Hessian damping, a fraction (default 0.1)"
+    )
+    bits.add_argument("--stack", default=unset, help="how the two passes are stacked: naive (default)")
+    bits.add_argument("--float64", default=unset, action="store_true", help="statistics and eigendecompositions in float64")
+    data = parser.add_argument_group("calibration")
+    data.add_argument(
+        "--dataset", default=unset, metavar="DATA",
+        help="text, jsonl or parquet file, folder of source files, hub name, or python-stdlib (default)",
+    )  # fmt: skip
+    data.add_argument(
+        "--text-key", default=unset, metavar="KEY", help="field of the text in jsonl, parquet and hub data (default text)"
+    )
+    data.add_argument("--num-samples", default=unset, type=int, metavar="N", help="token windows (default 128)")
+    data.add_argument(
+        "--seq-len", default=unset, type=int, metavar="L", help="tokens per window (default: context, at most 2048)"
+    )
+    data.add_argument("--seed", default=unset, type=int, metavar="S", help="sampling seed (default 0)")
+    data.add_argument("--batch-size", default=unset, type=int, metavar="N", help="windows per forward pass (default 8)")
+    data.add_argument("--device", default=unset, help="auto (default), cpu, cuda, cuda:1, …")
+
+
+def config_from(args: argparse.Namespace) -> LordConfig:
+    """Builds the configuration from a file, if given, and the flags over it.
+
+    Raises:
+        ConfigError: Anything unknown or illegal.
+    """
+    from lord_quant.config import LordConfig, merge, read_yaml
+
+    given = vars(args)
+    values = read_yaml(given["config"]) if given.get("config") else {}
+    if any(name in given for name in RANK_CHOICES) and isinstance(values.get("lowrank"), dict):
+        values["lowrank"] = {key: value for key, value in values["lowrank"].items() if key not in RANK_CHOICES}
+    for flag, place in PLACES.items():
+        if flag in given:
+            value: Any = _pairs(given[flag]) if flag == "rank_pattern" else given[flag]
+            for key in reversed(place):
+                value = {key: value}
+            values = merge(values, value)
+    return LordConfig.from_dict(values)
+
+
+def _pairs(items: list[str]) -> dict[str, int]:
+    from lord_quant.errors import ConfigError
+
+    pairs = {}
+    for item in items:
+        pattern, _, rank = item.rpartition("=")
+        if not pattern or not rank.isdigit():
+            raise ConfigError(f"--rank-pattern {item!r}; wanted PATTERN=RANK, such as mlp.c_fc=192")
+        pairs[pattern] = int(rank)
+    return pairs

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`optimum-cli lord quantize`: from a dense model to a checkpoint folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from lord_quant.commands.options import add_plan_flags, add_run_flags, config_from
+
+
+HELP = "Decompose a model, quantize both factors, write a checkpoint that from_pretrained loads."
+EXAMPLES = """examples:
+  optimum-cli lord quantize --model bigcode/starcoder --output starcoder-lord --rank-ratio 0.8 --targets mlp --bits 4
+  optimum-cli lord quantize --model ./my-model --output out --param-ratio 0.8 --bits 8 --dataset ./my-code --dry-run
+  optimum-cli lord quantize --model ./my-model --output out --rank-ratio 0.8 --bits 16      # float factors, trainable
+  optimum-cli lord quantize --model ./my-model --output out --rank-ratio 1 --bits 4         # GPTQ only
+  optimum-cli lord quantize --config run.yaml --overwrite
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's flags."""
+    add_plan_flags(parser)
+    add_run_flags(parser)
+    parser.add_argument("--output", default=argparse.SUPPRESS, metavar="DIR", help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model folder that stands at --output")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, print plan and estimate, stop before any weight is read"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the job and prints plan, estimate and results.
+
+    Raises:
+        LordError: Anything wrong, before any weight is read.
+    """
+    config = config_from(args)
+    if config.output is None and not args.dry_run:
+        from lord_quant.errors import ConfigError
+
+        raise ConfigError("output is not given; wanted a folder to write (--output DIR), or --dry-run")
+    from lord_quant.silence import import_hosts
+
+    import_hosts()
+    from lord_quant.pipeline import execute, prepare
+    from lord_quant.report import human_bytes, human_seconds, plan_summary, plan_table, report_table
+
+    job = prepare(config, overwrite=args.overwrite)
+    say = sys.stdout.write
+    say((plan_table(job.plan) if args.dry_run else plan_summary(job.plan)) + "\n")
+    windows = job.windows.input_ids.shape
+    say(f"calibration   {windows[0]} x {windows[1]} tokens of {job.windows.source}, sha256 {job.windows.sha256[:12]}\n")
+    cost = job.estimate
+    say(
+        f"estimate      about {human_seconds(cost.seconds)} on {job.device} (within a factor of three), "
+        f"{human_bytes(cost.memory_bytes)} of memory, {human_bytes(job.plan.tensor_bytes)} on disk\n"
+    )
+    for warning in job.warnings:
+        sys.stderr.write(f"warning: {warning}\n")
+    if args.dry_run:
+        return 0
+    sys.stdout.flush()
+    report = execute(job)
+    say(f"\n{report_table(report)}\nwritten to {job.output}\n")
+    return 0

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration of a run: frozen dataclasses, YAML in and out.
+
+A value is checked where it is made, so a `LordConfig` that exists is legal in itself; what depends on the model (shapes,
+ranks, group sizes) is checked when the plan is built. An unknown key is an error that names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lord_quant.corpus import STDLIB, TEXT_KEY
+from lord_quant.errors import ConfigError, nearest_name, unknown_keys
+
+
+FLOAT_BITS = 16
+BITS = (2, 3, 4, 8, FLOAT_BITS)
+GROUP_SIZES = (32, 64, 128, 256)
+"""Group sizes that every kernel of the host accepts at 4 bits on the CPU."""
+STACKS = ("naive",)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def _check(problems: list[str], where: str) -> None:
+    if problems:
+        raise ConfigError("\n".join([f"illegal {where} settings:", *(f"  {problem}" for problem in problems)]))
+
+
+def _nearest(value: float, legal: tuple[int, ...]) -> int:
+    return min(legal, key=lambda candidate: abs(candidate - value))
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """Which text calibrates the run.
+
+    Attributes:
+        dataset: What `load_corpus` takes.
+        text_key: Field of the text in jsonl, parquet and hub datasets.
+        num_samples: Number of token windows.
+        seq_len: Tokens per window; None takes the model's context, at most 2048.
+        seed: Seed of the sampling generator.
+        batch_size: Windows per forward pass; changes speed and memory, not results beyond rounding.
+    """
+
+    dataset: str = STDLIB
+    text_key: str = TEXT_KEY
+    num_samples: int = 128
+    seq_len: int | None = None
+    seed: int = 0
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name in ("num_samples", "batch_size"):
+            if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
+                problems.append(f"{name} is {getattr(self, name)!r}; wanted an integer of at least 1")
+        if self.seq_len is not None and (not _is_int(self.seq_len) or self.seq_len < 2):
+            problems.append(f"seq_len is {self.seq_len!r}; wanted an integer of at least 2")
+        if not _is_int(self.seed) or self.seed < 0:
+            problems.append(f"seed is {self.seed!r}; wanted an integer of at least 0")
+        if not isinstance(self.dataset, str) or not self.dataset:
+            problems.append(f"dataset is {self.dataset!r}; wanted a path, a hub name or {STDLIB!r}")
+        _check(problems, "calibration")
+
+
+@dataclass(frozen=True)
+class LowrankConfig:
+    """Which layers are decomposed, and to which ranks. Exactly one of the three ways to choose ranks must be given.
+
+    Attributes:
+        rank_ratio: Fraction of min(in_features, out_features) kept, in (0, 1]; 1 leaves every layer dense.
+        param_ratio: Fraction of a layer's weights kept, in (0, 1]; 1 leaves every layer dense.
+        rank_pattern: Explicit ranks by layer pattern; layers it does not name stay dense.
+        targets: Presets and patterns of the layers to decompose (see `targets.select`).
+        ignore: Patterns taken away from the targets.
+        force_rank: Decompose also where that makes a layer larger.
+        mean_correction: Correct the bias for the mean input; adds a bias to layers that had none.
+        float64: Run statistics and eigendecompositions in float64 instead of float32.
+    """
+
+    rank_ratio: float | None = None
+    param_ratio: float | None = None
+    rank_pattern: Mapping[str, int] | None = None
+    targets: tuple[str, ...] = ("all",)
+    ignore: tuple[str, ...] = ()
+    force_rank: bool = False
+    mean_correction: bool = True
+    float64: bool = False
+
+    def __post_init__(self) -> None:
+        ways = [name for name in ("rank_ratio", "param_ratio", "rank_pattern") if getattr(self, name) is not None]
+        problems = []
+        if not ways:
+            problems.append(
+                "no rank is chosen: give rank_ratio (fraction of the full rank kept, such as 0.75), param_ratio (fraction "
+                "of the weights kept, such as 0.8) or rank_pattern; rank_ratio 1 means quantization only"
+            )
+        if len(ways) > 1:
+            problems.append(f"{' and '.join(ways)} are both given; wanted exactly one")
+        for name in ("rank_ratio", "param_ratio"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and 0 < value <= 1):
+                problems.append(f"{name} is {value!r}; wanted a number in (0, 1]")
+        for name in ("targets", "ignore"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple) or not all(isinstance(item, str) and item for item in value):
+                problems.append(f"{name} is {value!r}; wanted a list of patterns")
+        if self.targets == ():
+            problems.append("targets is empty; wanted at least one pattern, such as 'all'")
+        for pattern, rank in (self.rank_pattern or {}).items():
+            if not _is_int(rank) or rank < 1:
+                problems.append(f"rank_pattern[{pattern!r}] is {rank!r}; wanted an integer of at least 1")
+        _check(problems, "lowrank")
+
+
+@dataclass(frozen=True)
+class GptqConfig:
+    """How factors and dense layers are quantized; names and meanings are Optimum's.
+
+    Attributes:
+        bits: 8 and 4 are the product, 3 and 2 pass through to the host, 16 leaves weights in float.
+        group_size: Inputs that share one scale; None takes the largest of 128, 64, 32 that suits the model's shapes.
+        sym: Symmetric quantization.
+        desc_act: Quantize inputs in order of decreasing activation.
+        damp_percent: Fraction (not percent, despite the host's name) of the mean Hessian diagonal added to it, in (0, 1).
+        true_sequential: Quantize layer by layer within a block.
+    """
+
+    bits: int = 4
+    group_size: int | None = None
+    sym: bool = True
+    desc_act: bool = False
+    damp_percent: float = 0.1
+    true_sequential: bool = True
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.bits not in BITS or not _is_int(self.bits):
+            hint = f"; nearest: {_nearest(self.bits, BITS)}" if isinstance(self.bits, int | float) else ""
+            problems.append(f"bits is {self.bits!r}; wanted one of {', '.join(map(str, BITS))}{hint}")
+        if self.group_size is not None and (self.group_size not in GROUP_SIZES or not _is_int(self.group_size)):
+            numeric = isinstance(self.group_size, int | float)
+            hint = f"; nearest: {_nearest(self.group_size, GROUP_SIZES)}" if numeric else ""
+            problems.append(f"group_size is {self.group_size!r}; wanted one of {GROUP_SIZES}{hint}")
+        if not isinstance(self.damp_percent, int | float) or not 0 < self.damp_percent < 1:
+            problems.append(f"damp_percent is {self.damp_percent!r}; wanted a fraction in (0, 1), such as 0.1")
+        _check(problems, "gptq")
+
+
+@dataclass(frozen=True)
+class LordConfig:
+    """One whole run.
+
+    Attributes:
+        model: Folder or hub name of the dense model.
+        output: Folder to write, or None for a run that writes nothing.
+        stack: How decomposition and quantization are stacked; `naive` decomposes the float model, then runs Optimum's
+            GPTQ on it unmodified.
+        device: `auto`, `cpu`, `cuda`, `cuda:0`, …
+        dtype: dtype in which float tensors are stored; `auto` keeps the model's own. On the CPU the run itself computes
+            in float32 whatever is stored.
+        calibration: See `CalibrationConfig`.
+        lowrank: See `LowrankConfig`.
+        gptq: See `GptqConfig`.
+    """
+
+    model: str
+    output: str | None = None
+    stack: str = "naive"
+    device: str = "auto"
+    dtype: str = "auto"
+    lowrank: LowrankConfig = field(default_factory=LowrankConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    gptq: GptqConfig = field(default_factory=GptqConfig)
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not isinstance(self.model, str) or not self.model:
+            problems.append("model is not given; wanted a folder or a hub name")
+        for name, legal in (("stack", STACKS), ("dtype", DTYPES)):
+            value = getattr(self, name)
+            if value not in legal:
+                problems.append(f"{name} is {value!r}; wanted one of {', '.join(legal)}{nearest_name(str(value), legal)}")
+        _check(problems, "run")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain JSON-serialisable values."""
+        return _plain(dataclasses.asdict(self))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LordConfig:
+        """Builds a configuration from nested mappings.
+
+        Raises:
+            ConfigError: A key is unknown (every such key is named) or a value illegal.
+        """
+        sections = {"lowrank": LowrankConfig, "calibration": CalibrationConfig, "gptq": GptqConfig}
+        _require_known(values, cls, "configuration")
+        if "model" not in values:
+            raise ConfigError("model is not given; wanted a folder or a hub name")
+        built: dict[str, Any] = {key: value for key, value in values.items() if key not in sections}
+        for name, section in sections.items():
+            given = values.get(name) or {}
+            if not isinstance(given, Mapping):
+                raise ConfigError(f"section {name!r} is {type(given).__name__}; wanted a mapping")
+            _require_known(given, section, f"section {name!r}")
+            built[name] = section(**{key: _tuples(value) for key, value in given.items()})
+        return cls(**built)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Reads a configuration file into a plain mapping, checked only for its syntax.
+
+    Raises:
+        ConfigError: The file is missing, not YAML or not a mapping.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"configuration file {str(path)!r} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"configuration file {str(path)!r} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"configuration file {str(path)!r} holds {type(values).__name__}; wanted a mapping")
+    return values
+
+
+def to_yaml(config: LordConfig) -> str:
+    """Renders a configuration as YAML that `read_yaml` and `LordConfig.from_dict` turn back into it."""
+    return yaml.safe_dump(config.to_dict(), sort_keys=False)
+
+
+def merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
+    """Lays nested settings over others; mappings merge, everything else is replaced. Neither argument changes."""
+    merged = dict(base)
+    for key, value in override.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _require_known(values: Mapping[str, Any], owner: type, where: str) -> None:
+    error = unknown_keys(values, (f.name for f in dataclasses.fields(owner)), where)
+    if error:
+        raise error
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRD: the low-rank decomposition of one linear layer from the statistics of its inputs.
+
+The problem. Replace y = W x + b, W (m, n), by y = up (down x) + b̂ with down (r, n), up (m, r), so that outputs on
+calibration data change least: minimise E‖(W x + b) − (up down x + b̂)‖².
+
+The solution (LoRD, arXiv 2309.14021, §3; Atomic Feature Mimicking, AAAI 2023). Let S = W Σ Wᵀ be the covariance of the
+outputs, Σ that of the inputs, and U the eigenvectors of its r largest eigenvalues λ₁ ≥ … ≥ λ_r. Then
+
+    up = U        down = Uᵀ W        b̂ = b + (W − up down) μ
+
+is optimal, and the error is the sum of the discarded eigenvalues; divided by the sum of all it is the share of the
+outputs' variance that is lost. The bias correction makes the mean exact, so only variance is approximated. The product
+equals whitened SVD's wherever that is defined, but needs neither a Cholesky factor nor an inverse, so singular
+covariances are no special case. One eigendecomposition serves every rank.
+
+Failure cases. When fewer tokens than features were seen, or channels are dead, eigenvalues beyond the effective rank
+are rounding noise: the basis is still orthonormal and the layer still reproduces what it was calibrated on, but those
+directions are arbitrary. `effective_rank` reports it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from lord_quant.errors import RankError
+from lord_quant.linalg import require_finite, symmetric_eigen, thin_qr
+from lord_quant.moments import Moments
+
+
+class OutputSpectrum(NamedTuple):
+    """Eigendecomposition of a layer's output covariance, k = min(out_features, in_features).
+
+    Attributes:
+        eigenvalues: Descending, not negative, float64, with shape (k,).
+        vectors: Orthonormal columns, with shape (out_features, k).
+        effective_rank: Number of eigenvalues above rounding noise.
+        remedies: What the eigensolver needed; empty when nothing.
+    """
+
+    eigenvalues: torch.Tensor
+    vectors: torch.Tensor
+    effective_rank: int
+    remedies: tuple[str, ...]
+
+    def discarded_share(self, rank: int) -> float:
+        """Returns the share of output variance lost at `rank`, which is the relative output error, in [0, 1]."""
+        total = self.eigenvalues.sum()
+        return float(self.eigenvalues[rank:].sum() / total) if total > 0 else 0.0
+
+
+class Factors(NamedTuple):
+    """The two factors that replace a weight.
+
+    Attributes:
+        down: With shape (rank, in_features).
+        up: With shape (out_features, rank).
+        bias: With shape (out_features,), or None.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    bias: torch.Tensor | None
+
+
+def output_spectrum(weight: torch.Tensor, covariance: torch.Tensor) -> OutputSpectrum:
+    """Decomposes the output covariance W Σ Wᵀ, from its smaller side.
+
+    Args:
+        weight: W with shape (out_features, in_features); computed in the dtype of `covariance`.
+        covariance: Σ, centred, with shape (in_features, in_features), float32 or float64.
+
+    Raises:
+        NumericsError: Either holds NaN or inf.
+    """
+    require_finite(weight, "weight")
+    require_finite(covariance, "input covariance")
+    weight = weight.to(covariance)
+    # Scaling both keeps W Σ Wᵀ inside float32 whatever the units of weights and activations.
+    weight_scale, covariance_scale = weight.abs().max(), covariance.abs().max()
+    unit_weight = weight / weight_scale if weight_scale > 0 else weight
+    unit_covariance = covariance / covariance_scale if covariance_scale > 0 else covariance
+    tall = weight.shape[0] > weight.shape[1]
+    basis, core = thin_qr(unit_weight) if tall else (None, unit_weight)
+    eigen = symmetric_eigen(core @ unit_covariance @ core.T)
+    vectors = eigen.vectors if basis is None else basis @ eigen.vectors
+    noise = eigen.values.max() * len(eigen.values) * torch.finfo(eigen.values.dtype).eps
+    return OutputSpectrum(
+        eigenvalues=eigen.values.double() * (weight_scale.double() ** 2 * covariance_scale.double()),
+        vectors=vectors,
+        effective_rank=int((eigen.values > noise).sum()),
+        remedies=eigen.remedies,
+    )
+
+
+def two_factor(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    spectrum: OutputSpectrum,
+    rank: int,
+    mean: torch.Tensor | None,
+) -> Factors:
+    """Truncates a layer to `rank`: up = U, down = UᵀW, bias corrected for the mean.
+
+    Args:
+        weight: W with shape (out_features, in_features).
+        bias: With shape (out_features,), or None.
+        spectrum: The layer's output spectrum.
+        rank: Between 1 and min(out_features, in_features).
+        mean: Mean input μ with shape (in_features,) to correct the bias with, or None to leave it.
+
+    Returns:
+        Factors in the spectrum's dtype. The bias exists if the layer had one or a mean was given.
+
+    Raises:
+        RankError: The rank is out of range.
+    """
+    limit = spectrum.vectors.shape[1]
+    if not 1 <= rank <= limit:
+        raise RankError(f"rank {rank} is illegal for a {tuple(weight.shape)} weight; wanted 1 to {limit}")
+    weight = weight.to(spectrum.vectors)
+    up = spectrum.vectors[:, :rank].contiguous()
+    down = up.T @ weight
+    corrected = None if bias is None else bias.to(weight)
+    if mean is not None:
+        mean = mean.to(weight)
+        lost = weight @ mean - up @ (down @ mean)
+        corrected = lost if corrected is None else corrected + lost
+    return Factors(down, up, corrected)
+
+
+def decompose(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    moments: Moments,
+    rank: int,
+    *,
+    mean_correction: bool = True,
+) -> tuple[Factors, OutputSpectrum]:
+    """Runs LoRD on one layer; see `output_spectrum` and `two_factor`."""
+    spectrum = output_spectrum(weight, moments.covariance)
+    return two_factor(weight, bias, spectrum, rank, moments.mean if mean_correction else None), spectrum

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a plan on a loaded model, one transformer block at a time.
+
+Blocks are visited in order. The inputs of the first are captured from the model itself; from then on every block is run
+once on the stored inputs of the batch stream, while hooks gather the moments of its layers, and its outputs become the
+next block's inputs. Only the moments of one block exist at a time. All statistics are the *dense* model's: a block is
+decomposed after it was run. (This is the `naive` stack; it is what LoRD does on its own, and the baseline of everything
+else.)
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from lord_quant.decompose import decompose
+from lord_quant.errors import CalibrationError, NumericsError
+from lord_quant.moments import MomentAccumulator, Moments
+from lord_quant.plan import LayerPlan, Plan
+from lord_quant.surgery import replace_layer
+from lord_quant.targets import dense_weight, find_blocks
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DecompositionRecord:
+    """What happened to one decomposed layer.
+
+    Attributes:
+        name: Full module path.
+        rank: Rank of the factors.
+        rel_output_error: Share of the layer's output variance lost on the calibration tokens.
+        effective_rank: Numerical rank of the output covariance.
+        num_tokens: Tokens its statistics were taken from.
+        seconds: Wall time of the decomposition.
+        remedies: What the numerics needed; empty when nothing.
+    """
+
+    name: str
+    rank: int
+    rel_output_error: float
+    effective_rank: int
+    num_tokens: int
+    seconds: float
+    remedies: tuple[str, ...]
+
+
+class _StopForward(Exception):
+    """Ends a forward pass once the blocks' inputs are known. Not a ValueError: hosts swallow those."""
+
+
+@dataclass
+class _BlockCall:
+    """One batch on its way through the blocks: the hidden states and what else each kind of block is called with."""
+
+    hidden: torch.Tensor
+    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+@torch.no_grad()
+def decompose_model(
+    model: nn.Module, plan: Plan, batches: Sequence[torch.Tensor], *, dtype: torch.dtype = torch.float32
+) -> list[DecompositionRecord]:
+    """Decomposes the layers of `plan` in place.
+
+    Args:
+        model: A loaded dense model in evaluation mode; changed in place.
+        plan: Which layers get which rank.
+        batches: Token windows with shape (batch, seq_len), all without padding.
+        dtype: dtype of statistics and eigendecompositions.
+
+    Returns:
+        One record per decomposed layer, in order.
+
+    Raises:
+        NumericsError: Activations, moments or factors hold NaN or inf; the layer is named.
+    """
+    if not plan.rank_pattern:
+        return []
+    blocks = find_blocks(model)
+    kinds = _block_kinds(model, len(blocks.modules))
+    stream = _capture(model, blocks.modules, kinds, batches)
+    planned = {layer.name: layer for layer in plan.layers}
+    records = []
+    last = max(layer.block for layer in plan.layers if layer.rank is not None)
+    for index, block in enumerate(tqdm(blocks.modules[: last + 1], desc="decompose", unit="block", disable=None)):
+        prefix = f"{blocks.path}.{index}."
+        layers = {
+            name: module for name, module in block.named_modules() if planned.get(prefix + name, _DENSE).rank is not None
+        }
+        with _gather(layers, dtype) as gathered:
+            for batch in stream:
+                args, kwargs = batch.calls[kinds[index]]
+                batch.hidden = _first(block(batch.hidden, *args, **kwargs))
+        moments = gathered.results(prefix)
+        for name, module in layers.items():
+            records.append(_decompose_layer(model, planned[prefix + name], module, moments[name]))
+    return records
+
+
+def _decompose_layer(model: nn.Module, layer: LayerPlan, module: nn.Module, moments: Moments) -> DecompositionRecord:
+    assert layer.rank is not None
+    start = time.perf_counter()
+    weight, bias = dense_weight(module), module.bias
+    try:
+        factors, spectrum = decompose(
+            weight,
+            None if bias is None else bias.detach(),  # type: ignore[operator]
+            moments,
+            layer.rank,
+            mean_correction=layer.adds_bias or layer.has_bias,
+        )
+    except NumericsError as error:
+        raise NumericsError(f"layer {layer.name!r}: {error}") from error
+    replace_layer(model, layer.name, factors)
+    return DecompositionRecord(
+        name=layer.name,
+        rank=layer.rank,
+        rel_output_error=spectrum.discarded_share(layer.rank),
+        effective_rank=spectrum.effective_rank,
+        num_tokens=moments.num_tokens,
+        seconds=time.perf_counter() - start,
+        remedies=spectrum.remedies,
+    )
+
+
+class _Gathered:
+    """Accumulators of one block, one per *distinct input*: layers fed the same tensor (q, k and v) share one."""
+
+    def __init__(self, layers: Iterable[str]) -> None:
+        self.layers = tuple(layers)
+        self.leader: dict[str, str] = {}
+        self.accumulators: dict[str, MomentAccumulator] = {}
+
+    def results(self, prefix: str) -> dict[str, Moments]:
+        """Returns the moments of every layer; `prefix` completes layer names in errors."""
+        unseen = [prefix + name for name in self.layers if name not in self.leader]
+        if unseen:
+            raise CalibrationError(f"no calibration token reached {', '.join(unseen)}; use more text, or --ignore them")
+        moments = {name: accumulator.result() for name, accumulator in self.accumulators.items()}
+        for name, statistics in moments.items():
+            if not (torch.isfinite(statistics.mean).all() and torch.isfinite(statistics.covariance).all()):
+                raise NumericsError(f"inputs of layer {prefix + name!r} hold NaN or inf; wanted finite activations")
+        return {name: moments[leader] for name, leader in self.leader.items()}
+
+
+@contextmanager
+def _gather(layers: dict[str, nn.Module], dtype: torch.dtype) -> Iterator[_Gathered]:
+    """Installs hooks that accumulate input moments, and removes exactly those hooks again, whatever happens."""
+    gathered = _Gathered(layers)
+    inputs: list[tuple[torch.Tensor, str]] = []  # held while one forward runs, so that identity means sameness
+
+    def hook(name: str) -> Any:
+        def observe(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            x = args[0]
+            if name not in gathered.leader:
+                same = next((leader for seen, leader in inputs if seen is x), None)
+                gathered.leader[name] = same or name
+                if same is None:
+                    gathered.accumulators[name] = MomentAccumulator(x.shape[-1], dtype, x.device)
+            inputs.append((x, gathered.leader[name]))
+            if gathered.leader[name] == name:
+                gathered.accumulators[name].update(x)
+
+        return observe
+
+    def forget(*_: Any) -> None:
+        inputs.clear()
+
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in layers.items()]
+    last = list(layers.values())[-1:]
+    handles += [module.register_forward_hook(forget) for module in last]
+    try:
+        yield gathered
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _capture(
+    model: nn.Module, blocks: Sequence[nn.Module], kinds: Sequence[str], batches: Sequence[torch.Tensor]
+) -> list[_BlockCall]:
+    """Runs the model up to its first blocks and keeps what they are called with, once per kind of block."""
+    first_of_kind = {kind: kinds.index(kind) for kind in kinds}
+    device = next(model.parameters()).device
+    captured: list[_BlockCall] = []
+
+    def store(index: int, kind: str) -> Any:
+        def pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            others = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+            hidden, args = (args[0], args[1:]) if args else (kwargs["hidden_states"], args)
+            if index == 0:
+                captured.append(_BlockCall(hidden, {}))
+            captured[-1].calls[kind] = (args, others)
+            if index == max(first_of_kind.values()):
+                raise _StopForward
+
+        return pre_hook
+
+    handles = [
+        blocks[index].register_forward_pre_hook(store(index, kind), with_kwargs=True)
+        for kind, index in first_of_kind.items()
+    ]
+    try:
+        for batch in batches:
+            try:
+                model(input_ids=batch.to(device), use_cache=False)
+            except _StopForward:
+                continue
+    finally:
+        for handle in handles:
+            handle.remove()
+    return captured
+
+
+def _block_kinds(model: nn.Module, count: int) -> list[str]:
+    """Labels blocks that are called with different masks (sliding and full attention); usually all alike."""
+    kinds = getattr(getattr(model, "config", None), "layer_types", None)
+    return list(kinds) if kinds and len(kinds) == count else ["block"] * count
+
+
+def _first(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple | list) else output
+
+
+_DENSE = LayerPlan("", 0, 0, 0, False, None, False, 0, 0)

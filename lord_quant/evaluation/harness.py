@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluates a model, optionally beside its baseline: lm-eval tasks, token perplexity, speed.
+
+Task metrics are lm-eval's own numbers: the model is wrapped by lm-eval's `HFLM` as its command line does, with the same
+seeds and defaults, so both give the same digits.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lord_quant.errors import EvaluationError, LordError, ModelError
+from lord_quant.evaluation.perplexity import DEFAULT_WINDOW, Perplexity, corpus_perplexity
+from lord_quant.evaluation.preflight import build_task_manager, check_model, check_tasks, quiet_hosts, tasks_path
+from lord_quant.evaluation.speed import Speed, measure_speed
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lord_quant.corpus import Corpus
+
+__all__ = ["EvalResult", "ModelScores", "evaluate", "tasks_path"]
+
+DEFAULT_MAX_WINDOWS = 64
+
+
+@dataclass(frozen=True)
+class ModelScores:
+    """Scores of one model.
+
+    Attributes:
+        model: Folder or name; for a model in memory, its class and what it was loaded from.
+        metrics: Values by task (or group) and metric, such as ``metrics["lord_humaneval"]["pass@1"]``.
+        stderr: Standard errors likewise, where lm-eval computes one.
+        perplexity: Token perplexity, if asked for.
+    """
+
+    model: str
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    stderr: dict[str, dict[str, float]] = field(default_factory=dict)
+    perplexity: Perplexity | None = None
+
+
+@dataclass(frozen=True)
+class EvalResult(ModelScores):
+    """Scores of a model, its baseline's if there is one, and all that is needed to get them again.
+
+    Attributes:
+        baseline: The baseline's scores, with equal settings.
+        speed: Speeds of both, measured in turns.
+        higher_is_better: By task and metric.
+        versions: Of the packages the numbers depend on.
+        settings: The arguments of `evaluate`.
+    """
+
+    baseline: ModelScores | None = None
+    speed: Speed | None = None
+    higher_is_better: dict[str, dict[str, bool]] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain JSON values."""
+        return asdict(self)
+
+
+def evaluate(
+    model: str | Path | PreTrainedModel,
+    tasks: Sequence[str] = (),
+    *,
+    baseline: str | Path | PreTrainedModel | None = None,
+    tokenizer: Any = None,
+    batch_size: int | str = 1,
+    device: str | None = None,
+    dtype: str = "auto",
+    limit: float | None = None,
+    num_fewshot: int | None = None,
+    confirm_run_unsafe_code: bool = False,
+    perplexity_dataset: str | None = None,
+    window: int | None = None,
+    stride: int | None = None,
+    max_windows: int | None = DEFAULT_MAX_WINDOWS,
+    speed: bool = False,
+    seed: int = 1234,
+    metadata: Mapping[str, Any] | None = None,
+    gen_kwargs: Mapping[str, Any] | None = None,
+) -> EvalResult:
+    """Evaluates `model`, and `baseline` in the same way.
+
+    Args:
+        model: Folder, hub name, or a loaded causal language model.
+        tasks: Names of lm-eval's tasks, groups or tags, or of this package's (`lord_humaneval`, …).
+        baseline: What to compare with, usually the model before compression.
+        tokenizer: For loaded models, if it is not to be found where the model came from.
+        batch_size: Sequences at a time, or ``auto``. In bfloat16 results may depend on it in the last digits.
+        device: ``cpu``, ``cuda``, …; None takes lm-eval's default: CUDA if there is one, else CPU.
+        dtype: Floating-point type to load in; ``auto`` is the checkpoint's own. Ignored for loaded models.
+        limit: Documents of each task (or a fraction below 1), for trying out.
+        num_fewshot: Examples in the prompt, for tasks that do not fix it.
+        confirm_run_unsafe_code: Consent to tasks that run code the model generates.
+        perplexity_dataset: Also compute token perplexity on this text: ``python-stdlib``, a path, or a hub data set.
+        window: Perplexity window in tokens; None is 1024 or the model's context, whichever is shorter.
+        stride: Perplexity stride in tokens; None is `window`.
+        max_windows: Perplexity windows at most; None for all.
+        speed: Also measure speed and memory.
+        seed: For all of lm-eval's random generators.
+        metadata: Passed to the tasks, as lm-eval's ``--metadata``.
+        gen_kwargs: Generation settings that replace those of the tasks.
+
+    Raises:
+        EvaluationError: Nothing to do, an unknown task, or an illegal setting.
+        ConsentError: A task runs generated code and nobody consented. Raised before any model is loaded.
+        ModelError: A model is missing or cannot be loaded.
+        CalibrationError: The perplexity text is missing or unreadable.
+    """
+    settings = {name: value for name, value in locals().items() if name not in {"model", "baseline", "tokenizer"}}
+    settings = {**settings, "tasks": list(tasks), "metadata": dict(metadata or {}), "gen_kwargs": dict(gen_kwargs or {})}
+    if not (tasks or perplexity_dataset or speed):
+        raise EvaluationError("nothing to evaluate: wanted tasks, a perplexity data set or the speed measurement")
+    with quiet_hosts():
+        corpus = _preflight([model, baseline], tasks, metadata, confirm_run_unsafe_code, perplexity_dataset)
+        first, directions, lm = _evaluate_one(model, tokenizer, corpus, settings)
+        second, measured = None, None
+        if baseline is not None:
+            if not speed:
+                lm = None  # frees the memory before the next model is loaded
+                gc.collect()
+            second, _, other = _evaluate_one(baseline, tokenizer, corpus, settings)
+            measured = measure_speed(lm.model, other.model) if speed and lm is not None else None
+        elif speed:
+            measured = measure_speed(lm.model)
+    return EvalResult(
+        **vars(first),
+        baseline=second,
+        speed=measured,
+        higher_is_better=directions,
+        versions=_versions(),
+        settings=settings,
+    )
+
+
+def _preflight(
+    models: list[Any], tasks: Sequence[str], metadata: Mapping[str, Any] | None, confirmed: bool, dataset: str | None
+) -> Corpus | None:
+    if tasks:
+        check_tasks(build_task_manager(dict(metadata or {})), tasks, confirmed)
+    for model in models:
+        if isinstance(model, str | Path):
+            check_model(str(model))
+    if dataset is None:
+        return None
+    from lord_quant.corpus import load_corpus
+
+    return load_corpus(dataset, split="heldout")
+
+
+def _evaluate_one(
+    model: Any, tokenizer: Any, corpus: Corpus | None, settings: dict[str, Any]
+) -> tuple[ModelScores, dict[str, dict[str, bool]], Any]:
+    """Returns the scores, the metrics' directions, and the wrapped model."""
+    lm = _load(model, tokenizer, settings)
+    if isinstance(model, str | Path):
+        name, model_args = str(model), {"pretrained": str(model)}
+    else:
+        name, model_args = f"{type(model).__name__} {model.name_or_path}".strip(), {}
+    raw = _run_tasks(lm, model_args, settings) if settings["tasks"] else {}
+    metrics, stderr = _split(raw.get("results", {}))
+    perplexity = None
+    if corpus is not None:
+        batch_size = settings["batch_size"]
+        perplexity = corpus_perplexity(
+            lm.model,
+            lm.tokenizer,
+            corpus,
+            window=settings["window"] or min(DEFAULT_WINDOW, lm.max_length),
+            stride=settings["stride"],
+            max_windows=settings["max_windows"],
+            batch_size=int(batch_size) if str(batch_size).isdigit() else 1,
+        )
+    return ModelScores(name, metrics, stderr, perplexity), dict(raw.get("higher_is_better", {})), lm
+
+
+def _load(model: Any, tokenizer: Any, settings: dict[str, Any]) -> Any:
+    """Wraps the model as lm-eval's own command line does."""
+    from lm_eval.models.huggingface import HFLM
+
+    arguments = {"batch_size": settings["batch_size"], "device": settings["device"], "tokenizer": tokenizer}
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    if not isinstance(model, str | Path):
+        return HFLM(pretrained=model, **arguments)
+    try:
+        return HFLM(pretrained=str(model), dtype=settings["dtype"], **arguments)
+    except LordError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model {str(model)!r} could not be loaded: {error}") from error
+
+
+def _run_tasks(lm: Any, model_args: dict[str, str], settings: dict[str, Any]) -> dict[str, Any]:
+    from lm_eval import simple_evaluate
+
+    seed = settings["seed"]
+    results = simple_evaluate(
+        model=lm,
+        tasks=settings["tasks"],
+        task_manager=build_task_manager(model_args | settings["metadata"]),
+        num_fewshot=settings["num_fewshot"],
+        batch_size=settings["batch_size"],
+        device=settings["device"],
+        limit=settings["limit"],
+        gen_kwargs=settings["gen_kwargs"] or None,
+        log_samples=False,
+        confirm_run_unsafe_code=settings["confirm_run_unsafe_code"],
+        random_seed=seed,
+        numpy_random_seed=seed,
+        torch_random_seed=seed,
+        fewshot_random_seed=seed,
+    )
+    return results or {}  # None on all ranks but the first
+
+
+def _split(results: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+    """Turns lm-eval's rows, keyed ``metric,filter``, into values and standard errors keyed by metric.
+
+    The first filter of a metric gives the bare name; further filters keep ``metric,filter``.
+    """
+    values: dict[str, dict[str, float]] = {}
+    errors: dict[str, dict[str, float]] = {}
+    for task, row in results.items():
+        values[task], errors[task] = {}, {}
+        for key, value in row.items():
+            metric, comma, filter_name = key.partition(",")
+            if not comma or isinstance(value, str) or value is None:
+                continue
+            is_error = metric.endswith("_stderr")
+            table = errors[task] if is_error else values[task]
+            name = metric.removesuffix("_stderr")
+            table[f"{name},{filter_name}" if name in table else name] = float(value)
+    return values, errors
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    from lord_quant.version import __version__
+
+    return {"lord_quant": __version__, **{name: version(name) for name in ("lm_eval", "transformers", "torch")}}

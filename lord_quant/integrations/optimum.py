@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`LordGPTQQuantizer`: a drop-in for Optimum's `GPTQQuantizer` that decomposes first.
+
+Importing this module imports Optimum's GPTQ (quietly): a subclass needs its base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lord_quant.backends import gptq as backend
+from lord_quant.calibration import TokenWindows, as_windows
+from lord_quant.checkpoint import atomic_folder, check_output, quantization_config, write_model
+from lord_quant.config import LordConfig
+from lord_quant.corpus import STDLIB, Corpus
+from lord_quant.engine import DecompositionRecord, decompose_model
+from lord_quant.errors import CalibrationError
+from lord_quant.pipeline import DEFAULT_SEQ_LEN, calibrate, find_blocks_path, host_arguments, plan_model
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_GPTQQuantizer: Any = backend.host().GPTQQuantizer
+
+
+class LordGPTQQuantizer(_GPTQQuantizer):  # type: ignore[misc]
+    """Decomposes a float model, then quantizes both factors with Optimum's own GPTQ.
+
+    Takes all arguments of `optimum.gptq.GPTQQuantizer`, with the same meaning, and these:
+
+    Args:
+        bits: Bits of every packed weight: 8, 4, 3 or 2.
+        dataset: A list of texts, a list of ``{"input_ids", "attention_mask"}`` of equal length, or what `load_corpus`
+            takes.
+        group_size: Inputs per scale; None takes the largest that suits the model's shapes.
+        rank_ratio: Fraction of min(in_features, out_features) kept; 1 quantizes only.
+        param_ratio: Fraction of a layer's weights kept.
+        rank_pattern: Ranks by layer pattern.
+        targets: Presets and patterns of layers to decompose.
+        ignore: Patterns taken away from the targets.
+        force_rank: Decompose also where that makes a layer larger.
+        float64: Run statistics in float64.
+        stack: `naive`.
+        num_samples: Calibration windows, when `dataset` is text.
+        seed: Seed of the sampling generator.
+        **kwargs: Further arguments of `GPTQQuantizer`.
+
+    Attributes:
+        decomposed: After `quantize_model`: one record per decomposed layer.
+        quantized: After `quantize_model`: one record per packed linear layer.
+
+    Raises:
+        ConfigError: A value is illegal; raised here, before any model is touched.
+    """
+
+    def __init__(
+        self,
+        bits: int,
+        dataset: str | Sequence[str] | Sequence[Mapping[str, Any]] = STDLIB,
+        group_size: int | None = None,
+        *,
+        rank_ratio: float | None = None,
+        param_ratio: float | None = None,
+        rank_pattern: Mapping[str, int] | None = None,
+        targets: Sequence[str] = ("all",),
+        ignore: Sequence[str] = (),
+        force_rank: bool = False,
+        float64: bool = False,
+        stack: str = "naive",
+        num_samples: int = 128,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        gptq = {"bits": bits, "group_size": group_size}
+        gptq |= {key: kwargs[key] for key in ("sym", "desc_act", "damp_percent", "true_sequential") if key in kwargs}
+        self.lord_config = LordConfig.from_dict(
+            {
+                "model": "model",
+                "stack": stack,
+                "gptq": gptq,
+                "lowrank": {
+                    "rank_ratio": rank_ratio,
+                    "param_ratio": param_ratio,
+                    "rank_pattern": rank_pattern,
+                    "targets": list(targets),
+                    "ignore": list(ignore),
+                    "force_rank": force_rank,
+                    "float64": float64,
+                },
+                "calibration": {
+                    "dataset": dataset if isinstance(dataset, str) else STDLIB,
+                    "num_samples": num_samples,
+                    "seq_len": kwargs.get("model_seqlen"),
+                    "seed": seed,
+                },
+            }
+        )
+        if kwargs.get("desc_act"):
+            kwargs["act_group_aware"] = False  # the host refuses both at once
+        super().__init__(bits, dataset=dataset, group_size=group_size or -1, **kwargs)
+        self.decomposed: list[DecompositionRecord] = []
+        self.quantized: list[backend.GptqRecord] = []
+
+    def quantize_model(self, model: PreTrainedModel, tokenizer: Any = None) -> PreTrainedModel:
+        """Decomposes and quantizes a loaded dense model in place.
+
+        Args:
+            model: The dense model.
+            tokenizer: A tokenizer or a path to one; not needed when `dataset` is already tokenized.
+
+        Returns:
+            The same model, packed, in evaluation mode. Save it before the first forward pass.
+
+        Raises:
+            LordError: Anything wrong with the plan or the data, before the first forward pass.
+        """
+        if isinstance(tokenizer, str):
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        config = self.lord_config
+        plan = plan_model(model, config, next(model.parameters()).element_size())
+        windows = self._windows(model, tokenizer)
+        for key, value in host_arguments(config, plan, model, windows).items():
+            if key != "act_group_aware":
+                setattr(self, key, value)
+        self.quantizeConfig.group_size = plan.group_size
+        model.eval()
+        dtype = torch.float64 if config.lowrank.float64 else torch.float32
+        self.decomposed = decompose_model(model, plan, windows.batches(config.calibration.batch_size), dtype=dtype)
+        expected = sum(len(layer.factor_shapes()) for layer in plan.layers)
+        run = super().quantize_model
+        self.quantized = backend.quantize_model(model, self, expected, lambda: run(model, tokenizer))
+        self.dataset = None  # calibration text is not to be published with the checkpoint
+        block_path = find_blocks_path(model, plan)
+        model.config.quantization_config = quantization_config(plan, config.gptq, block_path, self.format)
+        return model
+
+    def save(self, model: PreTrainedModel, save_dir: str, **kwargs: Any) -> None:
+        """Writes the model as safetensors that `from_pretrained` loads.
+
+        Unlike the base class, the live model is not converted to another packing format, so it stays usable.
+
+        Args:
+            model: The quantized model.
+            save_dir: New or empty folder.
+            **kwargs: Taken for compatibility with the base class (`max_shard_size`, `safe_serialization`) and ignored.
+
+        Raises:
+            OutputError: The folder is not empty or cannot be written.
+        """
+        with atomic_folder(check_output(save_dir)) as folder:
+            write_model(model, None, folder, {})
+
+    def _windows(self, model: PreTrainedModel, tokenizer: Any) -> TokenWindows:
+        dataset = self.dataset
+        if not isinstance(dataset, str) and dataset and isinstance(dataset[0], Mapping):
+            ids = [torch.as_tensor(sample["input_ids"]).reshape(-1) for sample in dataset]
+            if len({len(row) for row in ids}) != 1:
+                raise CalibrationError("tokenized samples differ in length; wanted equal lengths, without padding")
+            return as_windows(torch.stack(ids).to(torch.int64), "tokens given by the caller")
+        if tokenizer is None:
+            raise CalibrationError("the dataset is text, and no tokenizer was given")
+        context = getattr(model.config, "max_position_embeddings", None) or DEFAULT_SEQ_LEN
+        if isinstance(dataset, str):
+            return calibrate(self.lord_config, tokenizer, context)
+        texts = tuple(text for text in dataset or () if text.strip())
+        if not texts:
+            raise CalibrationError("dataset is empty; wanted texts or tokenized samples")
+        return calibrate(self.lord_config, tokenizer, context, corpus=Corpus(texts, "texts given by the caller", ""))

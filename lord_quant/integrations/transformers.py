@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes `from_pretrained` read our checkpoints, and compress on the fly.
+
+Importing this module registers two quantization methods with transformers: ``lord_gptq`` (packed factors) and ``lord``
+(float factors). Both rebuild the model on the meta device from the checkpoint's `rank_pattern` before tensors are loaded;
+``lord_gptq`` then leaves packing to the host's own GPTQ quantizer.
+
+`LordGPTQConfig` passed as `quantization_config` compresses a dense model while it is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizer_gptq import GptqHfQuantizer
+from transformers.utils.quantization_config import GPTQConfig, QuantizationConfigMixin, QuantizationMethod
+
+from lord_quant.backends import gptq as backend
+from lord_quant.checkpoint import METHOD_FLOAT, METHOD_GPTQ, check_tensors, check_version
+from lord_quant.errors import ConfigError, unknown_keys
+from lord_quant.surgery import apply_rank_pattern
+from lord_quant.version import FORMAT_VERSION, __version__
+
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+_RUN_KEYS = {
+    "lowrank": ("rank_ratio", "param_ratio", "targets", "ignore", "force_rank", "float64"),
+    "calibration": ("dataset", "text_key", "num_samples", "seq_len", "seed"),
+}
+_HOST_KEYS = ("bits", "group_size", "sym", "desc_act", "damp_percent", "true_sequential")
+
+
+@register_quantization_config(METHOD_GPTQ)
+class LordGPTQConfig(GPTQConfig):
+    """Decompose, then quantize both factors with GPTQ.
+
+    Args:
+        bits: Bits of every packed weight: 8, 4, and 3 or 2 where the host allows.
+        rank_ratio: Fraction of min(in_features, out_features) kept; 1 quantizes only.
+        param_ratio: Fraction of a layer's weights kept.
+        rank_pattern: Ranks by layer pattern; in a saved checkpoint, by full module path.
+        targets: Presets and patterns of layers to decompose.
+        ignore: Patterns taken away from the targets.
+        force_rank: Decompose also where that makes a layer larger.
+        mean_correction: Correct biases for the mean input.
+        float64: Run statistics in float64.
+        stack: `naive`.
+        dataset: What `load_corpus` takes: a path, a hub name or `python-stdlib`.
+        text_key: Field of the text in jsonl, parquet and hub datasets.
+        num_samples: Calibration windows.
+        seq_len: Tokens per window; None takes the model's context, at most 2048.
+        seed: Seed of the sampling generator.
+        tokenizer: Tokenizer or path; None takes the model's own.
+        group_size: Inputs per scale; None takes the largest that suits the model's shapes.
+        **kwargs: What `GPTQConfig` takes: `sym`, `desc_act`, `damp_percent`, `true_sequential`, `backend`, …
+
+    Raises:
+        ConfigError: A value is illegal.
+        FormatVersionError: A checkpoint's configuration was written by a newer version.
+    """
+
+    def __init__(
+        self,
+        bits: int = 4,
+        *,
+        rank_ratio: float | None = None,
+        param_ratio: float | None = None,
+        rank_pattern: Mapping[str, int] | None = None,
+        targets: str | list[str] = "all",
+        ignore: str | list[str] | None = None,
+        force_rank: bool = False,
+        mean_correction: bool = True,
+        float64: bool = False,
+        stack: str = "naive",
+        dataset: str = "python-stdlib",
+        text_key: str = "text",
+        num_samples: int = 128,
+        seq_len: int | None = None,
+        seed: int = 0,
+        tokenizer: Any = None,
+        group_size: int | None = None,
+        format_version: int = FORMAT_VERSION,
+        lord_quant_version: str = __version__,
+        **kwargs: Any,
+    ) -> None:
+        check_version({"format_version": format_version, "rank_pattern": rank_pattern})
+        kwargs.pop("quant_method", None)
+        unknown = unknown_keys(kwargs, (*_gptq_arguments(), "checkpoint_format"), "LordGPTQConfig")
+        if unknown:
+            raise unknown
+        try:
+            super().__init__(bits, tokenizer=tokenizer, group_size=group_size or -1, **kwargs)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        self.quant_method = METHOD_GPTQ
+        self.group_size = group_size
+        self.rank_ratio, self.param_ratio = rank_ratio, param_ratio
+        self.rank_pattern = dict(rank_pattern) if rank_pattern is not None else None
+        self.targets = [targets] if isinstance(targets, str) else list(targets)
+        self.ignore = [ignore] if isinstance(ignore, str) else list(ignore or [])
+        self.force_rank, self.mean_correction, self.float64, self.stack = force_rank, mean_correction, float64, stack
+        self.dataset, self.text_key = dataset, text_key
+        self.num_samples, self.seq_len, self.seed = num_samples, seq_len, seed
+        self.format_version, self.lord_quant_version = format_version, lord_quant_version
+
+    def to_lord_config(self, model: str) -> Any:
+        """Returns the `LordConfig` of an on-the-fly run on `model`."""
+        from lord_quant.config import LordConfig
+
+        def section(keys: tuple[str, ...]) -> dict[str, Any]:
+            return {key: getattr(self, key) for key in keys}
+
+        lowrank = section((*_RUN_KEYS["lowrank"], "rank_pattern", "mean_correction"))
+        values = {
+            "model": model,
+            "stack": self.stack,
+            "lowrank": lowrank,
+            "calibration": section(_RUN_KEYS["calibration"]),
+            "gptq": section(_HOST_KEYS),
+        }
+        return LordConfig.from_dict(values)
+
+    def to_dict_optimum(self) -> dict[str, Any]:
+        """Returns the arguments of Optimum's `GPTQQuantizer`."""
+        values = {key: getattr(self, key) for key in (*_HOST_KEYS, "act_group_aware", "format", "meta", "backend")}
+        values["group_size"] = self.group_size or -1
+        return values | {"block_name_to_quantize": self.block_name_to_quantize}
+
+
+def _gptq_arguments() -> list[str]:
+    import inspect
+
+    return [name for name in inspect.signature(GPTQConfig.__init__).parameters if name not in ("self", "kwargs")]
+
+
+@register_quantization_config(METHOD_FLOAT)
+class LordConfigFloat(QuantizationConfigMixin):
+    """What a float low-rank checkpoint records; made by compression, read by `from_pretrained`.
+
+    Args:
+        rank_pattern: Rank by full module path.
+        mean_correction: Whether every low-rank layer has a bias.
+        format_version: Version of the checkpoint format.
+        lord_quant_version: Version that wrote it.
+    """
+
+    def __init__(
+        self,
+        rank_pattern: Mapping[str, int] | None = None,
+        mean_correction: bool = True,
+        format_version: int = FORMAT_VERSION,
+        lord_quant_version: str = __version__,
+        **kwargs: Any,
+    ) -> None:
+        check_version({"format_version": format_version, "rank_pattern": rank_pattern})
+        kwargs.pop("quant_method", None)
+        unknown = unknown_keys(kwargs, ("rank_pattern", "mean_correction"), "quantization_config")
+        if unknown:
+            raise unknown
+        self.quant_method = METHOD_FLOAT
+        self.rank_pattern = dict(rank_pattern or {})
+        self.mean_correction = mean_correction
+        self.format_version, self.lord_quant_version = format_version, lord_quant_version
+
+
+@register_quantizer(METHOD_GPTQ)
+class LordGptqHfQuantizer(GptqHfQuantizer):
+    """Loads packed low-rank checkpoints; compresses on the fly when the model is dense."""
+
+    quantization_config: LordGPTQConfig
+
+    def __init__(self, quantization_config: LordGPTQConfig, **kwargs: Any) -> None:
+        backend.host()  # imported quietly, before the base class imports it loudly
+        super().__init__(quantization_config, **kwargs)
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if self.pre_quantized:
+            apply_rank_pattern(model, self.quantization_config.rank_pattern or {}, self.quantization_config.mean_correction)
+        super()._process_model_before_weight_loading(model, **kwargs)
+        if self.pre_quantized:
+            _check_files(model, self.optimum_quantizer.block_name_to_quantize, kwargs.get("checkpoint_files"))
+            _protect_from_initialization(model)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if self.pre_quantized:
+            backend.post_init(self.optimum_quantizer, model)
+        else:
+            from lord_quant.pipeline import compress_loaded
+
+            compress_loaded(
+                model, self.quantization_config.tokenizer, self.quantization_config.to_lord_config(model.name_or_path)
+            )
+            self.quantization_config = LordGPTQConfig.from_dict(model.config.quantization_config)
+            model.config.quantization_config = self.quantization_config
+        model.quantization_method = QuantizationMethod.GPTQ  # peft recognises packed layers by this name
+
+
+@register_quantizer(METHOD_FLOAT)
+class LordHfQuantizer(HfQuantizer):
+    """Loads float low-rank checkpoints as ordinary trainable models."""
+
+    requires_calibration = True
+    quantization_config: LordConfigFloat
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        apply_rank_pattern(model, self.quantization_config.rank_pattern, self.quantization_config.mean_correction)
+        _check_files(model, _block_path(model), kwargs.get("checkpoint_files"))
+        _protect_from_initialization(model)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        # Nothing is quantized: `.half()`, `.float()` and full fine-tuning must work as on any float model.
+        model.is_quantized = False
+
+    @property
+    def is_trainable(self) -> bool:
+        """Factors are ordinary weights."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Lets Trainer train all weights."""
+        return True
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        """Low-rank models save like any other."""
+        return True
+
+
+def _block_path(model: torch.nn.Module) -> str:
+    from lord_quant.targets import find_blocks
+
+    return find_blocks(model).path
+
+
+def _check_files(model: torch.nn.Module, block_path: str, files: list[str] | None) -> None:
+    """Holds the checkpoint's headers against the tensors that the rebuilt blocks call for."""
+    if not files or not all(str(file).endswith(".safetensors") for file in files):
+        return
+    expected = {
+        name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name.startswith(f"{block_path}.")
+    }
+    check_tensors(expected, [str(file) for file in files], block_path)
+
+
+def _protect_from_initialization(model: torch.nn.Module) -> None:
+    """Keeps GPT-2 and GPTBigCode from initialising weights that packed layers do not have.
+
+    Their `_init_weights` draws `c_proj.weight` anew on modules that were not marked as loaded. Only modules without
+    tensors of their own are marked, so that computed buffers (CodeGen's position table) are still filled.
+    """
+    from lord_quant.modules import LowRankLinear
+
+    for module in model.modules():
+        if module._parameters or module._buffers:
+            continue
+        if any(isinstance(child, LowRankLinear) or hasattr(child, "qweight") for child in module.children()):
+            module._is_hf_initialized = True  # type: ignore[assignment]

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Streaming mean and covariance of activations.
+
+The sum of squares E[x xᵀ] − μ μᵀ cancels badly when means are large against deviations, as transformer activations
+are. So each batch is centred on its own mean and two sets of statistics are merged exactly (Chan, Golub & LeVeque 1979):
+
+    n = n_a + n_b     δ = μ_b − μ_a     μ = μ_a + δ n_b / n     M = M_a + M_b + δ δᵀ n_a n_b / n
+
+where M is the sum of centred outer products. A merge is associative up to rounding: streaming over batches, one shot
+over everything and merged halves (or processes) agree. Every token counts alike, however it was batched.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Moments(NamedTuple):
+    """First and second moments of vectors with n features.
+
+    Attributes:
+        mean: Mean vector μ, with shape (n,).
+        covariance: Centred second moment, divided by the number of tokens, with shape (n, n).
+        num_tokens: How many vectors were seen.
+    """
+
+    mean: torch.Tensor
+    covariance: torch.Tensor
+    num_tokens: int
+
+
+class MomentAccumulator:
+    """Accumulates moments batch by batch; two accumulators can be merged.
+
+    Args:
+        features: Number of features n.
+        dtype: dtype of the statistics, float32 or float64.
+        device: Where they live.
+    """
+
+    def __init__(self, features: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
+        self.num_tokens = 0
+        self.mean = torch.zeros(features, dtype=dtype, device=device)
+        self.scatter = torch.zeros(features, features, dtype=dtype, device=device)
+
+    def update(self, batch: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+        """Adds vectors.
+
+        Args:
+            batch: Activations with shape (..., n), any float dtype.
+            mask: Optional, with shape (...): vectors where it is zero (padding) do not count.
+        """
+        rows = batch.detach().reshape(-1, batch.shape[-1])
+        if mask is not None:
+            rows = rows[mask.reshape(-1).to(device=rows.device, dtype=torch.bool)]
+        if not len(rows):
+            return
+        rows = rows.to(device=self.mean.device, dtype=self.mean.dtype)
+        mean = rows.mean(dim=0)
+        centred = rows - mean
+        self._merge(len(rows), mean, centred.T @ centred)
+
+    def merge(self, other: MomentAccumulator) -> None:
+        """Adds everything `other` has seen; `other` is left as it was."""
+        if other.num_tokens:
+            self._merge(other.num_tokens, other.mean.to(self.mean), other.scatter.to(self.scatter))
+
+    def _merge(self, count: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
+        total = self.num_tokens + count
+        delta = mean - self.mean
+        self.scatter += scatter
+        if self.num_tokens:
+            self.scatter.addr_(delta, delta, alpha=self.num_tokens * count / total)
+        self.mean = self.mean + delta * (count / total)
+        self.num_tokens = total
+
+    def result(self) -> Moments:
+        """Returns the moments seen so far.
+
+        Raises:
+            RuntimeError: Nothing was seen yet.
+        """
+        if not self.num_tokens:
+            raise RuntimeError("no token was seen: moments are undefined")
+        return Moments(self.mean.clone(), self.scatter / self.num_tokens, self.num_tokens)

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One whole run, from a configuration to a checkpoint folder.
+
+`prepare` checks everything that can be checked without weights and returns a `Job` (this is what a dry run prints);
+`execute` loads the weights, compresses and writes. `compress_model` is the part in the middle, for models that are
+already loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lord_quant.backends import gptq as backend
+from lord_quant.calibration import TokenWindows, sample_windows
+from lord_quant.checkpoint import (
+    REPORT_NAME,
+    atomic_folder,
+    cast_floats,
+    check_output,
+    quantization_config,
+    read_headers,
+    weight_files,
+    write_model,
+)
+from lord_quant.config import FLOAT_BITS, LordConfig
+from lord_quant.corpus import Corpus, load_corpus
+from lord_quant.engine import DecompositionRecord, decompose_model
+from lord_quant.errors import CalibrationError, ModelError
+from lord_quant.estimate import Estimate, estimate
+from lord_quant.plan import Plan, build_plan
+from lord_quant.report import build_report, model_card, to_json
+from lord_quant.source import Source, build_skeleton, choose_device, inspect_source, load_model, tensor_bytes
+from lord_quant.targets import find_blocks, find_linears
+
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_SEQ_LEN = 2048
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that was found possible.
+
+    Attributes:
+        config: What was asked for.
+        source: The dense model.
+        plan: What becomes of every layer.
+        windows: Calibration tokens.
+        device: Where the run computes.
+        output: Folder to write, or None.
+        overwrite: Whether an existing checkpoint there may be replaced.
+        estimate: Predicted time and memory.
+        warnings: What the user should know before starting.
+    """
+
+    config: LordConfig
+    source: Source
+    plan: Plan
+    windows: TokenWindows
+    device: torch.device
+    output: Path | None
+    overwrite: bool
+    estimate: Estimate
+    warnings: tuple[str, ...]
+
+
+class Phases:
+    """Wall time per phase of a run, in seconds."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Times the body as phase `name`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 3)
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What a run did to a model.
+
+    Attributes:
+        decomposed: One record per decomposed layer.
+        quantized: One record per packed linear layer.
+        seconds: Wall time per phase.
+    """
+
+    decomposed: list[DecompositionRecord]
+    quantized: list[backend.GptqRecord]
+    seconds: dict[str, float]
+
+
+def make_plan(config: LordConfig) -> tuple[Source, Plan]:
+    """Plans a run from shapes alone: no weights, no calibration text.
+
+    Raises:
+        LordError: Whatever is wrong with model, patterns, ranks or group size.
+    """
+    source = inspect_source(config.model, config.dtype)
+    return source, plan_model(build_skeleton(source), config, source.dtype.itemsize)
+
+
+def plan_model(model: torch.nn.Module, config: LordConfig, itemsize: int) -> Plan:
+    """Plans a model that is at hand, loaded or on the meta device."""
+    sites = find_linears(model)
+    planned = {f"{site.name}.{leaf}" for site in sites for leaf in ("weight", "bias")}
+    sizes = tensor_bytes(model, itemsize)
+    other = sum(size for name, size in sizes.items() if name not in planned)
+    return build_plan(sites, config.lowrank, config.gptq, itemsize=itemsize, other_bytes=other)
+
+
+def prepare(config: LordConfig, *, overwrite: bool = False) -> Job:
+    """Checks a run and reads its calibration text, before any weight is loaded.
+
+    Raises:
+        LordError: Whatever is wrong; nothing was written.
+    """
+    output = None if config.output is None else check_output(config.output, overwrite=overwrite, model=config.model)
+    device = choose_device(config.device)
+    source, plan = make_plan(config)
+    windows = calibrate(config, source.tokenizer, source.context)
+    guess = estimate(plan, windows.num_tokens, tuple(windows.input_ids.shape), device, source.dtype.itemsize)
+    return Job(config, source, plan, windows, device, output, overwrite, guess, tuple(_warnings(plan, windows)))
+
+
+def calibrate(
+    config: LordConfig, tokenizer: PreTrainedTokenizerBase, context: int, corpus: Corpus | None = None
+) -> TokenWindows:
+    """Reads (unless a corpus is given) and tokenizes the calibration text of a run.
+
+    Raises:
+        CalibrationError: No text, too little of it, or windows longer than the model's context.
+    """
+    settings = config.calibration
+    seq_len = settings.seq_len or min(context, DEFAULT_SEQ_LEN)
+    if seq_len > context:
+        raise CalibrationError(f"seq_len is {seq_len}; the model's context is {context}: nearest legal value {context}")
+    corpus = corpus or load_corpus(settings.dataset, text_key=settings.text_key)
+    return sample_windows(corpus, tokenizer, num_samples=settings.num_samples, seq_len=seq_len, seed=settings.seed)
+
+
+def compress_model(model: PreTrainedModel, plan: Plan, windows: TokenWindows, config: LordConfig) -> Compressed:
+    """Runs a plan on a loaded dense model, in place: decompose, then quantize.
+
+    Afterwards `model.config.quantization_config` says what was done, and `save_pretrained` writes a checkpoint that
+    `from_pretrained` loads. Save before the first forward pass: 4-bit CPU kernels rewrite their weights in place.
+    """
+    phases = Phases()
+    quantized: list[backend.GptqRecord] = []
+    host_format = ""
+    with phases.measure("decompose"):
+        dtype = torch.float64 if config.lowrank.float64 else torch.float32
+        decomposed = decompose_model(model, plan, windows.batches(config.calibration.batch_size), dtype=dtype)
+    if plan.bits != FLOAT_BITS:
+        with phases.measure("quantize"):
+            quantizer = backend.make_quantizer(**host_arguments(config, plan, model, windows))
+            expected = sum(len(layer.factor_shapes()) for layer in plan.layers)
+            run = lambda: quantizer.quantize_model(model)  # noqa: E731
+            quantized = backend.quantize_model(model, quantizer, expected, run)
+            host_format = quantizer.format
+    block_path = find_blocks_path(model, plan)
+    model.config.quantization_config = quantization_config(plan, config.gptq, block_path, host_format)
+    return Compressed(decomposed, quantized, phases.seconds)
+
+
+def host_arguments(config: LordConfig, plan: Plan, model: torch.nn.Module, windows: TokenWindows) -> dict[str, Any]:
+    """Returns the arguments for Optimum's `GPTQQuantizer`; everything not named here stays at its default."""
+    return {
+        "bits": plan.bits,
+        "group_size": plan.group_size,
+        "dataset": windows.as_samples(),
+        "damp_percent": config.gptq.damp_percent,
+        "desc_act": config.gptq.desc_act,
+        "act_group_aware": not config.gptq.desc_act,
+        "sym": config.gptq.sym,
+        "true_sequential": config.gptq.true_sequential,
+        "model_seqlen": windows.input_ids.shape[1],
+        "block_name_to_quantize": find_blocks(model).path,
+    }
+
+
+def compress_loaded(model: PreTrainedModel, tokenizer: Any, config: LordConfig) -> Compressed:
+    """Plans, calibrates and compresses a loaded dense model in place; the path of `from_pretrained`.
+
+    Args:
+        model: The dense model.
+        tokenizer: A tokenizer, a path to one, or None for the model's own.
+        config: The run; its `model` says where the tokenizer is when none is given.
+    """
+    from transformers import AutoTokenizer
+
+    plan = plan_model(model, config, next(model.parameters()).element_size())
+    if tokenizer is None or isinstance(tokenizer, str):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer or config.model)
+        except Exception as error:  # tokenizer backends raise whatever they like
+            raise ModelError(f"no tokenizer at {tokenizer or config.model!r}: {error}; pass tokenizer=…") from error
+    context = getattr(model.config, "max_position_embeddings", None) or DEFAULT_SEQ_LEN
+    return compress_model(model, plan, calibrate(config, tokenizer, context), config)
+
+
+def execute(job: Job) -> dict[str, Any]:
+    """Runs a job and writes its checkpoint; returns the report.
+
+    The output folder appears by one rename when everything is in it.
+    """
+    phases = Phases()
+    with phases.measure("load"):
+        model = load_model(job.source, job.device)
+    done = compress_model(model, job.plan, job.windows, job.config)
+    cast_floats(model, job.source.dtype)
+    seconds = phases.seconds | done.seconds
+    if job.output is None:
+        return build_report(job.config, job.plan, job.windows, done.decomposed, done.quantized, seconds, job.warnings)
+    with atomic_folder(job.output) as folder:
+        with phases.measure("write"):
+            write_model(model, job.source.tokenizer, folder, {})
+        seconds = phases.seconds | done.seconds
+        report = build_report(job.config, job.plan, job.windows, done.decomposed, done.quantized, seconds, job.warnings)
+        files = weight_files(folder)
+        report["totals"]["tensor_bytes_on_disk"] = sum(size for _, _, size in read_headers(files).values())
+        report["totals"]["file_bytes_on_disk"] = sum(Path(file).stat().st_size for file in files)
+        (folder / REPORT_NAME).write_text(to_json(report), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(report), encoding="utf-8")
+    return report
+
+
+def find_blocks_path(model: torch.nn.Module, plan: Plan) -> str:
+    """Returns the path of the blocks, also after their linear layers were packed."""
+    first = plan.layers[0]
+    return first.name.split(f".{first.block}.", 1)[0]
+
+
+def with_output(config: LordConfig, output: str | None) -> LordConfig:
+    """Returns the configuration with another output folder."""
+    return replace(config, output=output)
+
+
+def _warnings(plan: Plan, windows: TokenWindows) -> Iterator[str]:
+    widest = max(layer.in_features for layer in plan.layers)
+    if windows.num_tokens < widest:
+        yield (
+            f"{windows.num_tokens} calibration tokens are fewer than the {widest} inputs of the widest layer: its "
+            f"covariance will be singular; wanted at least {widest}, better {10 * widest}"
+        )
+    kept = [layer for layer in plan.layers if layer.note]
+    if kept:
+        yield f"{len(kept)} of {len(plan.layers)} targeted layers stay dense (see the plan's notes)"
+    enlarged = [layer for layer in plan.layers if layer.rank and layer.weights > layer.dense_weights]
+    if enlarged:
+        yield f"--force-rank makes {len(enlarged)} layers larger than they were"

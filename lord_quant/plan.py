@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What becomes of every linear layer: rank, bits, exact stored bytes. Pure arithmetic on shapes, no model.
+
+Ranks are snapped *up* to a multiple of lcm(32, group_size), at every bit width alike: packing wants features in
+multiples of 32, 4-bit CPU kernels want whole groups, and float and quantized runs of one command line must have the same
+ranks to be comparable. A layer whose two factors would not be smaller than itself stays dense unless forced.
+
+Stored bytes of a packed layer with n inputs and m outputs, at b bits and group size g (the GPTQ checkpoint format):
+
+    qweight  n·m·b/8      scales  2·m·⌈n/g⌉ (float16)      qzeros  m·⌈n/g⌉·b/8      g_idx  4·n (int32)      bias  2·m
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from lord_quant.config import FLOAT_BITS, GROUP_SIZES, GptqConfig, LowrankConfig
+from lord_quant.errors import GroupSizeError, RankError
+from lord_quant.targets import LinearSite, find_matching, select
+
+
+PACK_MULTIPLE = 32
+
+
+class LinearBytes(NamedTuple):
+    """Stored bytes of one linear layer: its weight with all that belongs to it, and its bias."""
+
+    weight: int
+    bias: int
+
+
+def linear_bytes(in_features: int, out_features: int, bias: bool, bits: int, group_size: int, itemsize: int) -> LinearBytes:
+    """Returns the bytes a linear layer takes in the checkpoint; `itemsize` is that of float tensors."""
+    if bits == FLOAT_BITS:
+        return LinearBytes(in_features * out_features * itemsize, bias * out_features * itemsize)
+    groups = math.ceil(in_features / group_size)
+    packed = in_features * out_features * bits // 8
+    scales, zeros = 2 * out_features * groups, out_features * groups * bits // 8
+    return LinearBytes(packed + scales + zeros + 4 * in_features, bias * 2 * out_features)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """The fate of one linear layer.
+
+    Attributes:
+        name: Full module path.
+        block: Index of the transformer block.
+        in_features: Input features.
+        out_features: Output features.
+        has_bias: Whether the dense layer has a bias.
+        rank: Rank of the factors, or None for a layer that stays dense.
+        adds_bias: Whether the factors get a bias the dense layer did not have.
+        weight_bytes: Stored bytes of weights, scales, zeros and indices.
+        bias_bytes: Stored bytes of the bias.
+        note: Why a targeted layer stays dense; empty otherwise.
+    """
+
+    name: str
+    block: int
+    in_features: int
+    out_features: int
+    has_bias: bool
+    rank: int | None
+    adds_bias: bool
+    weight_bytes: int
+    bias_bytes: int
+    note: str = ""
+
+    @property
+    def dense_weights(self) -> int:
+        """Number of weights of the dense layer."""
+        return self.in_features * self.out_features
+
+    @property
+    def weights(self) -> int:
+        """Number of weights after decomposition."""
+        return self.dense_weights if self.rank is None else self.rank * (self.in_features + self.out_features)
+
+    @property
+    def counted_bytes(self) -> int:
+        """Bytes that count towards bits per weight: weights with scales, zeros, indices, and any added bias."""
+        return self.weight_bytes + (self.bias_bytes if self.adds_bias else 0)
+
+    @property
+    def bpw(self) -> float:
+        """Stored bits per weight of the dense layer."""
+        return 8 * self.counted_bytes / self.dense_weights
+
+    def factor_shapes(self) -> dict[str, tuple[int, int]]:
+        """Returns (in_features, out_features) of each linear layer this one becomes, by suffix."""
+        if self.rank is None:
+            return {"": (self.in_features, self.out_features)}
+        return {".down": (self.in_features, self.rank), ".up": (self.rank, self.out_features)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of every linear layer of a model.
+
+    Attributes:
+        layers: One entry per linear layer of the transformer blocks, in registration order.
+        bits: Bits of every packed weight; 16 for float.
+        group_size: Inputs per scale.
+        mean_correction: Whether decomposed layers carry a bias corrected for the mean.
+        other_bytes: Stored bytes of everything else: embeddings, norms, head.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    bits: int
+    group_size: int
+    mean_correction: bool
+    other_bytes: int
+
+    @property
+    def rank_pattern(self) -> dict[str, int]:
+        """Rank of every decomposed layer by full module path; what the checkpoint records."""
+        return {layer.name: layer.rank for layer in self.layers if layer.rank is not None}
+
+    @property
+    def bpw(self) -> float:
+        """Stored bits per dense weight over all linear layers: weights, scales, zeros, indices and added biases."""
+        return 8 * sum(layer.counted_bytes for layer in self.layers) / sum(layer.dense_weights for layer in self.layers)
+
+    @property
+    def param_ratio(self) -> float:
+        """Fraction of the linear layers' weights kept."""
+        return sum(layer.weights for layer in self.layers) / sum(layer.dense_weights for layer in self.layers)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors in the checkpoint."""
+        return self.other_bytes + sum(layer.weight_bytes + layer.bias_bytes for layer in self.layers)
+
+    @property
+    def scheme(self) -> str:
+        """Short label such as ``lord-0.80-w4g64``."""
+        kept = f"lord-{self.param_ratio:.2f}" if self.rank_pattern else "dense"
+        return f"{kept}-float" if self.bits == FLOAT_BITS else f"{kept}-w{self.bits}g{self.group_size}"
+
+
+def rank_step(group_size: int) -> int:
+    """Ranks are multiples of this: lcm(32, group_size)."""
+    return math.lcm(PACK_MULTIPLE, group_size)
+
+
+def choose_group_size(sites: Iterable[LinearSite]) -> int:
+    """Returns the largest of 128, 64, 32 that divides the inputs of every layer.
+
+    Raises:
+        GroupSizeError: None does.
+    """
+    features = {site.in_features for site in sites}
+    for size in (128, 64, 32):
+        if all(n % size == 0 for n in features):
+            return size
+    odd = sorted(n for n in features if n % 32)
+    raise GroupSizeError(f"no group size suits layers with {odd} inputs; wanted multiples of 32. Use --bits 16")
+
+
+def check_packable(sites: Sequence[LinearSite], bits: int, group_size: int) -> None:
+    """Refuses shapes that cannot be packed, naming every layer; does nothing for float.
+
+    Raises:
+        GroupSizeError: Features are no multiple of 32, or inputs no multiple of `group_size`.
+    """
+    if bits == FLOAT_BITS:
+        return
+    problems = []
+    for site in sites:
+        if site.in_features % PACK_MULTIPLE or site.out_features % PACK_MULTIPLE:
+            shape = f"{site.out_features}x{site.in_features}"
+            problems.append(f"  {site.name}: {shape}; wanted multiples of {PACK_MULTIPLE} on both sides")
+        elif site.in_features % group_size:
+            legal = [size for size in GROUP_SIZES if site.in_features % size == 0]
+            nearest = min(legal, key=lambda size: abs(size - group_size))
+            problems.append(
+                f"  {site.name}: group size {group_size} does not divide {site.in_features} inputs; nearest: {nearest}"
+            )
+    if problems:
+        raise GroupSizeError("\n".join([f"layers that cannot be packed at {bits} bits:", *problems]))
+
+
+def build_plan(
+    sites: Sequence[LinearSite],
+    lowrank: LowrankConfig,
+    gptq: GptqConfig,
+    *,
+    itemsize: int,
+    other_bytes: int,
+) -> Plan:
+    """Decides every layer and checks that the result is legal.
+
+    Args:
+        sites: The linear layers of the model.
+        lowrank: Which layers, which ranks.
+        gptq: Bits and group size.
+        itemsize: Bytes of a float value in the checkpoint.
+        other_bytes: Bytes of all other tensors.
+
+    Raises:
+        TargetError: A pattern matches nothing.
+        GroupSizeError: A shape cannot be packed.
+        RankError: An explicit rank is illegal, or ratios below 1 leave every layer dense.
+    """
+    group_size = gptq.group_size or choose_group_size(sites)
+    check_packable(sites, gptq.bits, group_size)
+    targeted = select(sites, lowrank.targets, lowrank.ignore)
+    explicit = _explicit_ranks(sites, lowrank, rank_step(group_size))
+    layers = []
+    for site in sites:
+        rank, note = None, ""
+        if site.name in targeted:
+            rank, note = _rank(site, lowrank, explicit, rank_step(group_size))
+        layers.append(_layer_plan(site, rank, note, lowrank.mean_correction, gptq.bits, group_size, itemsize))
+    plan = Plan(tuple(layers), gptq.bits, group_size, lowrank.mean_correction, other_bytes)
+    asked = lowrank.rank_pattern or min(lowrank.rank_ratio or 1, lowrank.param_ratio or 1) < 1
+    if asked and not plan.rank_pattern:
+        raise RankError(_nothing_decomposed(plan, group_size))
+    return plan
+
+
+def _layer_plan(
+    site: LinearSite, rank: int | None, note: str, mean_correction: bool, bits: int, group_size: int, itemsize: int
+) -> LayerPlan:
+    adds_bias = rank is not None and mean_correction and not site.has_bias
+    has_bias = site.has_bias or adds_bias
+    if rank is None:
+        parts = [linear_bytes(site.in_features, site.out_features, has_bias, bits, group_size, itemsize)]
+    else:
+        parts = [
+            linear_bytes(site.in_features, rank, False, bits, group_size, itemsize),
+            linear_bytes(rank, site.out_features, has_bias, bits, group_size, itemsize),
+        ]
+    weight, bias = sum(part.weight for part in parts), sum(part.bias for part in parts)
+    return LayerPlan(*site, rank=rank, adds_bias=adds_bias, weight_bytes=weight, bias_bytes=bias, note=note)
+
+
+def _rank(site: LinearSite, lowrank: LowrankConfig, explicit: dict[str, int], step: int) -> tuple[int | None, str]:
+    """Returns the rank of one targeted layer, or None and the reason."""
+    smaller, dense = min(site.in_features, site.out_features), site.in_features * site.out_features
+    if lowrank.rank_pattern is not None:
+        if site.name not in explicit:
+            return None, ""
+        wanted: float = explicit[site.name]
+    elif lowrank.rank_ratio is not None:
+        if lowrank.rank_ratio == 1:
+            return None, ""
+        wanted = lowrank.rank_ratio * smaller
+    else:
+        assert lowrank.param_ratio is not None
+        if lowrank.param_ratio == 1:
+            return None, ""
+        wanted = lowrank.param_ratio * dense / (site.in_features + site.out_features)
+    # The tolerance keeps 0.3 * 320 = 96.00000000000001 from snapping to the next multiple.
+    rank = step * math.ceil(wanted / step - 1e-9)
+    if rank > smaller:
+        rank = smaller // step * step
+        if not rank or not lowrank.force_rank:
+            return None, f"dense: rank {wanted:.0f} snaps up past the full rank {smaller}"
+    if rank * (site.in_features + site.out_features) >= dense and not lowrank.force_rank:
+        return None, f"dense: rank {rank} would not make it smaller"
+    return rank, ""
+
+
+def _explicit_ranks(sites: Sequence[LinearSite], lowrank: LowrankConfig, step: int) -> dict[str, int]:
+    ranks, problems = {}, []
+    by_name = {site.name: site for site in sites}
+    for pattern, rank in (lowrank.rank_pattern or {}).items():
+        for name in sorted(find_matching(pattern, sites)):
+            smaller = min(by_name[name].in_features, by_name[name].out_features)
+            if rank % step or rank > smaller:
+                nearest = max(step, min(round(rank / step) * step, smaller // step * step))
+                problems.append(f"  {name}: rank {rank}; wanted a multiple of {step} up to {smaller}, nearest: {nearest}")
+            ranks[name] = rank
+    if problems:
+        raise RankError("\n".join(["illegal ranks in rank_pattern:", *problems]))
+    return ranks
+
+
+def _nothing_decomposed(plan: Plan, group_size: int) -> str:
+    step = rank_step(group_size)
+    lines = [f"no layer would be decomposed: ranks snap up to multiples of {step} (group size {group_size})"]
+    for layer in plan.layers:
+        if layer.block == plan.layers[0].block and layer.note:
+            limit = layer.dense_weights / (layer.in_features + layer.out_features)
+            largest = (math.ceil(limit / step) - 1) * step
+            legal = f"largest rank that shrinks it: {largest}" if largest > 0 else "no legal rank shrinks it"
+            lines.append(f"  {layer.name} {layer.out_features}x{layer.in_features} {layer.note}; {legal}")
+    smaller_groups = f", a --group-size below {group_size}" if group_size > min(GROUP_SIZES) else ""
+    lines.append(
+        f"choose a smaller ratio{smaller_groups}, --force-rank for studies, or --rank-ratio 1 for quantization only"
+    )
+    return "\n".join(lines)

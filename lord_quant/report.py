@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run prints and leaves behind: tables, `lord_report.json`, the model card. All of them read plain values."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tabulate import tabulate
+
+from lord_quant.calibration import TokenWindows
+from lord_quant.config import FLOAT_BITS, LordConfig
+from lord_quant.plan import LayerPlan, Plan
+from lord_quant.version import FORMAT_VERSION, __version__
+
+
+if TYPE_CHECKING:
+    from lord_quant.backends.gptq import GptqRecord
+    from lord_quant.engine import DecompositionRecord
+
+PACKAGES = ("torch", "transformers", "optimum", "gptqmodel", "safetensors", "accelerate")
+INSTALL_LINE = "pip install lord-quant"
+
+
+def human_bytes(count: float) -> str:
+    """Renders bytes in decimal units, as file managers do: 10.9 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def human_seconds(seconds: float) -> str:
+    """Renders a duration: 42 s, 3 min 10 s, 2 h 5 min."""
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def plan_table(plan: Plan) -> str:
+    """Renders every layer's shape, rank, bytes and bits per weight, and the totals."""
+    rows = [
+        [
+            layer.name,
+            f"{layer.out_features}x{layer.in_features}",
+            layer.rank or "dense",
+            f"{layer.weights / layer.dense_weights:.2f}",
+            human_bytes(layer.weight_bytes + layer.bias_bytes),
+            f"{layer.bpw:.2f}",
+            layer.note,
+        ]
+        for layer in plan.layers
+    ]
+    headers = ["layer", "out x in", "rank", "kept", "bytes", "bpw", "note"]
+    if not any(layer.note for layer in plan.layers):
+        headers, rows = headers[:-1], [row[:-1] for row in rows]
+    body = tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 5, *["left"] * (len(headers) - 6)))
+    return f"{body}\n\n{plan_summary(plan)}"
+
+
+def plan_summary(plan: Plan) -> str:
+    """Renders the totals of a plan in three lines."""
+    linear = sum(layer.weight_bytes + layer.bias_bytes for layer in plan.layers)
+    bits = "float" if plan.bits == FLOAT_BITS else f"{plan.bits} bits, group size {plan.group_size}"
+    return (
+        f"scheme        {plan.scheme} ({bits}); {len(plan.rank_pattern)} of {len(plan.layers)} layers decomposed\n"
+        f"linear layers {human_bytes(linear)}, {plan.bpw:.3f} bits per weight all in, "
+        f"{plan.param_ratio:.3f} of weights kept\n"
+        f"checkpoint    {human_bytes(plan.tensor_bytes)} of tensors, {human_bytes(plan.other_bytes)} of them "
+        "embeddings, norms and head"
+    )
+
+
+def plan_dict(plan: Plan) -> dict[str, Any]:
+    """Returns a plan as plain values."""
+    return {
+        "scheme": plan.scheme,
+        "bits": plan.bits,
+        "group_size": plan.group_size,
+        "mean_correction": plan.mean_correction,
+        "rank_pattern": plan.rank_pattern,
+        "totals": _totals(plan),
+        "layers": [_layer_dict(layer) for layer in plan.layers],
+    }
+
+
+def build_report(
+    config: LordConfig,
+    plan: Plan,
+    windows: TokenWindows,
+    decomposed: Sequence[DecompositionRecord],
+    quantized: Sequence[GptqRecord],
+    seconds: dict[str, float],
+    warnings: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Collects everything known about a run into plain values."""
+    lowrank = {record.name: record for record in decomposed}
+    solved = {record.name: record for record in quantized}
+    layers = []
+    for layer in plan.layers:
+        entry = _layer_dict(layer)
+        record = lowrank.get(layer.name)
+        if record is not None:
+            entry |= {
+                "rel_output_error": record.rel_output_error,
+                "effective_rank": record.effective_rank,
+                "decompose_seconds": round(record.seconds, 4),
+                "remedies": list(record.remedies),
+            }
+        parts = {suffix: solved.get(layer.name + suffix) for suffix in layer.factor_shapes()}
+        entry["gptq"] = {
+            suffix.removeprefix(".") or "weight": {
+                "loss": part.loss,
+                "damp_percent": part.damp_percent,
+                "seconds": round(part.seconds, 4),
+            }
+            for suffix, part in parts.items()
+            if part is not None
+        }
+        layers.append(entry)
+    return {
+        "format_version": FORMAT_VERSION,
+        "lord_quant_version": __version__,
+        "base_model": _public_name(config.model),
+        "scheme": plan.scheme,
+        "config": _public_config(config),
+        "calibration": {
+            "source": windows.source,
+            "sha256": windows.sha256,
+            "num_samples": windows.input_ids.shape[0],
+            "seq_len": windows.input_ids.shape[1],
+            "num_tokens": windows.num_tokens,
+            "seed": config.calibration.seed,
+        },
+        "totals": _totals(plan),
+        "seconds": seconds | {"total": round(sum(seconds.values()), 3)},
+        "warnings": list(warnings),
+        "layers": layers,
+        "versions": package_versions(),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }
+
+
+def report_table(report: dict[str, Any], longest: int = 64) -> str:
+    """Renders a run's results: one line per layer, or per kind of layer when there are more than `longest`."""
+    rows = report["layers"] if len(report["layers"]) <= longest else list(_by_kind(report["layers"]))
+    table = []
+    for row in rows:
+        losses = [part["loss"] for part in row["gptq"].values()]
+        damps = [part["damp_percent"] for part in row["gptq"].values()]
+        table.append(
+            [
+                row["name"],
+                f"{row['out_features']}x{row['in_features']}",
+                row["rank"] or "dense",
+                _number(row.get("rel_output_error")),
+                " / ".join(_number(loss) for loss in losses) or "-",
+                _number(max(damps)) if damps else "-",
+                f"{row['bpw']:.2f}",
+                f"{row.get('decompose_seconds', 0) + sum(part['seconds'] for part in row['gptq'].values()):.2f}",
+            ]
+        )
+    headers = ["layer", "out x in", "rank", "rel output error", "GPTQ loss (down / up)", "damp", "bpw", "s"]
+    totals, seconds = report["totals"], report["seconds"]
+    on_disk = totals.get("file_bytes_on_disk")
+    return (
+        tabulate(table, headers, disable_numparse=True, colalign=("left", *["right"] * 7))
+        + f"\n\nscheme {report['scheme']}: {totals['bpw']:.3f} bits per weight all in, "
+        + f"{totals['param_ratio']:.3f} of weights kept{f', {human_bytes(on_disk)} on disk' if on_disk else ''}; "
+        + ", ".join(f"{name} {human_seconds(value)}" for name, value in seconds.items())
+        + _remarks(report["layers"])
+    )
+
+
+def model_card(report: dict[str, Any]) -> str:
+    """Renders the README of a checkpoint: how to load it, what was done, what was measured."""
+    totals, calibration = report["totals"], report["calibration"]
+    packed = report["config"]["gptq"]["bits"] != FLOAT_BITS
+    errors = [layer["rel_output_error"] for layer in report["layers"] if "rel_output_error" in layer]
+    rows = [
+        ["bits per weight, all in (weights, scales, zeros, indices, added biases)", f"{totals['bpw']:.3f}"],
+        ["linear weights kept", f"{totals['param_ratio']:.3f}"],
+        ["layers decomposed", f"{totals['decomposed_layers']} of {totals['layers']}"],
+        ["weights on disk", human_bytes(totals.get("file_bytes_on_disk", totals["tensor_bytes"]))],
+        ["seconds to compress", f"{report['seconds']['total']:.0f}"],
+    ]
+    if errors:
+        label = "relative output error of the decomposition, mean (worst) over layers"
+        rows.append([label, f"{sum(errors) / len(errors):.4f} ({max(errors):.4f})"])
+    steps = ["LoRD low-rank decomposition (arXiv 2309.14021)"] if totals["decomposed_layers"] else []
+    steps += [f"GPTQ to {report['config']['gptq']['bits']} bits, group size {totals['group_size']}"] if packed else []
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+base_model: {report["base_model"]}
+tags: [lord-quant, low-rank{", gptq" if packed else ""}]
+---
+
+# {report["base_model"]}, {report["scheme"]}
+
+```
+{INSTALL_LINE}
+```
+
+Then it loads like any model: `AutoModelForCausalLM.from_pretrained("this folder")`. Without that line transformers only
+warns and returns **random weights**.
+
+**What was done:** {", then ".join(steps)}; stack `{report["config"]["stack"]}`.
+Calibrated on {calibration["num_samples"]} x {calibration["seq_len"]} tokens of {calibration["source"]}
+(seed {calibration["seed"]}, sha256 `{calibration["sha256"][:16]}`).
+
+{tabulate(rows, ["measured", ""], tablefmt="github", disable_numparse=True)}
+
+Figures per layer, settings and versions are in `lord_report.json`. Quality was not measured here; measure it with
+`optimum-cli lord eval --model DIR --tasks lord_code_ppl --perplexity`.
+"""
+
+
+def to_json(values: Any) -> str:
+    """Renders JSON with a final newline; refuses NaN, which is no JSON."""
+    return json.dumps(values, indent=2, allow_nan=False) + "\n"
+
+
+def package_versions(names: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Returns the installed versions of packages; those not installed are left out."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _layer_dict(layer: LayerPlan) -> dict[str, Any]:
+    return {
+        "name": layer.name,
+        "block": layer.block,
+        "out_features": layer.out_features,
+        "in_features": layer.in_features,
+        "rank": layer.rank,
+        "weights": layer.weights,
+        "bytes": layer.weight_bytes + layer.bias_bytes,
+        "bpw": layer.bpw,
+        "adds_bias": layer.adds_bias,
+        "note": layer.note,
+    }
+
+
+def _totals(plan: Plan) -> dict[str, Any]:
+    return {
+        "layers": len(plan.layers),
+        "decomposed_layers": len(plan.rank_pattern),
+        "group_size": plan.group_size,
+        "param_ratio": plan.param_ratio,
+        "bpw": plan.bpw,
+        "linear_bytes": plan.tensor_bytes - plan.other_bytes,
+        "tensor_bytes": plan.tensor_bytes,
+    }
+
+
+def _by_kind(layers: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+    """Averages layers of the same name over blocks; seconds are summed."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for layer in layers:
+        kinds.setdefault(layer["name"].split(f".{layer['block']}.", 1)[1], []).append(layer)
+    for kind, members in kinds.items():
+        ranks = {member["rank"] for member in members}
+        merged = dict(members[0], name=f"{kind} (x{len(members)})")
+        merged["rank"] = ranks.pop() if len(ranks) == 1 else "mixed"
+        merged["bpw"] = sum(member["bpw"] for member in members) / len(members)
+        errors = [member["rel_output_error"] for member in members if "rel_output_error" in member]
+        if errors:
+            merged["rel_output_error"] = sum(errors) / len(errors)
+            merged["decompose_seconds"] = sum(member.get("decompose_seconds", 0) for member in members)
+        merged["gptq"] = {}
+        for part in members[0]["gptq"]:
+            found = [member["gptq"][part] for member in members if part in member["gptq"]]
+            losses = [item["loss"] for item in found if item["loss"] is not None]
+            merged["gptq"][part] = {
+                "loss": sum(losses) / len(losses) if losses else None,
+                "damp_percent": max(item["damp_percent"] for item in found),
+                "seconds": sum(item["seconds"] for item in found),
+            }
+        yield merged
+
+
+def _remarks(layers: list[dict[str, Any]]) -> str:
+    """Renders what the numerics needed, layers with the same remark in one line."""
+    by_remark: dict[str, list[str]] = {}
+    for layer in layers:
+        for remedy in layer.get("remedies", ()):
+            by_remark.setdefault(remedy, []).append(layer["name"])
+        if layer["rank"] and layer.get("effective_rank", layer["rank"]) < layer["rank"]:
+            by_remark.setdefault("numerical rank below the rank kept: some kept directions are rounding noise", []).append(
+                layer["name"]
+            )
+    return "".join(f"\nnote: {remark} ({len(names)} layers, such as {names[0]})" for remark, names in by_remark.items())
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _public_name(model: str) -> str:
+    """Reduces a local path to its last part: reports are published with checkpoints."""
+    return Path(model).expanduser().resolve().name if Path(model).expanduser().exists() else model
+
+
+def _public_config(config: LordConfig) -> dict[str, Any]:
+    values = config.to_dict()
+    values["model"] = _public_name(config.model)
+    values.pop("output")
+    values["calibration"]["dataset"] = _public_name(config.calibration.dataset)
+    return values

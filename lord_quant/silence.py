@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Importing and calling hosts that print banners, turn loggers on and change environment variables."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+
+
+CACHE_VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "TRANSFORMERS_CACHE", "HF_MODULES_CACHE")
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Runs the body with standard streams, logging and warnings muted, and undoes what it does to them.
+
+    Also undone: changes to the Hugging Face cache variables. Exceptions pass through untouched.
+    """
+    saved = {key: os.environ.get(key) for key in CACHE_VARIABLES}
+    root = logging.getLogger()
+    level, handlers, disabled = root.level, list(root.handlers), logging.root.manager.disable
+    if not handlers:
+        root.addHandler(logging.NullHandler())  # logging.basicConfig does nothing when there is a handler
+    logging.disable(logging.ERROR)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        root.setLevel(level)
+        root.handlers[:] = handlers
+        for key, value in saved.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value
+
+
+def import_hosts() -> None:
+    """Imports transformers' modelling parts quietly: their optional dependencies complain about missing GPUs."""
+    with silence():
+        import transformers.modeling_utils
+        import transformers.quantizers.auto  # noqa: F401

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The dense model a run starts from: what it is, whether it can be compressed, its skeleton, its weights.
+
+Everything but `load_model` reads only JSON and safetensors headers, so a bad model is refused in seconds.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from lord_quant.errors import ModelError
+from lord_quant.linalg import require_finite
+
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel")
+MULTIMODAL_KEYS = ("vision_config", "audio_config", "text_config", "speech_config")
+
+
+class Source(NamedTuple):
+    """A model that may be compressed.
+
+    Attributes:
+        path: Folder or hub name.
+        config: Its configuration.
+        tokenizer: Its tokenizer.
+        dtype: dtype in which float tensors will be stored.
+        context: Longest input in tokens.
+    """
+
+    path: str
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    dtype: torch.dtype
+    context: int
+
+
+def inspect_source(path: str, dtype: str = "auto") -> Source:
+    """Reads configuration and tokenizer, and refuses what cannot be compressed.
+
+    Args:
+        path: Folder or hub name of a dense causal language model.
+        dtype: Stored dtype, or `auto` for the model's own.
+
+    Raises:
+        ModelError: Unknown path, not a causal language model, already quantized or decomposed, or no tokenizer.
+    """
+    from transformers import AutoConfig
+
+    if looks_like_path(path) and not (Path(path).expanduser() / "config.json").is_file():
+        found = "holds no config.json" if Path(path).expanduser().is_dir() else "no such folder"
+        raise ModelError(f"model {path!r}: {found}; wanted a folder with config.json, or a hub name")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model {path!r} cannot be read: {_first_line(error)}") from error
+    _refuse(path, config)
+    stored = getattr(config, "dtype", None) or torch.float32
+    chosen = stored if dtype == "auto" else getattr(torch, dtype)
+    context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048
+    return Source(path, config, _load_tokenizer(path), chosen, int(context))
+
+
+def looks_like_path(name: str) -> bool:
+    """Tells whether a model name is meant as a local folder: it exists, or no hub name is written like that."""
+    return Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def build_skeleton(source: Source) -> PreTrainedModel:
+    """Builds the model on the meta device: shapes and names without weights."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(source.config, dtype=source.dtype)
+    model.tie_weights()
+    return model
+
+
+def load_model(source: Source, device: torch.device) -> PreTrainedModel:
+    """Loads the weights: in float32 on the CPU, in the stored dtype elsewhere; then checks that they are finite.
+
+    Raises:
+        ModelError: The weights are missing, incomplete or not safetensors.
+        NumericsError: A weight holds NaN or inf (the first is named).
+    """
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.float32 if device.type == "cpu" else source.dtype
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.path, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"model {source.path!r} cannot be loaded: {_first_line(error)}") from error
+    model, info = loaded
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ModelError(f"model {source.path!r}: {len(missing)} tensors are missing, such as {missing[0]!r}")
+    for name, parameter in model.named_parameters():
+        require_finite(parameter.detach(), f"weight {name!r} of {source.path!r}")
+    return model.to(device).eval()
+
+
+def tensor_bytes(model: torch.nn.Module, itemsize: int) -> dict[str, int]:
+    """Returns the bytes of every tensor a checkpoint of `model` holds, tied weights once.
+
+    Args:
+        model: A model, possibly on the meta device.
+        itemsize: Bytes of a stored float value; other dtypes keep their own.
+    """
+    sizes, seen = {}, set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            sizes[name] = tensor.numel() * (itemsize if tensor.is_floating_point() else tensor.element_size())
+    return sizes
+
+
+def choose_device(name: str) -> torch.device:
+    """Resolves `auto` to CUDA when there is one.
+
+    Raises:
+        ModelError: The device is unknown or not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"device {name!r} is not available: {_first_line(error)}; wanted 'auto' or 'cpu'") from error
+    return device
+
+
+def _refuse(path: str, config: Any) -> None:
+    if getattr(config, "quantization_config", None):
+        quantization = config.quantization_config
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        raise ModelError(f"model {path!r} is already compressed ({method}); wanted the dense model it was made from")
+    architectures = getattr(config, "architectures", None) or [type(config).__name__]
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"model {path!r} is an encoder-decoder ({architectures[0]}); wanted a causal language model")
+    multimodal = [key for key in MULTIMODAL_KEYS if hasattr(config, key)]
+    if multimodal:
+        raise ModelError(f"model {path!r} is multimodal ({architectures[0]}, {multimodal[0]}); wanted a text-only model")
+    if not architectures[0].endswith(CAUSAL_SUFFIXES):
+        raise ModelError(
+            f"model {path!r} is {architectures[0]}; wanted a causal language model (…ForCausalLM): encoder-only models "
+            "and classifiers cannot be compressed"
+        )
+
+
+def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # tokenizer backends raise whatever they like
+        raise ModelError(f"model {path!r} has no usable tokenizer: {_first_line(error)}") from error
+    if not len(tokenizer):
+        raise ModelError(
+            f"model {path!r} has no tokenizer: its vocabulary is empty; copy tokenizer.json beside the weights"
+        )
+    return tokenizer
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

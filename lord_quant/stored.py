@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a checkpoint folder really holds: bytes and bits per weight, summed over the tensors in its files.
+
+Works on any folder of a causal language model, dense, low-rank or packed: the layers and their dense shapes come from the
+architecture, the bytes from the safetensors headers. Nothing is taken from a report or a plan.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lord_quant.checkpoint import read_headers, weight_files
+from lord_quant.errors import ModelError
+from lord_quant.targets import LinearSite, find_linears
+
+
+class StoredLayer(NamedTuple):
+    """One linear layer as stored.
+
+    Attributes:
+        site: Name and dense shape.
+        form: `dense`, `dense packed`, `two_factor` or `two_factor packed`.
+        rank: Rank of its factors, or None.
+        weight_bytes: Bytes of weights, scales, zeros and indices, and of a bias the dense layer did not have.
+        bias_bytes: Bytes of a bias the dense layer had.
+    """
+
+    site: LinearSite
+    form: str
+    rank: int | None
+    weight_bytes: int
+    bias_bytes: int
+
+    @property
+    def bpw(self) -> float:
+        """Stored bits per dense weight."""
+        return 8 * self.weight_bytes / (self.site.in_features * self.site.out_features)
+
+
+class Stored(NamedTuple):
+    """A whole checkpoint as stored.
+
+    Attributes:
+        layers: Its linear layers.
+        quantization_config: What config.json says of it; empty for a dense model.
+        tensor_bytes: Bytes of all tensors.
+        file_bytes: Bytes of the safetensors files, headers included.
+    """
+
+    layers: tuple[StoredLayer, ...]
+    quantization_config: dict[str, Any]
+    tensor_bytes: int
+    file_bytes: int
+
+    @property
+    def bpw(self) -> float:
+        """Stored bits per dense weight over all linear layers."""
+        dense = sum(layer.site.in_features * layer.site.out_features for layer in self.layers)
+        return 8 * sum(layer.weight_bytes for layer in self.layers) / dense
+
+
+def measure(folder: str | Path) -> Stored:
+    """Measures a checkpoint folder from its safetensors headers.
+
+    Raises:
+        ModelError: The folder is missing or its configuration unreadable.
+        CheckpointError: It holds no readable safetensors.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not (Path(folder) / "config.json").is_file():
+        raise ModelError(f"{str(folder)!r} is no checkpoint: it holds no config.json")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{str(folder)!r}: config.json cannot be read: {error}") from error
+    quantization = getattr(config, "quantization_config", None) or {}
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with init_empty_weights():
+        sites = find_linears(AutoModelForCausalLM.from_config(config))
+    files = weight_files(folder)
+    headers = read_headers(files)
+    layers = tuple(_stored_layer(site, headers) for site in sites)
+    return Stored(
+        layers=layers,
+        quantization_config=quantization if isinstance(quantization, dict) else quantization.to_dict(),
+        tensor_bytes=sum(size for _, _, size in headers.values()),
+        file_bytes=sum(Path(file).stat().st_size for file in files),
+    )
+
+
+def _stored_layer(site: LinearSite, headers: dict[str, tuple[tuple[int, ...], str, int]]) -> StoredLayer:
+    mine = {
+        name.removeprefix(f"{site.name}."): value for name, value in headers.items() if name.startswith(f"{site.name}.")
+    }
+    biases = {name for name in mine if name.rpartition(".")[2] == "bias"}
+    own_bias = biases if site.has_bias else set()
+    packed = any(name.endswith("qweight") for name in mine)
+    rank = None
+    if any(name.startswith("down.") for name in mine):
+        rank = mine["down.scales"][0][1] if packed else mine["down.weight"][0][0]
+    form = ("dense" if rank is None else "two_factor") + (" packed" if packed else "")
+    return StoredLayer(
+        site=site,
+        form=form,
+        rank=rank,
+        weight_bytes=sum(size for name, (_, _, size) in mine.items() if name not in own_bias),
+        bias_bytes=sum(mine[name][2] for name in own_bias),
+    )
