@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of every comparison table here, as flags of the real command line, and how to run them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Variant(NamedTuple):
+    """One row: its label, and the flags of `quantize` that make it; no flags for the dense model itself."""
+
+    label: str
+    flags: tuple[str, ...] | None
+
+
+def variants(rank_ratio: float, *, gptq_bits: tuple[int, ...] = (4,), stacked_bits: tuple[int, ...] = (8, 4)) -> list[Variant]:
+    """Returns the rows: dense, GPTQ alone, LoRD alone, and both stacked."""
+    rank = ("--rank-ratio", str(rank_ratio))
+    rows = [Variant("dense", None)]
+    rows += [Variant(f"GPTQ {bits}-bit", ("--rank-ratio", "1", "--bits", str(bits))) for bits in gptq_bits]
+    rows += [Variant("LoRD float", (*rank, "--bits", "16"))]
+    rows += [Variant(f"LoRD + GPTQ {bits}-bit", (*rank, "--bits", str(bits))) for bits in stacked_bits]
+    return rows
+
+
+def lord(*arguments: str) -> None:
+    """Runs ``optimum-cli lord …`` of this environment and lets it print; ends the program if it fails."""
+    executable = shutil.which("optimum-cli", path=str(Path(sys.executable).parent)) or "optimum-cli"
+    done = subprocess.run([executable, "lord", *arguments], check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def compress(variant: Variant, model: str, folder: Path, common: tuple[str, ...]) -> tuple[str, float | None]:
+    """Makes one row's checkpoint and returns where it is and the seconds its compression took (imports not counted)."""
+    if variant.flags is None:
+        return model, None
+    output = folder / variant.label.lower().replace(" ", "-").replace("+", "and")
+    lord("quantize", "--model", model, "--output", str(output), *variant.flags, *common)
+    report = json.loads((output / "lord_report.json").read_text(encoding="utf-8"))
+    return str(output), report["seconds"]["total"]
+
+
+class Clock:
+    """Wall time since it was made, for the line at the end of a script."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __str__(self) -> str:
+        minutes, seconds = divmod(round(time.perf_counter() - self.start), 60)
+        return f"{minutes} min {seconds} s"
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Writes results; the folder is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
