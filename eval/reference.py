@@ -42,7 +42,9 @@ def main() -> None:
     dense = rows[0]["perplexity"]
     for row in rows:
         row["over_dense"] = row["perplexity"] / dense - 1
-    settings = {key: Path(value).name if key in ("model", "calibration", "heldout") else value for key, value in vars(args).items()}
+    settings = {
+        key: Path(value).name if key in ("model", "calibration", "heldout") else value for key, value in vars(args).items()
+    }
     settings.pop("output")
     write_json(args.output, {"settings": settings, "rows": rows})
     table = [[r["label"], r["seed"], f"{r['bpw']:.3f}", f"{r['perplexity']:.3f}", f"{r['over_dense']:+.2%}"] for r in rows]
@@ -59,7 +61,7 @@ def measure_row(variant: Variant, seed: int, folder: Path, args: argparse.Namesp
     from lord_quant.corpus import load_corpus
     from lord_quant.evaluation.perplexity import corpus_perplexity
 
-    common = ("--group-size", str(args.group_size), "--force-rank", "--dataset", args.calibration)
+    common: tuple[str, ...] = ("--group-size", str(args.group_size), "--force-rank", "--dataset", args.calibration)
     common += ("--num-samples", str(args.num_samples), "--seq-len", str(args.seq_len), "--seed", str(seed))
     where, seconds = compress(variant, args.model, folder, common)
     stored = lord_quant.measure(where)

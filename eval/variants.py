@@ -19,7 +19,9 @@ class Variant(NamedTuple):
     flags: tuple[str, ...] | None
 
 
-def variants(rank_ratio: float, *, gptq_bits: tuple[int, ...] = (4,), stacked_bits: tuple[int, ...] = (8, 4)) -> list[Variant]:
+def variants(
+    rank_ratio: float, *, gptq_bits: tuple[int, ...] = (4,), stacked_bits: tuple[int, ...] = (8, 4)
+) -> list[Variant]:
     """Returns the rows: dense, GPTQ alone, LoRD alone, and both stacked."""
     rank = ("--rank-ratio", str(rank_ratio))
     rows = [Variant("dense", None)]

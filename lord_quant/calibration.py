@@ -52,7 +52,13 @@ class TokenWindows(NamedTuple):
 
 
 def sample_windows(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, *, num_samples: int, seq_len: int, seed: int
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_samples: int,
+    seq_len: int,
+    seed: int,
+    fewer: bool = False,
 ) -> TokenWindows:
     """Samples token windows from a corpus.
 
@@ -61,6 +67,7 @@ def sample_windows(
         tokenizer: The model's tokenizer.
         num_samples: Windows wanted.
         seq_len: Tokens per window.
+        fewer: Take fewer windows, but at least one, where the corpus fills no more.
         seed: Seed of the generator; global random state is neither read nor changed.
 
     Raises:
@@ -77,7 +84,7 @@ def sample_windows(
         if len(stream) >= wanted:
             break
     available = len(stream) // seq_len
-    if available < num_samples:
+    if available < (1 if fewer else num_samples):
         raise CalibrationError(
             f"{corpus.source} fills {available} windows of {seq_len} tokens ({len(stream)} tokens); wanted {num_samples}. "
             + (f"Use --num-samples {available}, " if available else "Use ")

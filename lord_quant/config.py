@@ -110,7 +110,7 @@ class LowrankConfig:
             problems.append(f"{' and '.join(ways)} are both given; wanted exactly one")
         for name in ("rank_ratio", "param_ratio"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and 0 < value <= 1):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1):
                 problems.append(f"{name} is {value!r}; wanted a number in (0, 1]")
         for name in ("targets", "ignore"):
             value = getattr(self, name)
@@ -118,7 +118,11 @@ class LowrankConfig:
                 problems.append(f"{name} is {value!r}; wanted a list of patterns")
         if self.targets == ():
             problems.append("targets is empty; wanted at least one pattern, such as 'all'")
-        for pattern, rank in (self.rank_pattern or {}).items():
+        ranks = self.rank_pattern if self.rank_pattern is not None else {}
+        if not isinstance(ranks, Mapping):
+            problems.append(f"rank_pattern is {ranks!r}; wanted a mapping of layer pattern to rank")
+            ranks = {}
+        for pattern, rank in ranks.items():
             if not _is_int(rank) or rank < 1:
                 problems.append(f"rank_pattern[{pattern!r}] is {rank!r}; wanted an integer of at least 1")
         _check(problems, "lowrank")

@@ -159,7 +159,8 @@ def _file(path: Path, text_key: str) -> Iterator[str]:
 
 
 def _jsonl(path: Path, text: str, text_key: str) -> Iterator[str]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Not splitlines: it also splits at U+2028 and its like, which are legal inside JSON strings.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -176,7 +177,7 @@ def _text_of(record: object, text_key: str, where: str) -> str:
     value = record[text_key]
     if not isinstance(value, str):
         raise CalibrationError(f"dataset {where}: {text_key!r} is {type(value).__name__}, wanted str")
-    return value
+    return value.encode("utf-8", "replace").decode("utf-8")  # JSON may hold lone surrogates, which tokenizers refuse
 
 
 def _parquet(path: Path, text_key: str) -> Iterator[str]:

@@ -78,21 +78,35 @@ def output_spectrum(weight: torch.Tensor, covariance: torch.Tensor) -> OutputSpe
     require_finite(weight, "weight")
     require_finite(covariance, "input covariance")
     weight = weight.to(covariance)
-    # Scaling both keeps W Σ Wᵀ inside float32 whatever the units of weights and activations.
-    weight_scale, covariance_scale = weight.abs().max(), covariance.abs().max()
-    unit_weight = weight / weight_scale if weight_scale > 0 else weight
-    unit_covariance = covariance / covariance_scale if covariance_scale > 0 else covariance
+    # Moving each channel's deviation from Σ into W keeps W Σ Wᵀ inside float32 whatever the units of weights and
+    # activations, also where a loud channel meets small weights: with Σ = D P D, W Σ Wᵀ = (W D) P (W D)ᵀ.
+    deviation = _deviation(covariance)
+    weight_scale, deviation_scale = _one_for_zero(weight.abs().max()), deviation.max()
+    loud = (weight / weight_scale) * (deviation / deviation_scale)
+    loud_scale = _one_for_zero(loud.abs().max())
+    correlation = (covariance / deviation[:, None]).div_(deviation)
     tall = weight.shape[0] > weight.shape[1]
-    basis, core = thin_qr(unit_weight) if tall else (None, unit_weight)
-    eigen = symmetric_eigen(core @ unit_covariance @ core.T)
+    basis, core = thin_qr(loud / loud_scale) if tall else (None, loud / loud_scale)
+    eigen = symmetric_eigen(core @ correlation @ core.T)
     vectors = eigen.vectors if basis is None else basis @ eigen.vectors
     noise = eigen.values.max() * len(eigen.values) * torch.finfo(eigen.values.dtype).eps
     return OutputSpectrum(
-        eigenvalues=eigen.values.double() * (weight_scale.double() ** 2 * covariance_scale.double()),
+        eigenvalues=eigen.values.double() * (weight_scale.double() * deviation_scale.double() * loud_scale.double()) ** 2,
         vectors=vectors,
         effective_rank=int((eigen.values > noise).sum()),
         remedies=eigen.remedies,
     )
+
+
+def _deviation(covariance: torch.Tensor) -> torch.Tensor:
+    """Returns each channel's standard deviation; dead channels, whose scale is free, get the quietest live one's."""
+    deviation = covariance.diagonal().clamp_min(0).sqrt()
+    live = deviation > 0
+    return torch.where(live, deviation, deviation[live].min() if live.any() else torch.ones_like(deviation))
+
+
+def _one_for_zero(scale: torch.Tensor) -> torch.Tensor:
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
 def two_factor(

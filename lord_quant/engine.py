@@ -144,7 +144,11 @@ class _Gathered:
 
     def results(self, prefix: str) -> dict[str, Moments]:
         """Returns the moments of every layer; `prefix` completes layer names in errors."""
-        unseen = [prefix + name for name in self.layers if name not in self.leader]
+        unseen = [
+            prefix + name
+            for name in self.layers
+            if name not in self.leader or not self.accumulators[self.leader[name]].num_tokens
+        ]
         if unseen:
             raise CalibrationError(f"no calibration token reached {', '.join(unseen)}; use more text, or --ignore them")
         moments = {name: accumulator.result() for name, accumulator in self.accumulators.items()}

@@ -24,6 +24,7 @@ Sources: LoRD, arXiv 2309.14021, §3; Golub & Van Loan, Matrix Computations, §5
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -85,10 +86,12 @@ def symmetric_eigen(matrix: torch.Tensor) -> SymmetricEigen:
     raise NumericsError(f"eigendecomposition of a {tuple(matrix.shape)} matrix did not converge, with float64 or a shift")
 
 
-def _attempts(scaled: torch.Tensor) -> list[tuple[tuple[str, ...], torch.Tensor]]:
-    double = scaled.double()
+def _attempts(scaled: torch.Tensor) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
+    """Yields what to try, made only when the attempt before failed: float64 copies of large matrices are expensive."""
+    yield (), scaled
+    yield ("float64",), scaled.double()
     shift = 1e-10 * torch.eye(len(scaled), dtype=torch.float64, device=scaled.device)
-    return [((), scaled), (("float64",), double), (("float64", "shifted by 1e-10"), double + shift)]
+    yield ("float64", "shifted by 1e-10"), scaled.double() + shift
 
 
 def thin_qr(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -140,7 +140,7 @@ def prepare(config: LordConfig, *, overwrite: bool = False) -> Job:
 
 
 def calibrate(
-    config: LordConfig, tokenizer: PreTrainedTokenizerBase, context: int, corpus: Corpus | None = None
+    config: LordConfig, tokenizer: PreTrainedTokenizerBase, context: int, corpus: Corpus | None = None, fewer: bool = False
 ) -> TokenWindows:
     """Reads (unless a corpus is given) and tokenizes the calibration text of a run.
 
@@ -152,7 +152,9 @@ def calibrate(
     if seq_len > context:
         raise CalibrationError(f"seq_len is {seq_len}; the model's context is {context}: nearest legal value {context}")
     corpus = corpus or load_corpus(settings.dataset, text_key=settings.text_key)
-    return sample_windows(corpus, tokenizer, num_samples=settings.num_samples, seq_len=seq_len, seed=settings.seed)
+    return sample_windows(
+        corpus, tokenizer, num_samples=settings.num_samples, seq_len=seq_len, seed=settings.seed, fewer=fewer
+    )
 
 
 def compress_model(model: PreTrainedModel, plan: Plan, windows: TokenWindows, config: LordConfig) -> Compressed:

@@ -147,16 +147,18 @@ def rank_step(group_size: int) -> int:
     return math.lcm(PACK_MULTIPLE, group_size)
 
 
-def choose_group_size(sites: Iterable[LinearSite]) -> int:
-    """Returns the largest of 128, 64, 32 that divides the inputs of every layer.
+def choose_group_size(sites: Iterable[LinearSite], bits: int) -> int:
+    """Returns the largest of 128, 64, 32 that divides the inputs of every layer; for float, 32 where none does.
 
     Raises:
-        GroupSizeError: None does.
+        GroupSizeError: None does, and weights are to be packed.
     """
     features = {site.in_features for site in sites}
     for size in (128, 64, 32):
         if all(n % size == 0 for n in features):
             return size
+    if bits == FLOAT_BITS:
+        return PACK_MULTIPLE
     odd = sorted(n for n in features if n % 32)
     raise GroupSizeError(f"no group size suits layers with {odd} inputs; wanted multiples of 32. Use --bits 16")
 
@@ -206,7 +208,7 @@ def build_plan(
         GroupSizeError: A shape cannot be packed.
         RankError: An explicit rank is illegal, or ratios below 1 leave every layer dense.
     """
-    group_size = gptq.group_size or choose_group_size(sites)
+    group_size = gptq.group_size or choose_group_size(sites, gptq.bits)
     check_packable(sites, gptq.bits, group_size)
     targeted = select(sites, lowrank.targets, lowrank.ignore)
     explicit = _explicit_ranks(sites, lowrank, rank_step(group_size))
@@ -256,7 +258,7 @@ def _rank(site: LinearSite, lowrank: LowrankConfig, explicit: dict[str, int], st
             return None, ""
         wanted = lowrank.param_ratio * dense / (site.in_features + site.out_features)
     # The tolerance keeps 0.3 * 320 = 96.00000000000001 from snapping to the next multiple.
-    rank = step * math.ceil(wanted / step - 1e-9)
+    rank = step * max(1, math.ceil(wanted / step - 1e-9))
     if rank > smaller:
         rank = smaller // step * step
         if not rank or not lowrank.force_rank:
@@ -274,7 +276,8 @@ def _explicit_ranks(sites: Sequence[LinearSite], lowrank: LowrankConfig, step: i
             smaller = min(by_name[name].in_features, by_name[name].out_features)
             if rank % step or rank > smaller:
                 nearest = max(step, min(round(rank / step) * step, smaller // step * step))
-                problems.append(f"  {name}: rank {rank}; wanted a multiple of {step} up to {smaller}, nearest: {nearest}")
+                hint = f"nearest: {nearest}" if nearest <= smaller else "there is none"
+                problems.append(f"  {name}: rank {rank}; wanted a multiple of {step} up to {smaller}, {hint}")
             ranks[name] = rank
     if problems:
         raise RankError("\n".join(["illegal ranks in rank_pattern:", *problems]))

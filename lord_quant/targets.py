@@ -61,7 +61,7 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def dense_weight(module: nn.Module) -> torch.Tensor:
     """Returns the weight of a linear layer with shape (out_features, in_features); a view, not a copy."""
-    weight = module.weight.detach()  # type: ignore[operator, union-attr]
+    weight = module.weight.detach()  # type: ignore[operator]
     return weight.T if is_conv1d(module) else weight
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -82,7 +83,7 @@ def quantize_model(model: nn.Module, quantizer: Any, expected: int, run: Callabl
 
     quantizer.post_init_model = finish_eagerly
     try:
-        with _record_solver(model) as records, _without_packing_extension():
+        with _record_solver(model) as records, _without_packing_extension(), quiet_walk():
             run()
     finally:
         del quantizer.post_init_model
@@ -94,6 +95,20 @@ def quantize_model(model: nn.Module, quantizer: Any, expected: int, run: Callabl
         if isinstance(scales, torch.Tensor) and not torch.isfinite(scales).all():
             raise NumericsError(f"layer {name!r}: scales hold NaN or inf after quantization")
     return records
+
+
+@contextlib.contextmanager
+def quiet_walk() -> Iterator[None]:
+    """Mutes what models say when the host reads every attribute of every module, deprecated ones included."""
+    log = logging.getLogger("transformers")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        log.setLevel(level)
 
 
 @contextlib.contextmanager
@@ -118,7 +133,7 @@ def _record_solver(model: nn.Module) -> Iterator[list[GptqRecord]]:
     names = {id(layer): name for name, layer in model.named_modules()}
     records: list[GptqRecord] = []
 
-    class RecordingGPTQ(module.GPTQ):  # type: ignore[misc, name-defined]
+    class RecordingGPTQ(module.GPTQ):  # type: ignore[name-defined]
         def __init__(self, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
             super().__init__(layer, *args, **kwargs)
             self.lord_name = names[id(layer)]

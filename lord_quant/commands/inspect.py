@@ -48,14 +48,14 @@ def run(args: argparse.Namespace) -> int:
         return 0
     table = [
         [
-            r["name"],
-            r["form"],
-            f"{r['out_features']}x{r['in_features']}",
-            r["rank"] or "-",
-            human_bytes(r["bytes"]),
-            f"{r['bpw']:.2f}",
+            layer.site.name,
+            layer.form,
+            f"{layer.site.out_features}x{layer.site.in_features}",
+            layer.rank or "-",
+            human_bytes(layer.weight_bytes + layer.bias_bytes),
+            f"{layer.bpw:.2f}",
         ]
-        for r in rows
+        for layer in stored.layers
     ]
     headers = ["layer", "form", "out x in", "rank", "bytes", "bpw"]
     method = stored.quantization_config.get("quant_method", "none (dense)")

@@ -48,12 +48,8 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--config", metavar="FILE", help="YAML configuration; flags given beside it win")
     run.add_argument("--dtype", default=unset, help="dtype float tensors are stored in: auto, float32, bfloat16, float16")
     ranks = parser.add_argument_group("decomposition (choose one of the first three; --rank-ratio 1 quantizes only)")
-    ranks.add_argument(
-        "--rank-ratio", default=unset, type=float, metavar="R", help="fraction of min(in, out) kept, such as 0.75"
-    )
-    ranks.add_argument(
-        "--param-ratio", default=unset, type=float, metavar="P", help="fraction of a layer's weights kept, such as 0.8"
-    )
+    ranks.add_argument("--rank-ratio", default=unset, type=float, metavar="R", help="fraction of min(in, out) kept: 0.75")
+    ranks.add_argument("--param-ratio", default=unset, type=float, metavar="P", help="fraction of weights kept: 0.8")
     ranks.add_argument(
         "--rank-pattern", default=unset, nargs="+", metavar="PATTERN=RANK", help="explicit ranks; other layers stay dense"
     )
@@ -62,13 +58,9 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
         help="layers to decompose: all (default), attention, mlp, a name's end, a shell pattern, re:REGEX",
     )  # fmt: skip
     ranks.add_argument("--ignore", default=unset, nargs="+", metavar="PATTERN", help="patterns taken away from the targets")
-    ranks.add_argument(
-        "--force-rank", default=unset, action="store_true", help="decompose also where that enlarges a layer"
-    )
+    ranks.add_argument("--force-rank", default=unset, action="store_true", help="decompose even where that enlarges")
     bits = parser.add_argument_group("quantization (every linear layer of the blocks, decomposed or not)")
-    bits.add_argument(
-        "--bits", default=unset, type=int, metavar="B", help="4 (default), 8, 3, 2; 16 leaves factors in float"
-    )
+    bits.add_argument("--bits", default=unset, type=int, metavar="B", help="4 (default), 8, 3, 2; 16: float factors")
     bits.add_argument(
         "--group-size", default=unset, type=int, metavar="G",
         help="inputs per scale: 32, 64, 128 or 256 (default: the largest up to 128 that suits the shapes)",
@@ -81,9 +73,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     unset: Any = argparse.SUPPRESS
     bits = parser.add_argument_group("solver")
     bits.add_argument("--desc-act", default=unset, action="store_true", help="quantize by decreasing activation")
-    bits.add_argument(
-        "--damp-percent", default=unset, type=float, metavar="D", help="Hessian damping, a fraction (default 0.1)"
-    )
+    bits.add_argument("--damp-percent", default=unset, type=float, metavar="D", help="Hessian damping, a fraction (0.1)")
     bits.add_argument("--stack", default=unset, help="how the two passes are stacked: naive (default)")
     bits.add_argument("--float64", default=unset, action="store_true", help="statistics and eigendecompositions in float64")
     data = parser.add_argument_group("calibration")
@@ -91,13 +81,9 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         "--dataset", default=unset, metavar="DATA",
         help="text, jsonl or parquet file, folder of source files, hub name, or python-stdlib (default)",
     )  # fmt: skip
-    data.add_argument(
-        "--text-key", default=unset, metavar="KEY", help="field of the text in jsonl, parquet and hub data (default text)"
-    )
+    data.add_argument("--text-key", default=unset, metavar="KEY", help="field of the text in structured data (text)")
     data.add_argument("--num-samples", default=unset, type=int, metavar="N", help="token windows (default 128)")
-    data.add_argument(
-        "--seq-len", default=unset, type=int, metavar="L", help="tokens per window (default: context, at most 2048)"
-    )
+    data.add_argument("--seq-len", default=unset, type=int, metavar="L", help="tokens per window (context, at most 2048)")
     data.add_argument("--seed", default=unset, type=int, metavar="S", help="sampling seed (default 0)")
     data.add_argument("--batch-size", default=unset, type=int, metavar="N", help="windows per forward pass (default 8)")
     data.add_argument("--device", default=unset, help="auto (default), cpu, cuda, cuda:1, …")

@@ -25,9 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_flags(parser)
     parser.add_argument("--output", default=argparse.SUPPRESS, metavar="DIR", help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace a model folder that stands at --output")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check everything, print plan and estimate, stop before any weight is read"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print plan and estimate, read no weights")
 
 
 def run(args: argparse.Namespace) -> int:

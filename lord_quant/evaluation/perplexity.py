@@ -17,8 +17,8 @@ perplexity: only numbers of equal window and stride compare, so the result carri
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lord_quant.errors import EvaluationError, NumericsError
@@ -144,28 +144,43 @@ def stream_perplexity(
     return Perplexity(perplexity, total, num_tokens, len(windows), window, stride, str(parameter.dtype)[6:])
 
 
-def corpus_perplexity(model: Any, tokenizer: Any, corpus: Corpus, **settings: Any) -> Perplexity:
+def corpus_perplexity(
+    model: Any,
+    tokenizer: Any,
+    corpus: Corpus,
+    *,
+    window: int = DEFAULT_WINDOW,
+    stride: int | None = None,
+    max_windows: int | None = None,
+    batch_size: int = 1,
+) -> Perplexity:
     """Tokenises the documents, joins them by EOS and computes the perplexity (settings as for `stream_perplexity`).
 
     Raises:
         EvaluationError: As `stream_perplexity`, or the tokenizer has no EOS token.
+        NumericsError: As `stream_perplexity`.
     """
-    from dataclasses import replace
-
-    result = stream_perplexity(model, tokenize_stream(tokenizer, corpus.documents), **settings)
+    # A corpus may be far larger than the windows asked for: what lies beyond the last one is not tokenised.
+    needed = None if max_windows is None else window + (max_windows - 1) * (stride or window)
+    ids = tokenize_stream(tokenizer, corpus.documents, needed)
+    result = stream_perplexity(model, ids, window=window, stride=stride, max_windows=max_windows, batch_size=batch_size)
     return replace(result, source=corpus.source, sha256=corpus.sha256)
 
 
-def tokenize_stream(tokenizer: Any, documents: tuple[str, ...]) -> torch.Tensor:
-    """Token ids of all documents with one EOS after each, with shape (num_tokens,), int64."""
+def tokenize_stream(tokenizer: Any, documents: Sequence[str], max_tokens: int | None = None) -> torch.Tensor:
+    """Token ids of the documents with one EOS after each, cut to `max_tokens`, with shape (num_tokens,), int64."""
     import torch
 
     eos = tokenizer.eos_token_id
     if eos is None:
         raise EvaluationError("the tokenizer has no EOS token to join documents with")
-    # `verbose=False`: a document longer than the model's context is no mistake here, windows are cut afterwards.
-    ids = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor([token for document in ids for token in (*document, eos)], dtype=torch.int64)
+    stream: list[int] = []
+    for text in documents:
+        # `verbose=False`: a document longer than the model's context is no mistake here, windows are cut afterwards.
+        stream += [*tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], eos]
+        if max_tokens is not None and len(stream) >= max_tokens:
+            break
+    return torch.tensor(stream[:max_tokens], dtype=torch.int64)
 
 
 def _batches(windows: list[Window], size: int) -> Iterator[list[Window]]:

@@ -4,7 +4,8 @@
 Without a registered quantization method, `from_pretrained` merely warns and returns a model with *random* weights. No
 library of the stack reads plugin entry points except torch, which calls those of the group ``torch.backends`` when it is
 imported. `install` uses that to watch for the import of transformers' quantizer registry and registers ours right after.
-Nothing else happens at import: no file is read, no other module imported.
+Nothing else happens at import: no file is read, no other module imported. When it is that very registry that imports
+torch, it is only half there; then the next import after it is complete registers.
 
 Opt out with ``LORD_QUANT_AUTOLOAD=0`` (this hook) or ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` (all such hooks); then
 `import lord_quant; lord_quant.register()` does the same by hand. A failure here never breaks `import torch` or `import
@@ -33,13 +34,20 @@ def install() -> None:
     """Registers our methods now or as soon as transformers' registry is imported. Called by torch; never raises."""
     if os.environ.get(OPT_OUT, "1").lower() in ("0", "false", "no", "off"):
         return
-    if TRIGGER in sys.modules:
+    if _is_ready():
         _register()
     elif not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Watcher())
 
 
+def _is_ready() -> bool:
+    """Tells whether the registry was imported, and to its end."""
+    module = sys.modules.get(TRIGGER)
+    return module is not None and not getattr(module.__spec__, "_initializing", False)
+
+
 def _register() -> None:
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Watcher)]
     try:
         importlib.import_module(TARGET)
     except Exception as error:
@@ -49,15 +57,25 @@ def _register() -> None:
 
 
 class _Watcher(MetaPathFinder):
-    """Finds nothing itself; lets the registry's own loader run, then registers. Removes itself when it has."""
+    """Finds nothing itself; lets the registry's own loader run, then registers. It is gone once that has happened."""
+
+    def __init__(self) -> None:
+        self.looking = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != TRIGGER:
+        if self.looking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        if fullname != TRIGGER:
+            if _is_ready():
+                _register()
+            return None
+        self.looking = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.looking = False
         if spec is not None and spec.loader is not None:
             spec.loader = _ThenRegister(spec.loader)
         return spec

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _GPTQQuantizer: Any = backend.host().GPTQQuantizer
 
 
-class LordGPTQQuantizer(_GPTQQuantizer):  # type: ignore[misc]
+class LordGPTQQuantizer(_GPTQQuantizer):
     """Decomposes a float model, then quantizes both factors with Optimum's own GPTQ.
 
     Takes all arguments of `optimum.gptq.GPTQQuantizer`, with the same meaning, and these:
@@ -45,7 +45,7 @@ class LordGPTQQuantizer(_GPTQQuantizer):  # type: ignore[misc]
         force_rank: Decompose also where that makes a layer larger.
         float64: Run statistics in float64.
         stack: `naive`.
-        num_samples: Calibration windows, when `dataset` is text.
+        num_samples: Calibration windows, when `dataset` is text; at most, when it is a list of texts.
         seed: Seed of the sampling generator.
         **kwargs: Further arguments of `GPTQQuantizer`.
 
@@ -157,7 +157,7 @@ class LordGPTQQuantizer(_GPTQQuantizer):  # type: ignore[misc]
             write_model(model, None, folder, {})
 
     def _windows(self, model: PreTrainedModel, tokenizer: Any) -> TokenWindows:
-        dataset = self.dataset
+        dataset: Any = self.dataset
         if not isinstance(dataset, str) and dataset and isinstance(dataset[0], Mapping):
             ids = [torch.as_tensor(sample["input_ids"]).reshape(-1) for sample in dataset]
             if len({len(row) for row in ids}) != 1:
@@ -168,7 +168,8 @@ class LordGPTQQuantizer(_GPTQQuantizer):  # type: ignore[misc]
         context = getattr(model.config, "max_position_embeddings", None) or DEFAULT_SEQ_LEN
         if isinstance(dataset, str):
             return calibrate(self.lord_config, tokenizer, context)
-        texts = tuple(text for text in dataset or () if text.strip())
+        texts: tuple[str, ...] = tuple(text for text in dataset or () if text.strip())
         if not texts:
             raise CalibrationError("dataset is empty; wanted texts or tokenized samples")
-        return calibrate(self.lord_config, tokenizer, context, corpus=Corpus(texts, "texts given by the caller", ""))
+        corpus = Corpus(texts, "texts given by the caller", "")
+        return calibrate(self.lord_config, tokenizer, context, corpus=corpus, fewer=True)

@@ -98,8 +98,8 @@ class LordGPTQConfig(GPTQConfig):
             super().__init__(bits, tokenizer=tokenizer, group_size=group_size or -1, **kwargs)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        self.quant_method = METHOD_GPTQ
-        self.group_size = group_size
+        self.quant_method: Any = METHOD_GPTQ
+        self.group_size: int | None = group_size  # type: ignore[assignment]
         self.rank_ratio, self.param_ratio = rank_ratio, param_ratio
         self.rank_pattern = dict(rank_pattern) if rank_pattern is not None else None
         self.targets = [targets] if isinstance(targets, str) else list(targets)
@@ -125,6 +125,14 @@ class LordGPTQConfig(GPTQConfig):
             "gptq": section(_HOST_KEYS),
         }
         return LordConfig.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what is saved: for a checkpoint's own configuration, nothing of how it was calibrated."""
+        values = super().to_dict()
+        if self.rank_ratio is None and self.param_ratio is None:
+            run_only = {key for keys in _RUN_KEYS.values() for key in keys} | {"stack", "tokenizer"}
+            values = {key: value for key, value in values.items() if key not in run_only and value is not None}
+        return values
 
     def to_dict_optimum(self) -> dict[str, Any]:
         """Returns the arguments of Optimum's `GPTQQuantizer`."""
@@ -163,7 +171,7 @@ class LordConfigFloat(QuantizationConfigMixin):
         unknown = unknown_keys(kwargs, ("rank_pattern", "mean_correction"), "quantization_config")
         if unknown:
             raise unknown
-        self.quant_method = METHOD_FLOAT
+        self.quant_method: Any = METHOD_FLOAT
         self.rank_pattern = dict(rank_pattern or {})
         self.mean_correction = mean_correction
         self.format_version, self.lord_quant_version = format_version, lord_quant_version
@@ -182,7 +190,8 @@ class LordGptqHfQuantizer(GptqHfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if self.pre_quantized:
             apply_rank_pattern(model, self.quantization_config.rank_pattern or {}, self.quantization_config.mean_correction)
-        super()._process_model_before_weight_loading(model, **kwargs)
+        with backend.quiet_walk():
+            super()._process_model_before_weight_loading(model, **kwargs)
         if self.pre_quantized:
             _check_files(model, self.optimum_quantizer.block_name_to_quantize, kwargs.get("checkpoint_files"))
             _protect_from_initialization(model)
@@ -193,12 +202,11 @@ class LordGptqHfQuantizer(GptqHfQuantizer):
         else:
             from lord_quant.pipeline import compress_loaded
 
-            compress_loaded(
-                model, self.quantization_config.tokenizer, self.quantization_config.to_lord_config(model.name_or_path)
-            )
+            wanted = self.quantization_config
+            compress_loaded(model, wanted.tokenizer, wanted.to_lord_config(str(model.name_or_path)))
             self.quantization_config = LordGPTQConfig.from_dict(model.config.quantization_config)
             model.config.quantization_config = self.quantization_config
-        model.quantization_method = QuantizationMethod.GPTQ  # peft recognises packed layers by this name
+        model.quantization_method = QuantizationMethod.GPTQ  # type: ignore[assignment]  # peft recognises packed layers by this name
 
 
 @register_quantizer(METHOD_FLOAT)
@@ -215,7 +223,7 @@ class LordHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         # Nothing is quantized: `.half()`, `.float()` and full fine-tuning must work as on any float model.
-        model.is_quantized = False
+        model.is_quantized = False  # type: ignore[assignment]
 
     @property
     def is_trainable(self) -> bool:
