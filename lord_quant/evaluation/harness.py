@@ -123,14 +123,14 @@ def evaluate(
     if not (tasks or perplexity_dataset or speed):
         raise EvaluationError("nothing to evaluate: wanted tasks, a perplexity data set or the speed measurement")
     with quiet_hosts():
-        corpus = _preflight([model, baseline], tasks, metadata, confirm_run_unsafe_code, perplexity_dataset)
-        first, directions, lm = _evaluate_one(model, tokenizer, corpus, settings)
+        manager, corpus = _preflight([model, baseline], settings)
+        first, directions, lm = _evaluate_one(model, tokenizer, manager, corpus, settings)
         second, measured = None, None
         if baseline is not None:
             if not speed:
                 lm = None  # frees the memory before the next model is loaded
                 gc.collect()
-            second, _, other = _evaluate_one(baseline, tokenizer, corpus, settings)
+            second, _, other = _evaluate_one(baseline, tokenizer, manager, corpus, settings)
             measured = measure_speed(lm.model, other.model) if speed and lm is not None else None
         elif speed:
             measured = measure_speed(lm.model)
@@ -144,31 +144,31 @@ def evaluate(
     )
 
 
-def _preflight(
-    models: list[Any], tasks: Sequence[str], metadata: Mapping[str, Any] | None, confirmed: bool, dataset: str | None
-) -> Corpus | None:
-    if tasks:
-        check_tasks(build_task_manager(dict(metadata or {})), tasks, confirmed)
+def _preflight(models: list[Any], settings: dict[str, Any]) -> tuple[Any, Corpus | None]:
+    """Checks all that can be checked without a model; returns the task manager and the perplexity text."""
+    manager = None
+    if settings["tasks"]:
+        # As on lm-eval's command line, tasks see the model's arguments; the baseline is measured on the same documents.
+        own = {"pretrained": str(models[0])} if isinstance(models[0], str | Path) else {}
+        manager = build_task_manager(settings["tasks"], own | settings["metadata"])
+        check_tasks(manager, settings["tasks"], settings["confirm_run_unsafe_code"])
     for model in models:
         if isinstance(model, str | Path):
             check_model(str(model))
-    if dataset is None:
-        return None
+    if settings["perplexity_dataset"] is None:
+        return manager, None
     from lord_quant.corpus import load_corpus
 
-    return load_corpus(dataset, split="heldout")
+    return manager, load_corpus(settings["perplexity_dataset"], split="heldout")
 
 
 def _evaluate_one(
-    model: Any, tokenizer: Any, corpus: Corpus | None, settings: dict[str, Any]
+    model: Any, tokenizer: Any, manager: Any, corpus: Corpus | None, settings: dict[str, Any]
 ) -> tuple[ModelScores, dict[str, dict[str, bool]], Any]:
     """Returns the scores, the metrics' directions, and the wrapped model."""
     lm = _load(model, tokenizer, settings)
-    if isinstance(model, str | Path):
-        name, model_args = str(model), {"pretrained": str(model)}
-    else:
-        name, model_args = f"{type(model).__name__} {model.name_or_path}".strip(), {}
-    raw = _run_tasks(lm, model_args, settings) if settings["tasks"] else {}
+    name = str(model) if isinstance(model, str | Path) else f"{type(model).__name__} {model.name_or_path}".strip()
+    raw = _run_tasks(lm, manager, settings) if settings["tasks"] else {}
     metrics, stderr = _split(raw.get("results", {}))
     perplexity = None
     if corpus is not None:
@@ -188,6 +188,7 @@ def _evaluate_one(
 def _load(model: Any, tokenizer: Any, settings: dict[str, Any]) -> Any:
     """Wraps the model as lm-eval's own command line does."""
     from lm_eval.models.huggingface import HFLM
+    from safetensors import SafetensorError
 
     arguments = {"batch_size": settings["batch_size"], "device": settings["device"], "tokenizer": tokenizer}
     arguments = {name: value for name, value in arguments.items() if value is not None}
@@ -197,18 +198,18 @@ def _load(model: Any, tokenizer: Any, settings: dict[str, Any]) -> Any:
         return HFLM(pretrained=str(model), dtype=settings["dtype"], **arguments)
     except LordError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"model {str(model)!r} could not be loaded: {error}") from error
 
 
-def _run_tasks(lm: Any, model_args: dict[str, str], settings: dict[str, Any]) -> dict[str, Any]:
+def _run_tasks(lm: Any, manager: Any, settings: dict[str, Any]) -> dict[str, Any]:
     from lm_eval import simple_evaluate
 
     seed = settings["seed"]
     results = simple_evaluate(
         model=lm,
         tasks=settings["tasks"],
-        task_manager=build_task_manager(model_args | settings["metadata"]),
+        task_manager=manager,
         num_fewshot=settings["num_fewshot"],
         batch_size=settings["batch_size"],
         device=settings["device"],

@@ -8,7 +8,7 @@ consent only afterwards.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,17 @@ def tasks_path() -> Path:
     return Path(__file__).parent / "tasks"
 
 
-def build_task_manager(metadata: dict[str, Any]) -> Any:
-    """lm-eval's task manager over its own tasks and this package's."""
+def build_task_manager(tasks: Sequence[str], metadata: Mapping[str, Any]) -> Any:
+    """lm-eval's task manager over this package's tasks and, if `tasks` names any other, over lm-eval's own.
+
+    Indexing lm-eval's thousands of task files takes ten seconds and more.
+    """
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=str(tasks_path()), metadata=metadata)
+    own = TaskManager(include_path=str(tasks_path()), include_defaults=False, metadata=dict(metadata))
+    if all(name in own.task_index for name in tasks):
+        return own
+    return TaskManager(include_path=str(tasks_path()), metadata=dict(metadata))
 
 
 def check_tasks(manager: Any, tasks: Sequence[str], confirmed: bool) -> None:

@@ -6,6 +6,7 @@ Importing this module imports Optimum's GPTQ (quietly): a subclass needs its bas
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from lord_quant.checkpoint import atomic_folder, check_output, quantization_conf
 from lord_quant.config import LordConfig
 from lord_quant.corpus import STDLIB, Corpus
 from lord_quant.engine import DecompositionRecord, decompose_model
-from lord_quant.errors import CalibrationError
+from lord_quant.errors import CalibrationError, ConfigError, unknown_keys
 from lord_quant.pipeline import DEFAULT_SEQ_LEN, calibrate, find_blocks_path, host_arguments, plan_model
 
 
@@ -47,7 +48,9 @@ class LordGPTQQuantizer(_GPTQQuantizer):
         stack: `naive`.
         num_samples: Calibration windows, when `dataset` is text; at most, when it is a list of texts.
         seed: Seed of the sampling generator.
-        **kwargs: Further arguments of `GPTQQuantizer`.
+        *args: Further arguments of `GPTQQuantizer`, in its order.
+        **kwargs: Further arguments of `GPTQQuantizer`, except `modules_in_block_to_quantize`: every linear layer of the
+            blocks is quantized.
 
     Attributes:
         decomposed: After `quantize_model`: one record per decomposed layer.
@@ -62,7 +65,7 @@ class LordGPTQQuantizer(_GPTQQuantizer):
         bits: int,
         dataset: str | Sequence[str] | Sequence[Mapping[str, Any]] = STDLIB,
         group_size: int | None = None,
-        *,
+        *args: Any,
         rank_ratio: float | None = None,
         param_ratio: float | None = None,
         rank_pattern: Mapping[str, int] | None = None,
@@ -75,6 +78,7 @@ class LordGPTQQuantizer(_GPTQQuantizer):
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
+        kwargs = _host_arguments(args, kwargs)
         gptq = {"bits": bits, "group_size": group_size}
         gptq |= {key: kwargs[key] for key in ("sym", "desc_act", "damp_percent", "true_sequential") if key in kwargs}
         self.lord_config = LordConfig.from_dict(
@@ -160,9 +164,14 @@ class LordGPTQQuantizer(_GPTQQuantizer):
         dataset: Any = self.dataset
         if not isinstance(dataset, str) and dataset and isinstance(dataset[0], Mapping):
             ids = [torch.as_tensor(sample["input_ids"]).reshape(-1) for sample in dataset]
+            masks = [torch.as_tensor(sample["attention_mask"]) for sample in dataset if "attention_mask" in sample]
+            if not all(bool(mask.all()) for mask in masks):
+                raise CalibrationError("tokenized samples are padded (attention_mask holds zeros); wanted whole windows")
             if len({len(row) for row in ids}) != 1:
                 raise CalibrationError("tokenized samples differ in length; wanted equal lengths, without padding")
-            return as_windows(torch.stack(ids).to(torch.int64), "tokens given by the caller")
+            windows = as_windows(torch.stack(ids).to(torch.int64), "tokens given by the caller")
+            _check_tokens(windows.input_ids, model.config)
+            return windows
         if tokenizer is None:
             raise CalibrationError("the dataset is text, and no tokenizer was given")
         context = getattr(model.config, "max_position_embeddings", None) or DEFAULT_SEQ_LEN
@@ -173,3 +182,38 @@ class LordGPTQQuantizer(_GPTQQuantizer):
             raise CalibrationError("dataset is empty; wanted texts or tokenized samples")
         corpus = Corpus(texts, "texts given by the caller", "")
         return calibrate(self.lord_config, tokenizer, context, corpus=corpus, fewer=True)
+
+
+def _check_tokens(input_ids: torch.Tensor, config: Any) -> None:
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and input_ids.shape[1] > context:
+        raise CalibrationError(f"tokenized samples hold {input_ids.shape[1]} tokens; the model's context is {context}")
+    largest, smallest = int(input_ids.max()), int(input_ids.min())
+    if smallest < 0 or largest >= config.vocab_size:
+        raise CalibrationError(
+            f"tokenized samples hold token {largest if smallest >= 0 else smallest}; wanted 0 to below {config.vocab_size}"
+        )
+
+
+def _host_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Names the host's positional arguments after `group_size`, and refuses what it would swallow silently."""
+    parameters = inspect.signature(_GPTQQuantizer.__init__).parameters.values()
+    names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD][4:]
+    if len(args) > len(names):
+        raise TypeError(f"LordGPTQQuantizer takes at most {len(names) + 3} positional arguments")
+    given = dict(zip(names, args, strict=False))
+    double = [name for name in given if name in kwargs]
+    if double:
+        raise TypeError(f"LordGPTQQuantizer got {double[0]!r} by position and by name")
+    own = inspect.signature(LordGPTQQuantizer.__init__).parameters
+    known = [*names, *(name for name in own if name not in ("self", "args", "kwargs")), "quant_method"]
+    error = unknown_keys(kwargs, known, "LordGPTQQuantizer")
+    if error:
+        raise error
+    given |= kwargs
+    if given.get("modules_in_block_to_quantize") is not None:
+        raise ConfigError(
+            "modules_in_block_to_quantize is not supported: every linear layer of the blocks is quantized; targets and "
+            "ignore choose the layers to decompose"
+        )
+    return given

@@ -91,7 +91,7 @@ class LordGPTQConfig(GPTQConfig):
     ) -> None:
         check_version({"format_version": format_version, "rank_pattern": rank_pattern})
         kwargs.pop("quant_method", None)
-        unknown = unknown_keys(kwargs, (*_gptq_arguments(), "checkpoint_format"), "LordGPTQConfig")
+        unknown = unknown_keys(kwargs, (*_own_arguments(type(self)), *_gptq_arguments(), "checkpoint_format"), "LordGPTQConfig")
         if unknown:
             raise unknown
         try:
@@ -108,6 +108,8 @@ class LordGPTQConfig(GPTQConfig):
         self.dataset, self.text_key = dataset, text_key
         self.num_samples, self.seq_len, self.seed = num_samples, seq_len, seed
         self.format_version, self.lord_quant_version = format_version, lord_quant_version
+        if rank_ratio is not None or param_ratio is not None:
+            self.to_lord_config("model")  # a checkpoint's own configuration has neither; its ranks are checked on loading
 
     def to_lord_config(self, model: str) -> Any:
         """Returns the `LordConfig` of an on-the-fly run on `model`."""
@@ -141,10 +143,14 @@ class LordGPTQConfig(GPTQConfig):
         return values | {"block_name_to_quantize": self.block_name_to_quantize}
 
 
-def _gptq_arguments() -> list[str]:
+def _own_arguments(owner: type) -> list[str]:
     import inspect
 
-    return [name for name in inspect.signature(GPTQConfig.__init__).parameters if name not in ("self", "kwargs")]
+    return [name for name in inspect.signature(owner).parameters if name != "kwargs"]
+
+
+def _gptq_arguments() -> list[str]:
+    return _own_arguments(GPTQConfig)
 
 
 @register_quantization_config(METHOD_FLOAT)
@@ -168,7 +174,7 @@ class LordConfigFloat(QuantizationConfigMixin):
     ) -> None:
         check_version({"format_version": format_version, "rank_pattern": rank_pattern})
         kwargs.pop("quant_method", None)
-        unknown = unknown_keys(kwargs, ("rank_pattern", "mean_correction"), "quantization_config")
+        unknown = unknown_keys(kwargs, _own_arguments(type(self)), "quantization_config")
         if unknown:
             raise unknown
         self.quant_method: Any = METHOD_FLOAT
@@ -186,6 +192,12 @@ class LordGptqHfQuantizer(GptqHfQuantizer):
     def __init__(self, quantization_config: LordGPTQConfig, **kwargs: Any) -> None:
         backend.host()  # imported quietly, before the base class imports it loudly
         super().__init__(quantization_config, **kwargs)
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Checks the settings of an on-the-fly run before any weight is read."""
+        super().validate_environment(*args, **kwargs)
+        if not self.pre_quantized:
+            self.quantization_config.to_lord_config("model")
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if self.pre_quantized:
