@@ -45,6 +45,22 @@ def silence() -> Iterator[None]:
                 os.environ[key] = value
 
 
+@contextlib.contextmanager
+def hush(*loggers: str) -> Iterator[None]:
+    """Keeps the named loggers below errors, and deprecation warnings of hosts, off the console while the body runs."""
+    named = [logging.getLogger(name) for name in loggers]
+    levels = [logger.level for logger in named]
+    for logger in named:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        for logger, level in zip(named, levels, strict=True):
+            logger.setLevel(level)
+
+
 def import_hosts() -> None:
     """Imports transformers' modelling parts quietly: their optional dependencies complain about missing GPUs."""
     with silence():

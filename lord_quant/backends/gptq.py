@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from torch import nn
 
 from lord_quant.errors import HostError, NumericsError
-from lord_quant.silence import silence
+from lord_quant.silence import hush, silence
 
 
 logger = logging.getLogger(__name__)
@@ -83,7 +82,8 @@ def quantize_model(model: nn.Module, quantizer: Any, expected: int, run: Callabl
 
     quantizer.post_init_model = finish_eagerly
     try:
-        with _record_solver(model) as records, _without_packing_extension(), quiet_walk():
+        # The host reads every attribute of every module, deprecated ones included, and models complain.
+        with _record_solver(model) as records, _without_packing_extension(), hush("transformers"):
             run()
     finally:
         del quantizer.post_init_model
@@ -95,20 +95,6 @@ def quantize_model(model: nn.Module, quantizer: Any, expected: int, run: Callabl
         if isinstance(scales, torch.Tensor) and not torch.isfinite(scales).all():
             raise NumericsError(f"layer {name!r}: scales hold NaN or inf after quantization")
     return records
-
-
-@contextlib.contextmanager
-def quiet_walk() -> Iterator[None]:
-    """Mutes what models say when the host reads every attribute of every module, deprecated ones included."""
-    log = logging.getLogger("transformers")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        log.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from lord_quant.errors import EvaluationError, LordError, ModelError
 from lord_quant.evaluation.perplexity import DEFAULT_WINDOW, Perplexity, corpus_perplexity
-from lord_quant.evaluation.preflight import build_task_manager, check_model, check_tasks, quiet_hosts, tasks_path
+from lord_quant.evaluation.preflight import build_task_manager, check_model, check_tasks, tasks_path
 from lord_quant.evaluation.speed import Speed, measure_speed
+from lord_quant.silence import hush, import_hosts
 
 
 if TYPE_CHECKING:
@@ -122,7 +123,8 @@ def evaluate(
     settings = {**settings, "tasks": list(tasks), "metadata": dict(metadata or {}), "gen_kwargs": dict(gen_kwargs or {})}
     if not (tasks or perplexity_dataset or speed):
         raise EvaluationError("nothing to evaluate: wanted tasks, a perplexity data set or the speed measurement")
-    with quiet_hosts():
+    import_hosts()
+    with hush("lm_eval", "transformers", "datasets"):
         manager, corpus = _preflight([model, baseline], settings)
         first, directions, lm = _evaluate_one(model, tokenizer, manager, corpus, settings)
         second, measured = None, None

@@ -7,9 +7,7 @@ consent only afterwards.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,17 +100,3 @@ def check_model(model: str) -> None:
         raise ModelError(f"model {model!r}: no config.json in the folder; wanted a saved transformers model")
     if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
         raise ModelError(f"model {model!r}: no weights in the folder (*.safetensors or *.bin)")
-
-
-@contextmanager
-def quiet_hosts() -> Iterator[None]:
-    """Keeps lm-eval's and transformers' chatter off the console while it lasts; errors and progress bars stay."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers", "datasets")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import GPTQConfig, QuantizationConfi
 from lord_quant.backends import gptq as backend
 from lord_quant.checkpoint import METHOD_FLOAT, METHOD_GPTQ, check_tensors, check_version
 from lord_quant.errors import ConfigError, unknown_keys
+from lord_quant.silence import hush
 from lord_quant.surgery import apply_rank_pattern
 from lord_quant.version import FORMAT_VERSION, __version__
 
@@ -91,7 +92,9 @@ class LordGPTQConfig(GPTQConfig):
     ) -> None:
         check_version({"format_version": format_version, "rank_pattern": rank_pattern})
         kwargs.pop("quant_method", None)
-        unknown = unknown_keys(kwargs, (*_own_arguments(type(self)), *_gptq_arguments(), "checkpoint_format"), "LordGPTQConfig")
+        unknown = unknown_keys(
+            kwargs, (*_own_arguments(type(self)), *_gptq_arguments(), "checkpoint_format"), "LordGPTQConfig"
+        )
         if unknown:
             raise unknown
         try:
@@ -202,7 +205,7 @@ class LordGptqHfQuantizer(GptqHfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if self.pre_quantized:
             apply_rank_pattern(model, self.quantization_config.rank_pattern or {}, self.quantization_config.mean_correction)
-        with backend.quiet_walk():
+        with hush("transformers"):  # the host reads every attribute of every module
             super()._process_model_before_weight_loading(model, **kwargs)
         if self.pre_quantized:
             _check_files(model, self.optimum_quantizer.block_name_to_quantize, kwargs.get("checkpoint_files"))
