@@ -40,6 +40,11 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _not_bool(owner: object, *names: str) -> list[str]:
+    values = {name: getattr(owner, name) for name in names}
+    return [f"{name} is {value!r}; wanted true or false" for name, value in values.items() if not isinstance(value, bool)]
+
+
 @dataclass(frozen=True)
 class CalibrationConfig:
     """Which text calibrates the run.
@@ -116,6 +121,7 @@ class LowrankConfig:
             value = getattr(self, name)
             if not isinstance(value, tuple) or not all(isinstance(item, str) and item for item in value):
                 problems.append(f"{name} is {value!r}; wanted a list of patterns")
+        problems += _not_bool(self, "force_rank", "mean_correction", "float64")
         if self.targets == ():
             problems.append("targets is empty; wanted at least one pattern, such as 'all'")
         ranks = self.rank_pattern if self.rank_pattern is not None else {}
@@ -157,6 +163,7 @@ class GptqConfig:
             numeric = isinstance(self.group_size, int | float)
             hint = f"; nearest: {_nearest(self.group_size, GROUP_SIZES)}" if numeric else ""
             problems.append(f"group_size is {self.group_size!r}; wanted one of {GROUP_SIZES}{hint}")
+        problems += _not_bool(self, "sym", "desc_act", "true_sequential")
         if not isinstance(self.damp_percent, int | float) or not 0 < self.damp_percent < 1:
             problems.append(f"damp_percent is {self.damp_percent!r}; wanted a fraction in (0, 1), such as 0.1")
         _check(problems, "gptq")

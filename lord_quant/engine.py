@@ -10,7 +10,6 @@ else.)
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,9 +26,6 @@ from lord_quant.moments import MomentAccumulator, Moments
 from lord_quant.plan import LayerPlan, Plan
 from lord_quant.surgery import replace_layer
 from lord_quant.targets import dense_weight, find_blocks
-
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -104,11 +100,14 @@ def decompose_model(
                 batch.hidden = _first(block(batch.hidden, *args, **kwargs))
         moments = gathered.results(prefix)
         for name, module in layers.items():
-            records.append(_decompose_layer(model, planned[prefix + name], module, moments[name]))
+            layer = planned[prefix + name]
+            records.append(_decompose_layer(model, layer, module, moments[name], plan.mean_correction))
     return records
 
 
-def _decompose_layer(model: nn.Module, layer: LayerPlan, module: nn.Module, moments: Moments) -> DecompositionRecord:
+def _decompose_layer(
+    model: nn.Module, layer: LayerPlan, module: nn.Module, moments: Moments, mean_correction: bool
+) -> DecompositionRecord:
     assert layer.rank is not None
     start = time.perf_counter()
     weight, bias = dense_weight(module), module.bias
@@ -118,7 +117,7 @@ def _decompose_layer(model: nn.Module, layer: LayerPlan, module: nn.Module, mome
             None if bias is None else bias.detach(),  # type: ignore[operator]
             moments,
             layer.rank,
-            mean_correction=layer.adds_bias or layer.has_bias,
+            mean_correction=mean_correction,
         )
     except NumericsError as error:
         raise NumericsError(f"layer {layer.name!r}: {error}") from error

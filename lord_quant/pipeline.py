@@ -8,10 +8,9 @@ already loaded.
 
 from __future__ import annotations
 
-import logging
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,8 +43,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_SEQ_LEN = 2048
 
@@ -247,11 +244,6 @@ def find_blocks_path(model: torch.nn.Module, plan: Plan) -> str:
     """Returns the path of the blocks, also after their linear layers were packed."""
     first = plan.layers[0]
     return first.name.split(f".{first.block}.", 1)[0]
-
-
-def with_output(config: LordConfig, output: str | None) -> LordConfig:
-    """Returns the configuration with another output folder."""
-    return replace(config, output=output)
 
 
 def _warnings(plan: Plan, windows: TokenWindows) -> Iterator[str]:

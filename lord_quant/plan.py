@@ -211,7 +211,7 @@ def build_plan(
     group_size = gptq.group_size or choose_group_size(sites, gptq.bits)
     check_packable(sites, gptq.bits, group_size)
     targeted = select(sites, lowrank.targets, lowrank.ignore)
-    explicit = _explicit_ranks(sites, lowrank, rank_step(group_size))
+    explicit = _explicit_ranks(sites, lowrank, targeted, rank_step(group_size))
     layers = []
     for site in sites:
         rank, note = None, ""
@@ -268,7 +268,9 @@ def _rank(site: LinearSite, lowrank: LowrankConfig, explicit: dict[str, int], st
     return rank, ""
 
 
-def _explicit_ranks(sites: Sequence[LinearSite], lowrank: LowrankConfig, step: int) -> dict[str, int]:
+def _explicit_ranks(
+    sites: Sequence[LinearSite], lowrank: LowrankConfig, targeted: frozenset[str], step: int
+) -> dict[str, int]:
     ranks, problems = {}, []
     by_name = {site.name: site for site in sites}
     for pattern, rank in (lowrank.rank_pattern or {}).items():
@@ -278,6 +280,8 @@ def _explicit_ranks(sites: Sequence[LinearSite], lowrank: LowrankConfig, step: i
                 nearest = max(step, min(round(rank / step) * step, smaller // step * step))
                 hint = f"nearest: {nearest}" if nearest <= smaller else "there is none"
                 problems.append(f"  {name}: rank {rank}; wanted a multiple of {step} up to {smaller}, {hint}")
+            if name not in targeted:
+                problems.append(f"  {name}: has a rank but is not among the targets; wanted it in one or not in the other")
             ranks[name] = rank
     if problems:
         raise RankError("\n".join(["illegal ranks in rank_pattern:", *problems]))

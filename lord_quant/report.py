@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -29,7 +30,7 @@ INSTALL_LINE = "pip install lord-quant"
 def human_bytes(count: float) -> str:
     """Renders bytes in decimal units, as file managers do: 10.9 MB."""
     for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
+        if abs(count) < (999.5 if unit == "B" else 999.95):  # what rounds to 1000 belongs to the next unit
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
@@ -118,7 +119,7 @@ def build_report(
         parts = {suffix: solved.get(layer.name + suffix) for suffix in layer.factor_shapes()}
         entry["gptq"] = {
             suffix.removeprefix(".") or "weight": {
-                "loss": part.loss,
+                "loss": part.loss if part.loss is not None and math.isfinite(part.loss) else None,
                 "damp_percent": part.damp_percent,
                 "seconds": round(part.seconds, 4),
             }

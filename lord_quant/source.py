@@ -6,7 +6,6 @@ Everything but `load_model` reads only JSON and safetensors headers, so a bad mo
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,12 +13,11 @@ import torch
 
 from lord_quant.errors import ModelError
 from lord_quant.linalg import require_finite
+from lord_quant.silence import hush
 
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
 
 CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel")
 MULTIMODAL_KEYS = ("vision_config", "audio_config", "text_config", "speech_config")
@@ -96,12 +94,19 @@ def load_model(source: Source, device: torch.device) -> PreTrainedModel:
 
     dtype = torch.float32 if device.type == "cpu" else source.dtype
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.path, dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
+        with hush("transformers"):  # what its load report says is raised below
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source.path, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"model {source.path!r} cannot be loaded: {_first_line(error)}") from error
     model, info = loaded
+    if info["mismatched_keys"]:
+        name, found, wanted = min(info["mismatched_keys"])
+        raise ModelError(
+            f"model {source.path!r}: {len(info['mismatched_keys'])} tensors have other shapes than config.json says, such "
+            f"as {name!r}: {tuple(found)}, wanted {tuple(wanted)}"
+        )
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ModelError(f"model {source.path!r}: {len(missing)} tensors are missing, such as {missing[0]!r}")

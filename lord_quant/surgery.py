@@ -14,12 +14,17 @@ from torch import nn
 
 from lord_quant.decompose import Factors
 from lord_quant.errors import CheckpointError, RankError
+from lord_quant.linalg import require_finite
 from lord_quant.modules import LowRankLinear
 from lord_quant.targets import dense_weight, is_linear
 
 
 def replace_layer(model: nn.Module, name: str, factors: Factors) -> LowRankLinear:
-    """Replaces the linear layer at path `name` by its factors, in that layer's dtype and on its device."""
+    """Replaces the linear layer at path `name` by its factors, in that layer's dtype and on its device.
+
+    Raises:
+        NumericsError: A factor is not finite in the layer's dtype; the layer is named.
+    """
     dense = model.get_submodule(name)
     rank = factors.down.shape[0]
     module = _low_rank_like(dense, rank, factors.bias is not None)
@@ -28,6 +33,9 @@ def replace_layer(model: nn.Module, name: str, factors: Factors) -> LowRankLinea
         module.up.weight.copy_(factors.up)
         if factors.bias is not None:
             module.up.bias.copy_(factors.bias)
+            require_finite(module.up.bias, f"bias of {name!r} in {module.up.bias.dtype}")
+        require_finite(module.down.weight, f"factor down of {name!r} in {module.down.weight.dtype}")
+        require_finite(module.up.weight, f"factor up of {name!r} in {module.up.weight.dtype}")
     model.set_submodule(name, module)
     return module
 
@@ -66,4 +74,5 @@ def apply_rank_pattern(model: nn.Module, rank_pattern: Mapping[str, int], mean_c
 def _low_rank_like(dense: nn.Module, rank: int, bias: bool) -> LowRankLinear:
     weight = dense_weight(dense)
     out_features, in_features = weight.shape
-    return LowRankLinear(in_features, rank, out_features, bias, device=weight.device, dtype=weight.dtype)
+    module = LowRankLinear(in_features, rank, out_features, bias, device=weight.device, dtype=weight.dtype)
+    return module.train(dense.training)

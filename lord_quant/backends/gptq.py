@@ -22,8 +22,6 @@ from lord_quant.errors import HostError, NumericsError
 from lord_quant.silence import hush, silence
 
 
-logger = logging.getLogger(__name__)
-
 PACK_VARIABLE = "GPTQMODEL_DISABLE_PACK_EXT"
 
 

@@ -18,6 +18,7 @@ from lord_quant.evaluation.perplexity import DEFAULT_WINDOW, Perplexity, corpus_
 from lord_quant.evaluation.preflight import build_task_manager, check_model, check_tasks, tasks_path
 from lord_quant.evaluation.speed import Speed, measure_speed
 from lord_quant.silence import hush, import_hosts
+from lord_quant.source import choose_device
 
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def evaluate(
         baseline: What to compare with, usually the model before compression.
         tokenizer: For loaded models, if it is not to be found where the model came from.
         batch_size: Sequences at a time, or ``auto``. In bfloat16 results may depend on it in the last digits.
-        device: ``cpu``, ``cuda``, …; None takes lm-eval's default: CUDA if there is one, else CPU.
+        device: ``cpu``, ``cuda``, …; None takes CUDA if there is one, else the CPU.
         dtype: Floating-point type to load in; ``auto`` is the checkpoint's own. Ignored for loaded models.
         limit: Documents of each task (or a fraction below 1), for trying out.
         num_fewshot: Examples in the prompt, for tasks that do not fix it.
@@ -121,6 +122,7 @@ def evaluate(
     """
     settings = {name: value for name, value in locals().items() if name not in {"model", "baseline", "tokenizer"}}
     settings = {**settings, "tasks": list(tasks), "metadata": dict(metadata or {}), "gen_kwargs": dict(gen_kwargs or {})}
+    settings["device"] = str(choose_device(device or "auto"))  # lm-eval's own default is CUDA, there or not
     if not (tasks or perplexity_dataset or speed):
         raise EvaluationError("nothing to evaluate: wanted tasks, a perplexity data set or the speed measurement")
     import_hosts()

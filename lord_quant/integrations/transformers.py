@@ -262,13 +262,28 @@ def _block_path(model: torch.nn.Module) -> str:
 
 
 def _check_files(model: torch.nn.Module, block_path: str, files: list[str] | None) -> None:
-    """Holds the checkpoint's headers against the tensors that the rebuilt blocks call for."""
+    """Holds the checkpoint's headers against the tensors that the rebuilt model calls for."""
     if not files or not all(str(file).endswith(".safetensors") for file in files):
         return
-    expected = {
-        name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name.startswith(f"{block_path}.")
-    }
+    ours = _stored_names(model, block_path)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name in ours}
     check_tensors(expected, [str(file) for file in files], block_path)
+
+
+def _stored_names(model: Any, block_path: str) -> set[str]:
+    """Names the tensors a checkpoint must hold: the blocks', what is around them, and the head unless it is tied.
+
+    A classification head is none of these: the host may make up a new one, as it does for dense models.
+    """
+    body, head = getattr(model, "base_model", model), model.get_output_embeddings()
+    names = set()
+    for path, module in model.named_modules():
+        if module is body or path == block_path:
+            names |= {f"{path}.{name}".lstrip(".") for name in module.state_dict()}
+        elif head is not None and module is head:
+            tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+            names |= {f"{path}.{name}" for name in module.state_dict() if not (tied and name == "weight")}
+    return names
 
 
 def _protect_from_initialization(model: torch.nn.Module) -> None:

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+import copy
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lord_quant.config import (
+    BITS,
+    GROUP_SIZES,
+    CalibrationConfig,
+    GptqConfig,
+    LordConfig,
+    LowrankConfig,
+    merge,
+    read_yaml,
+    to_yaml,
+)
+from lord_quant.errors import ConfigError
+
+
+CONFIGS = [
+    LordConfig(model="m", lowrank=LowrankConfig(rank_ratio=0.75)),
+    LordConfig(
+        model="org/name",
+        output="out",
+        device="cuda:1",
+        dtype="bfloat16",
+        lowrank=LowrankConfig(
+            rank_pattern={"mlp.c_fc": 96, "re:h\\.0\\.": 64}, targets=("mlp", "*.c_attn"), ignore=("lm_head",), float64=True
+        ),
+        calibration=CalibrationConfig(dataset="x.jsonl", text_key="code", num_samples=3, seq_len=5, seed=7, batch_size=2),
+        gptq=GptqConfig(bits=3, group_size=32, sym=False, desc_act=True, damp_percent=0.01, true_sequential=False),
+    ),
+    LordConfig(model="m", lowrank=LowrankConfig(param_ratio=1, force_rank=True, mean_correction=False)),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["defaults", "everything", "param_ratio"])
+def test_yaml_round_trip(config: LordConfig, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(to_yaml(config), encoding="utf-8")
+    again = LordConfig.from_dict(read_yaml(path))
+    assert again == config
+    assert to_yaml(again) == to_yaml(config)
+    assert yaml.safe_load(to_yaml(config)) == config.to_dict()
+
+
+def test_the_test_above_covers_every_field() -> None:
+    changed, defaults = CONFIGS[1].to_dict(), CONFIGS[0].to_dict()
+    same = {
+        f"{section}.{key}"
+        for section in ("lowrank", "calibration", "gptq")
+        for key, value in changed[section].items()
+        if value == defaults[section][key]
+    }
+    assert same == {"lowrank.param_ratio", "lowrank.force_rank", "lowrank.mean_correction"}  # the third has these
+
+
+@pytest.mark.parametrize(
+    ("values", "found", "nearest"),
+    [
+        ({"modle": "m"}, "modle", "model"),
+        ({"model": "m", "lowrank": {"rank_ration": 0.5}}, "rank_ration", "rank_ratio"),
+        ({"model": "m", "lowrank": {"rank_ratio": 1}, "gptq": {"groupsize": 128}}, "groupsize", "group_size"),
+        ({"model": "m", "lowrank": {"rank_ratio": 1}, "calibration": {"num_sample": 1}}, "num_sample", "num_samples"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(values: dict[str, Any], found: str, nearest: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{found}'; did you mean '{nearest}'"):
+        LordConfig.from_dict(values)
+
+
+def test_all_unknown_keys_of_a_mapping_are_named_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError) as caught:
+        LordConfig.from_dict({"model": "m", "zzzz": 1, "gtpq": {}, "stakc": "naive"})
+    assert all(part in str(caught.value) for part in ("'zzzz'", "'gtpq'; did you mean 'gptq'", "'stack'", "known keys:"))
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "parts"),
+    [
+        (GptqConfig, {"bits": 5}, ["bits is 5", "2, 3, 4, 8, 16", "nearest: 4"]),
+        (GptqConfig, {"bits": 7}, ["bits is 7", "nearest: 8"]),
+        (GptqConfig, {"bits": 4.0}, ["bits is 4.0", "2, 3, 4, 8, 16"]),
+        (GptqConfig, {"bits": True}, ["bits is True"]),
+        (GptqConfig, {"bits": "4"}, ["bits is '4'"]),
+        (GptqConfig, {"group_size": 48}, ["group_size is 48", "32, 64, 128, 256", "nearest: "]),
+        (GptqConfig, {"group_size": 120}, ["group_size is 120", "nearest: 128"]),
+        (GptqConfig, {"group_size": -1}, ["group_size is -1", "nearest: 32"]),
+        (GptqConfig, {"damp_percent": 0}, ["damp_percent is 0", "(0, 1)"]),
+        (GptqConfig, {"damp_percent": 1}, ["damp_percent is 1", "(0, 1)"]),
+        (GptqConfig, {"damp_percent": math.nan}, ["damp_percent is nan"]),
+        (GptqConfig, {"damp_percent": "0.1"}, ["damp_percent is '0.1'"]),
+        (LowrankConfig, {"rank_ratio": 0}, ["rank_ratio is 0", "(0, 1]"]),
+        (LowrankConfig, {"rank_ratio": 1.5}, ["rank_ratio is 1.5", "(0, 1]"]),
+        (LowrankConfig, {"rank_ratio": -0.5}, ["rank_ratio is -0.5", "(0, 1]"]),
+        (LowrankConfig, {"rank_ratio": math.nan}, ["rank_ratio is nan"]),
+        (LowrankConfig, {"rank_ratio": True}, ["rank_ratio is True"]),
+        (LowrankConfig, {"rank_ratio": "0.5"}, ["rank_ratio is '0.5'"]),
+        (LowrankConfig, {"param_ratio": 0.0}, ["param_ratio is 0.0", "(0, 1]"]),
+        (LowrankConfig, {"param_ratio": 2}, ["param_ratio is 2", "(0, 1]"]),
+        (LowrankConfig, {}, ["no rank is chosen", "rank_ratio", "param_ratio", "rank_pattern"]),
+        (LowrankConfig, {"rank_ratio": 0.5, "param_ratio": 0.5}, ["rank_ratio and param_ratio", "exactly one"]),
+        (LowrankConfig, {"rank_ratio": 0.5, "rank_pattern": {"a": 1}}, ["rank_ratio and rank_pattern", "exactly one"]),
+        (LowrankConfig, {"rank_pattern": {"a": 0}}, ["rank_pattern['a'] is 0", "at least 1"]),
+        (LowrankConfig, {"rank_pattern": {"a": 64.0}}, ["rank_pattern['a'] is 64.0"]),
+        (LowrankConfig, {"rank_pattern": ["a=64"]}, ["rank_pattern is ['a=64']", "mapping"]),
+        (LowrankConfig, {"rank_ratio": 0.5, "targets": ()}, ["targets is empty", "all"]),
+        (LowrankConfig, {"rank_ratio": 0.5, "targets": "mlp"}, ["targets is 'mlp'", "list"]),
+        (LowrankConfig, {"rank_ratio": 0.5, "ignore": ("",)}, ["ignore is ('',)"]),
+        (CalibrationConfig, {"num_samples": 0}, ["num_samples is 0", "at least 1"]),
+        (CalibrationConfig, {"num_samples": 1.5}, ["num_samples is 1.5"]),
+        (CalibrationConfig, {"batch_size": 0}, ["batch_size is 0", "at least 1"]),
+        (CalibrationConfig, {"seq_len": 1}, ["seq_len is 1", "at least 2"]),
+        (CalibrationConfig, {"seed": -1}, ["seed is -1", "at least 0"]),
+        (CalibrationConfig, {"dataset": ""}, ["dataset is ''", "python-stdlib"]),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else None,
+)
+def test_an_illegal_value_says_what_was_found_and_wanted(section: type, values: dict[str, Any], parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        section(**values)
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({"dtype": "float23"}, ["dtype is 'float23'", "bfloat16", "did you mean 'float32'"]),
+        ({"dtype": "int8"}, ["dtype is 'int8'", "auto, float32"]),
+        ({"stack": "naiv"}, ["stack is 'naiv'", "did you mean 'naive'"]),
+        ({"model": ""}, ["model is not given"]),
+        ({"model": 3}, ["model is not given"]),
+    ],
+)
+def test_illegal_run_settings(values: dict[str, Any], parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        LordConfig.from_dict({"model": "m", "lowrank": {"rank_ratio": 0.5}} | values)
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+def test_all_problems_of_a_section_are_in_one_error() -> None:
+    with pytest.raises(ConfigError) as caught:
+        GptqConfig(bits=5, group_size=48, damp_percent=2)
+    assert all(name in str(caught.value) for name in ("bits is 5", "group_size is 48", "damp_percent is 2"))
+    with pytest.raises(ConfigError) as caught:
+        LowrankConfig(rank_ratio=3, param_ratio=3, targets=())
+    assert all(name in str(caught.value) for name in ("rank_ratio is 3", "param_ratio is 3", "targets", "exactly one"))
+    with pytest.raises(ConfigError) as caught:
+        CalibrationConfig(num_samples=0, seq_len=0, seed=-1)
+    assert all(name in str(caught.value) for name in ("num_samples", "seq_len", "seed"))
+
+
+def test_configurations_are_frozen() -> None:
+    for part in (CONFIGS[0], CONFIGS[0].lowrank, CONFIGS[0].gptq, CONFIGS[0].calibration):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(part, dataclasses.fields(part)[0].name, None)
+
+
+@pytest.mark.parametrize("section", ["lowrank", "gptq", "calibration"])
+def test_a_section_that_is_no_mapping(section: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{section}' is str; wanted a mapping"):
+        LordConfig.from_dict({"model": "m", "lowrank": {"rank_ratio": 0.5}} | {section: "nonsense"})
+
+
+def test_a_missing_model_is_named() -> None:
+    with pytest.raises(ConfigError, match="model is not given"):
+        LordConfig.from_dict({"lowrank": {"rank_ratio": 0.5}})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("- a\n", "holds list"), ("", "holds NoneType"), ("a: [", "is not YAML")],
+    ids=["list", "empty", "bad"],
+)
+def test_read_yaml_refuses(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=f"run.yaml.*{message}"):
+        read_yaml(path)
+
+
+def test_read_yaml_names_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.yaml.*No such file"):
+        read_yaml(tmp_path / "absent.yaml")
+
+
+def test_every_listed_value_is_legal() -> None:
+    assert [GptqConfig(bits=bits).bits for bits in BITS] == [2, 3, 4, 8, 16]
+    assert [GptqConfig(group_size=size).group_size for size in GROUP_SIZES] == [32, 64, 128, 256]
+    assert LowrankConfig(rank_ratio=1).rank_ratio == LowrankConfig(param_ratio=1.0).param_ratio == 1
+
+
+settings_tree = st.recursive(
+    st.integers(), lambda leaves: st.dictionaries(st.sampled_from("abc"), leaves, max_size=3), max_leaves=8
+)
+mappings = st.dictionaries(st.sampled_from("abc"), settings_tree, max_size=3)
+
+
+@given(mappings, mappings)
+def test_merge_lays_one_mapping_over_another(base: dict[str, Any], override: dict[str, Any]) -> None:
+    before = copy.deepcopy((base, override))
+    merged = merge(base, override)
+    assert (base, override) == before
+    assert set(merged) == set(base) | set(override)
+    for key in merged:
+        if key not in override:
+            assert merged[key] == base[key]
+        elif isinstance(override[key], dict) and isinstance(base.get(key), dict):
+            assert merged[key] == merge(base[key], override[key])
+        else:
+            assert merged[key] == override[key]
+    assert merge(merged, override) == merged

@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+import math
+from itertools import pairwise
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from lord_quant.config import BITS, GptqConfig, LowrankConfig
+from lord_quant.errors import GroupSizeError, RankError, TargetError
+from lord_quant.plan import Plan, build_plan, check_packable, choose_group_size, linear_bytes, rank_step
+from lord_quant.targets import LinearSite
+
+
+def site(name: str, inputs: int, outputs: int, bias: bool = False, block: int = 0) -> LinearSite:
+    return LinearSite(f"h.{block}.{name}", block, inputs, outputs, bias)
+
+
+# A GPT-2-like block of width 256 (biases) and a Llama-like one (none).
+WITH_BIAS = [
+    site("attn.c_attn", 256, 768, True),
+    site("attn.c_proj", 256, 256, True),
+    site("mlp.c_fc", 256, 1024, True),
+    site("mlp.c_proj", 1024, 256, True),
+]
+WITHOUT_BIAS = [item._replace(has_bias=False) for item in WITH_BIAS]
+
+
+def plan(sites: list[LinearSite], itemsize: int = 4, gptq: GptqConfig | None = None, **lowrank: object) -> Plan:
+    return build_plan(
+        sites, LowrankConfig(**lowrank), gptq or GptqConfig(group_size=32), itemsize=itemsize, other_bytes=1000
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "weight", "bias"),
+    [
+        # qweight + scales + qzeros + g_idx, worked out by hand
+        ((128, 256, True, 4, 64, 4), 16384 + 1024 + 256 + 512, 512),
+        ((128, 256, False, 8, 128, 4), 32768 + 512 + 256 + 512, 0),
+        ((96, 64, True, 3, 32, 2), 2304 + 384 + 72 + 384, 128),
+        ((64, 32, False, 2, 64, 2), 512 + 64 + 8 + 256, 0),
+        ((192, 32, False, 4, 128, 2), 3072 + 128 + 32 + 768, 0),  # a short last group
+        ((128, 256, True, 16, 64, 4), 131072, 1024),
+        ((128, 256, True, 16, 64, 2), 65536, 512),
+        ((128, 256, False, 16, 64, 2), 65536, 0),
+    ],
+)
+def test_bytes_of_one_layer(arguments: tuple, weight: int, bias: int) -> None:
+    assert linear_bytes(*arguments) == (weight, bias)
+
+
+def test_bytes_and_bits_per_weight_of_a_plan_by_hand() -> None:
+    sites = [site("up", 256, 1024), site("down", 1024, 256, True)]
+    result = plan(sites, itemsize=2, gptq=GptqConfig(bits=4, group_size=64), rank_pattern={"up": 128})
+    up, down = result.layers
+    # up: 256 -> 128 -> 1024 with a bias of its own making; down stays dense and is packed
+    up_down = 256 * 128 // 2 + 2 * 128 * 4 + 128 * 4 // 2 + 4 * 256
+    up_up = 128 * 1024 // 2 + 2 * 1024 * 2 + 1024 * 2 // 2 + 4 * 128
+    assert (up.rank, up.adds_bias, up.weight_bytes, up.bias_bytes) == (128, True, up_down + up_up, 2 * 1024)
+    dense = 1024 * 256 // 2 + 2 * 256 * 16 + 256 * 16 // 2 + 4 * 1024
+    assert (down.rank, down.adds_bias, down.weight_bytes, down.bias_bytes) == (None, False, dense, 2 * 256)
+    counted = up_down + up_up + 2 * 1024 + dense  # the bias that was there does not count, the added one does
+    assert result.bpw == 8 * counted / (2 * 256 * 1024)
+    assert up.bpw == 8 * (up_down + up_up + 2 * 1024) / (256 * 1024) and down.bpw == 8 * dense / (256 * 1024)
+    assert result.tensor_bytes == 1000 + counted + 2 * 256
+    assert result.param_ratio == (128 * (256 + 1024) + 1024 * 256) / (2 * 256 * 1024)
+    assert result.scheme == f"lord-{result.param_ratio:.2f}-w4g64"
+    assert result.rank_pattern == {"h.0.up": 128}
+    assert up.factor_shapes() == {".down": (256, 128), ".up": (128, 1024)} and down.factor_shapes() == {"": (1024, 256)}
+
+
+def test_float_plans_count_stored_floats() -> None:
+    half = plan(WITH_BIAS, itemsize=2, gptq=GptqConfig(bits=16), rank_ratio=1)
+    assert half.bpw == 16 and half.scheme == "dense-float"
+    assert plan(WITH_BIAS, itemsize=4, gptq=GptqConfig(bits=16), rank_ratio=1).bpw == 32
+    lowrank = plan(WITH_BIAS, itemsize=2, gptq=GptqConfig(bits=16), rank_ratio=0.5)
+    assert lowrank.bpw == pytest.approx(16 * lowrank.param_ratio) and lowrank.scheme.endswith("-float")
+
+
+dimension = st.integers(1, 16).map(lambda k: 32 * k)
+shapes = st.lists(st.tuples(dimension, dimension, st.booleans()), min_size=1, max_size=5)
+ratio = st.floats(0, 1, exclude_min=True)
+ways = st.sampled_from(["rank_ratio", "param_ratio"])
+
+
+def sites_of(drawn: list[tuple[int, int, bool]], group: int) -> list[LinearSite]:
+    return [site(f"linear{i}", max(group, n // group * group), m, bias, i) for i, (n, m, bias) in enumerate(drawn)]
+
+
+def ranks(sites: list[LinearSite], way: str, kept: float, bits: int, group: int, force: bool = False) -> list[int | None]:
+    """Ranks in order; all None where the plan refuses because nothing would be decomposed."""
+    try:
+        result = plan(sites, gptq=GptqConfig(bits=bits, group_size=group), force_rank=force, **{way: kept})
+    except RankError as error:
+        assert "no layer would be decomposed" in str(error)
+        return [None] * len(sites)
+    return [layer.rank for layer in result.layers]
+
+
+@settings(max_examples=200, deadline=None)
+@given(shapes, ways, ratio, st.sampled_from([32, 64, 128, 256]), st.sampled_from(BITS), st.booleans())
+def test_laws_of_ranks(drawn: list, way: str, kept: float, group: int, bits: int, force: bool) -> None:
+    sites = sites_of(drawn, group)
+    found = ranks(sites, way, kept, bits, group, force)
+    assert found == ranks(sites, way, kept, 4, group, force)  # the same ranks at every bit width, 16 included
+    for item, rank in zip(sites, found, strict=True):
+        n, m = item.in_features, item.out_features
+        wanted = kept * min(m, n) if way == "rank_ratio" else kept * m * n / (m + n)
+        snapped = next(multiple for multiple in range(group, 10**6, group) if multiple >= wanted * (1 - 1e-6))
+        if rank is None:
+            if kept < 1:
+                assert snapped * (m + n) >= m * n if not force else min(m, n) < group
+            continue
+        assert rank % math.lcm(32, group) == 0 and 0 < rank <= min(m, n)
+        assert rank == min(snapped, min(m, n) // group * group)  # snapped up, wherever that is possible
+        assert force or rank * (m + n) < m * n
+
+
+@settings(max_examples=100, deadline=None)
+@given(shapes, ways, st.lists(ratio, min_size=2, max_size=6), st.sampled_from([32, 64, 128]))
+def test_rank_never_falls_when_more_is_kept(drawn: list, way: str, kept: list[float], group: int) -> None:
+    sites = sites_of(drawn, group)
+    rows = [ranks(sites, way, value, 4, group) for value in sorted(kept)]
+    for fewer, more in pairwise(rows):
+        for a, b in zip(fewer, more, strict=True):
+            assert (a or math.inf) <= (b or math.inf)  # dense keeps everything
+
+
+@settings(max_examples=100, deadline=None)
+@given(shapes, ways, ratio, st.sampled_from([2, 3, 4, 8]), st.sampled_from([32, 64, 128]))
+def test_totals_are_sums_and_decomposition_saves_bytes(drawn: list, way: str, kept: float, bits: int, group: int) -> None:
+    sites = sites_of(drawn, group)
+    gptq = GptqConfig(bits=bits, group_size=group)
+    assume(any(ranks(sites, way, kept, bits, group)))
+    result, dense = plan(sites, gptq=gptq, **{way: kept}), plan(sites, gptq=gptq, rank_ratio=1)
+    assert result.tensor_bytes == 1000 + sum(layer.weight_bytes + layer.bias_bytes for layer in result.layers)
+    assert sum(layer.weights for layer in result.layers) < sum(layer.weights for layer in dense.layers)
+    assert result.param_ratio < dense.param_ratio == 1
+    for layer, whole in zip(result.layers, dense.layers, strict=True):
+        assert layer.adds_bias == (layer.rank is not None and not layer.has_bias)
+        assert (layer.bias_bytes > 0) == (layer.has_bias or layer.adds_bias)
+        if layer.rank is None:
+            assert layer.weight_bytes == whole.weight_bytes
+
+
+def test_snapping_is_not_misled_by_rounding() -> None:
+    # 0.3 * 320 is 96.00000000000001 or 95.99999999999999, depending on how it is written
+    sites = [site("linear", 320, 1280)]
+    assert plan(sites, rank_ratio=0.3).rank_pattern == {"h.0.linear": 96}
+    assert plan(sites, rank_ratio=0.1 + 0.2).rank_pattern == {"h.0.linear": 96}
+    assert plan(sites, rank_ratio=0.301).rank_pattern == {"h.0.linear": 128}
+
+
+def test_the_smallest_ratio_still_keeps_one_step() -> None:
+    for way in ("rank_ratio", "param_ratio"):
+        assert set(plan(WITH_BIAS, **{way: 1e-300}).rank_pattern.values()) == {32}
+
+
+@pytest.mark.parametrize("way", ["rank_ratio", "param_ratio"])
+def test_keeping_everything_decomposes_nothing(way: str) -> None:
+    result = plan(WITHOUT_BIAS, **{way: 1}, force_rank=True)
+    assert result.rank_pattern == {} and result.param_ratio == 1
+    assert not any(layer.note or layer.adds_bias for layer in result.layers)
+    assert result.scheme == "dense-w4g32"
+
+
+def test_mean_correction_off_adds_no_bias() -> None:
+    on, off = (plan(WITHOUT_BIAS, rank_ratio=0.5, mean_correction=value) for value in (True, False))
+    assert on.mean_correction and not off.mean_correction
+    assert on.rank_pattern == off.rank_pattern
+    for with_bias, without in zip(on.layers, off.layers, strict=True):
+        assert not without.adds_bias and without.bias_bytes == 0
+        assert with_bias.weight_bytes == without.weight_bytes
+        assert with_bias.adds_bias == (with_bias.rank is not None)
+        assert with_bias.counted_bytes - without.counted_bytes == (2 * with_bias.out_features if with_bias.rank else 0)
+    assert [layer.bias_bytes for layer in plan(WITH_BIAS, rank_ratio=0.5, mean_correction=False).layers] == [
+        2 * item.out_features for item in WITH_BIAS
+    ]
+
+
+def test_only_targets_are_decomposed() -> None:
+    result = plan(WITH_BIAS, rank_ratio=0.25, targets=("mlp", "c_attn"), ignore=("mlp.c_fc",))
+    assert set(result.rank_pattern) == {"h.0.attn.c_attn", "h.0.mlp.c_proj"}
+    with pytest.raises(TargetError, match="did you mean"):
+        plan(WITH_BIAS, rank_ratio=0.25, targets=("c_atn",))
+
+
+def test_explicit_ranks_are_taken_as_they_are_and_everything_else_stays_dense() -> None:
+    result = plan(WITH_BIAS, rank_pattern={"mlp.c_fc": 96, "re:attn.c_proj$": 64})
+    assert result.rank_pattern == {"h.0.attn.c_proj": 64, "h.0.mlp.c_fc": 96}
+
+
+@pytest.mark.parametrize(
+    ("rank", "group", "hint"),
+    [
+        (100, 32, "rank 100; wanted a multiple of 32 up to 256, nearest: 96"),
+        (96, 64, "rank 96; wanted a multiple of 64 up to 256, nearest: 128"),
+        (512, 32, "rank 512; wanted a multiple of 32 up to 256, nearest: 256"),
+        (1, 32, "rank 1; wanted a multiple of 32 up to 256, nearest: 32"),
+        (300, 256, "rank 300; wanted a multiple of 256 up to 256, nearest: 256"),
+    ],
+)
+def test_an_illegal_explicit_rank_names_the_nearest_legal_one(rank: int, group: int, hint: str) -> None:
+    with pytest.raises(RankError) as caught:
+        plan(WITH_BIAS, gptq=GptqConfig(group_size=group), rank_pattern={"c_fc": rank})
+    assert f"h.0.mlp.c_fc: {hint}" in str(caught.value)
+
+
+def test_an_explicit_rank_where_none_is_legal() -> None:
+    with pytest.raises(RankError, match="rank 64; wanted a multiple of 128 up to 96, there is none"):
+        plan([site("narrow", 256, 96)], gptq=GptqConfig(group_size=128), rank_pattern={"narrow": 64})
+
+
+def test_all_illegal_ranks_are_named_at_once_and_an_unknown_pattern_with_its_nearest() -> None:
+    with pytest.raises(RankError) as caught:
+        plan(WITH_BIAS, rank_pattern={"mlp.c_fc": 33, "attn.c_attn": 65})
+    assert "c_fc: rank 33" in str(caught.value) and "c_attn: rank 65" in str(caught.value)
+    with pytest.raises(TargetError, match="'c_fcc' matches no layer; did you mean 'c_fc'"):
+        plan(WITH_BIAS, rank_pattern={"c_fcc": 64})
+
+
+def test_a_layer_that_would_grow_stays_dense_with_the_reason_unless_forced() -> None:
+    sites = [site("square", 256, 256), site("wide", 256, 1024)]
+    result = plan(sites, rank_ratio=0.5)
+    assert result.rank_pattern == {"h.0.wide": 128}
+    assert result.layers[0].note == "dense: rank 128 would not make it smaller" and not result.layers[1].note
+    forced = plan(sites, rank_ratio=0.9, force_rank=True)
+    assert forced.rank_pattern == {"h.0.square": 256, "h.0.wide": 256}
+    assert forced.layers[0].weights > forced.layers[0].dense_weights
+
+
+def test_nothing_decomposed_is_an_error_that_helps() -> None:
+    sites = [site("square", 256, 256, block=i) for i in range(3)] + [site("tiny", 128, 64)]
+    with pytest.raises(RankError) as caught:
+        plan(sites, gptq=GptqConfig(group_size=128), rank_ratio=0.9)
+    text = str(caught.value)
+    for part in (
+        "no layer would be decomposed",
+        "multiples of 128 (group size 128)",
+        "h.0.square 256x256 dense: rank 256 would not make it smaller; no legal rank shrinks it",
+        "h.0.tiny 64x128 dense: rank 58 snaps up past the full rank 64",
+        "--group-size below 128",
+        "--force-rank",
+        "--rank-ratio 1",
+    ):
+        assert part in text, text
+    assert text.count("square") == 1  # one block stands for all
+    with pytest.raises(RankError, match="largest rank that shrinks it: 96"):
+        plan([site("square", 256, 256)], rank_ratio=0.9)
+    with pytest.raises(RankError) as caught:
+        plan([site("square", 256, 256)], rank_ratio=0.9)
+    assert "--group-size below" not in str(caught.value)
+
+
+def test_a_group_size_that_does_not_divide_names_every_layer_and_the_nearest() -> None:
+    sites = [site("a", 96, 128), site("b", 256, 128), site("c", 320, 128)]
+    with pytest.raises(GroupSizeError) as caught:
+        check_packable(sites, 4, 128)
+    text = str(caught.value)
+    assert "h.0.a: group size 128 does not divide 96 inputs; nearest: 32" in text
+    assert "h.0.c: group size 128 does not divide 320 inputs; nearest: 64" in text
+    assert "h.0.b" not in text
+    check_packable(sites, 4, 32)
+    check_packable(sites, 16, 128)
+
+
+def test_shapes_that_cannot_be_packed_are_named_but_for_float() -> None:
+    sites = [site("a", 100, 128), site("b", 128, 50), site("c", 128, 128)]
+    with pytest.raises(GroupSizeError) as caught:
+        plan(sites, rank_ratio=0.25)
+    assert "h.0.a: 128x100; wanted multiples of 32" in str(caught.value) and "h.0.b: 50x128" in str(caught.value)
+    assert "h.0.c" not in str(caught.value)
+    with pytest.raises(GroupSizeError, match=r"\[100\] inputs.*--bits 16"):
+        plan(sites, gptq=GptqConfig(), rank_ratio=0.25)
+    # what the message says to do works, without and with a group size
+    for gptq in (GptqConfig(bits=16), GptqConfig(bits=16, group_size=32)):
+        assert plan(sites, gptq=gptq, rank_ratio=0.25).rank_pattern == {"h.0.a": 32, "h.0.b": 32, "h.0.c": 32}
+
+
+@pytest.mark.parametrize(("inputs", "expected"), [([256, 1024], 128), ([256, 192], 64), ([128, 96], 32), ([640], 128)])
+def test_the_largest_group_size_that_suits_all_is_chosen(inputs: list[int], expected: int) -> None:
+    sites = [site(f"linear{n}", n, 512) for n in inputs]
+    assert {choose_group_size(sites, bits) for bits in BITS} == {expected}
+    assert {plan(sites, gptq=GptqConfig(bits=bits), rank_ratio=1).group_size for bits in BITS} == {expected}
+
+
+@pytest.mark.parametrize(("group", "step"), [(32, 32), (64, 64), (128, 128), (48, 96)])
+def test_rank_step(group: int, step: int) -> None:
+    assert rank_step(group) == step

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's blocks run as they stand, its table is the committed result, and its recipes load."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lord_quant.config import LordConfig, read_yaml
+
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RUNNABLE = re.findall(r"<!-- run -->\n```(bash|python)\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_readme_shows_the_three_ways_in() -> None:
+    assert [language for language, _ in RUNNABLE] == ["bash", "python", "bash"]
+
+
+@pytest.mark.slow
+def test_readme_blocks_run_in_order(tmp_path: Path) -> None:
+    (tmp_path / "eval").symlink_to(ROOT / "eval")
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "HF_HUB_OFFLINE": "1",
+    }
+    for language, block in RUNNABLE:
+        command = ["bash", "-euo", "pipefail", "-c", block] if language == "bash" else [sys.executable, "-c", block]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+    for folder in ("cli", "python-config", "python-quantizer"):
+        config = json.loads((tmp_path / "out" / folder / "config.json").read_text())
+        assert config["quantization_config"]["quant_method"] == "lord_gptq"
+    assert "pass@1" in done.stdout
+
+
+def test_readme_table_is_the_committed_result() -> None:
+    table = re.search(r"<!-- demo table -->\n(.*?)\n<!-- /demo table -->", README, flags=re.DOTALL)
+    assert table is not None
+    committed = (ROOT / "eval" / "results" / "demo.md").read_text(encoding="utf-8")
+    assert table[1].strip() == committed.split("\n\n")[0].strip()
+
+
+def test_readme_penalty_is_the_measured_one() -> None:
+    sentence = re.search(r"<!-- penalty -->(.*?)<!-- /penalty -->", README, flags=re.DOTALL)
+    assert sentence is not None
+    rows = json.loads((ROOT / "eval" / "results" / "reference.json").read_text())["rows"]
+    perplexity = {row["label"]: row["perplexity"] for row in rows if row["seed"] == 0}
+    stacked, low_rank = perplexity["LoRD + GPTQ 4-bit"], perplexity["LoRD float"]
+    assert f"{stacked / low_rank - 1:.0%}" in sentence[1]
+    assert f"{low_rank / perplexity['dense'] - 1:.1%}" in sentence[1]
+    assert f"{perplexity['GPTQ 4-bit'] / perplexity['dense'] - 1:.1%}" in sentence[1]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_a_legal_configuration(path: Path) -> None:
+    config = LordConfig.from_dict(read_yaml(path))
+    assert LordConfig.from_dict(config.to_dict()) == config

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lord_quant.backends.gptq import GptqRecord
+from lord_quant.calibration import as_windows
+from lord_quant.config import CalibrationConfig, GptqConfig, LordConfig, LowrankConfig
+from lord_quant.corpus import load_corpus
+from lord_quant.engine import DecompositionRecord
+from lord_quant.plan import Plan, build_plan
+from lord_quant.report import (
+    build_report,
+    human_bytes,
+    human_seconds,
+    model_card,
+    package_versions,
+    plan_dict,
+    plan_summary,
+    plan_table,
+    report_table,
+    to_json,
+)
+from lord_quant.targets import LinearSite
+
+
+def make(
+    model: str = "org/model", dataset: str = "python-stdlib", output: str = "out", blocks: int = 2, **gptq: Any
+) -> tuple:
+    sites = [
+        LinearSite(f"h.{i}.{name}", i, inputs, outputs, bias)
+        for i in range(blocks)
+        for name, inputs, outputs, bias in (("attn.c_proj", 256, 256, True), ("mlp.c_fc", 256, 1024, False))
+    ]
+    config = LordConfig(
+        model=model,
+        output=output,
+        lowrank=LowrankConfig(rank_ratio=0.5),
+        calibration=CalibrationConfig(dataset=dataset),
+        gptq=GptqConfig(**({"bits": 4, "group_size": 32} | gptq)),
+    )
+    return config, build_plan(sites, config.lowrank, config.gptq, itemsize=4, other_bytes=12345)
+
+
+def report_of(config: LordConfig, plan: Plan, loss: float | None = 0.5, source: str = "text") -> dict[str, Any]:
+    windows = as_windows(torch.arange(24).view(3, 8), source)
+    decomposed = [DecompositionRecord(name, rank, 0.25, rank, 24, 0.125, ()) for name, rank in plan.rank_pattern.items()]
+    quantized = [
+        GptqRecord(layer.name + suffix, loss, 0.1, 0.25)
+        for layer in plan.layers
+        for suffix in layer.factor_shapes()
+        if plan.bits != 16
+    ]
+    return build_report(config, plan, windows, decomposed, quantized, {"decompose": 1.5, "quantize": 2.25}, ["careful"])
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_a_report_is_json_and_says_what_was_done(bits: int) -> None:
+    config, plan = make(bits=bits)
+    report = report_of(config, plan)
+    assert json.loads(to_json(report)) == report
+    assert report["base_model"] == "org/model" and report["scheme"] == plan.scheme and report["warnings"] == ["careful"]
+    assert report["seconds"] == {"decompose": 1.5, "quantize": 2.25, "total": 3.75}
+    assert report["calibration"]["num_tokens"] == 24 and report["calibration"]["seq_len"] == 8
+    assert report["config"]["gptq"]["bits"] == bits and report["config"]["lowrank"]["rank_ratio"] == 0.5
+    assert [layer["name"] for layer in report["layers"]] == [layer.name for layer in plan.layers]
+    dense, lowrank = report["layers"][:2]
+    assert dense["rank"] is None and "rel_output_error" not in dense
+    assert lowrank["rank"] == 128 and lowrank["rel_output_error"] == 0.25 and lowrank["decompose_seconds"] == 0.125
+    assert set(dense["gptq"]) == ({"weight"} if bits == 4 else set())
+    assert set(lowrank["gptq"]) == ({"down", "up"} if bits == 4 else set())
+
+
+def test_totals_are_sums_over_layers() -> None:
+    config, plan = make()
+    report = report_of(config, plan)
+    totals, layers = report["totals"], report["layers"]
+    weights = sum(layer["in_features"] * layer["out_features"] for layer in layers)
+    added = sum(layer["out_features"] * 2 for layer in layers if layer["adds_bias"])
+    own = sum(layer["out_features"] * 2 for layer in layers if layer["name"].endswith("c_proj"))
+    assert added > 0
+    assert totals["layers"] == len(layers) == 4
+    assert totals["decomposed_layers"] == sum(layer["rank"] is not None for layer in layers) == 2
+    assert totals["linear_bytes"] == sum(layer["bytes"] for layer in layers)
+    assert totals["tensor_bytes"] == totals["linear_bytes"] + 12345
+    assert totals["param_ratio"] == sum(layer["weights"] for layer in layers) / weights
+    assert totals["bpw"] == pytest.approx(8 * (totals["linear_bytes"] - own) / weights)
+    mean = sum(layer["bpw"] * layer["in_features"] * layer["out_features"] for layer in layers) / weights
+    assert totals["bpw"] == pytest.approx(mean)
+    assert plan_dict(plan)["totals"] == totals and json.loads(to_json(plan_dict(plan))) == plan_dict(plan)
+
+
+def test_the_plan_summary_gives_the_plans_totals() -> None:
+    _, plan = make()
+    linear = sum(layer.weight_bytes + layer.bias_bytes for layer in plan.layers)
+    text = plan_summary(plan)
+    assert len(text.splitlines()) == 3
+    for part in (
+        plan.scheme,
+        "2 of 4 layers decomposed",
+        "4 bits, group size 32",
+        f"linear layers {human_bytes(linear)}, {plan.bpw:.3f} bits per weight",
+        f"{plan.param_ratio:.3f} of weights kept",
+        f"{human_bytes(linear + 12345)} of tensors, {human_bytes(12345)} of them",
+    ):
+        assert part in text, text
+
+
+def test_the_plan_table_has_a_line_per_layer_with_the_reason_why_one_stays_dense() -> None:
+    _, plan = make()
+    lines = plan_table(plan).splitlines()
+    for layer in plan.layers:
+        (line,) = [line for line in lines if line.startswith(f"{layer.name} ")]
+        assert f"{layer.out_features}x{layer.in_features}" in line and f"{layer.bpw:.2f}" in line
+        assert (str(layer.rank) if layer.rank else layer.note) in line
+    assert plan_summary(plan) in plan_table(plan)
+
+
+def test_no_path_of_this_machine_is_published(tmp_path: Path) -> None:
+    model, data, output = tmp_path / "my-model", tmp_path / "my-data.txt", tmp_path / "secret-output"
+    model.mkdir()
+    data.write_text("some text")
+    for given in (data, tmp_path):
+        config, plan = make(str(model), str(given), str(output))
+        source = load_corpus(str(data)).source
+        report = report_of(config, plan, source=source)
+        published = to_json(report) + model_card(report) + report_table(report)
+        assert str(tmp_path) not in published and str(tmp_path.parent) not in published
+        assert "secret-output" not in published and str(Path.home()) not in published
+        assert report["base_model"] == "my-model" and report["config"]["model"] == "my-model"
+        assert report["config"]["calibration"]["dataset"] == given.name
+        assert "base_model: my-model\n" in model_card(report)
+
+
+def test_relative_paths_are_reduced_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    for given, name in ((".", "here"), ("model", "model"), ("./model", "model"), ("../here/model", "model")):
+        assert report_of(*make(given))["base_model"] == name
+
+
+def test_json_without_nan() -> None:
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError):
+            to_json({"loss": bad})
+    assert to_json({"a": None}).endswith("}\n")
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, None])
+def test_a_loss_that_is_no_number_does_not_spoil_the_report(loss: float | None) -> None:
+    report = report_of(*make(), loss=loss)
+    parsed = json.loads(to_json(report), parse_constant=lambda name: pytest.fail(name))
+    assert parsed["layers"][1]["gptq"]["down"]["loss"] is None
+    assert " - / - " in report_table(report)
+    model_card(report)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (10_900_000, "10.9 MB"), (999_949, "999.9 kB"),
+        (999_950, "1.0 MB"), (26_400_000_000, "26.4 GB"), (3_140_000_000_000, "3.14 TB"), (-1500, "-1.5 kB"),
+    ],
+)  # fmt: skip
+def test_human_bytes(count: float, text: str) -> None:
+    assert human_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0.0 s"), (1.25, "1.2 s"), (9.94, "9.9 s"), (42, "42 s"), (59.4, "59 s"), (60, "1 min 0 s"),
+        (190, "3 min 10 s"), (3599.4, "59 min 59 s"), (3599.6, "1 h 0 min"), (7500, "2 h 5 min"), (100_000, "27 h 46 min"),
+    ],
+)  # fmt: skip
+def test_human_seconds(seconds: float, text: str) -> None:
+    assert human_seconds(seconds) == text
+
+
+def test_the_report_table_has_a_line_per_layer_or_per_kind_when_there_are_many() -> None:
+    report = report_of(*make(blocks=3))
+    lines = report_table(report).splitlines()
+    assert sum(line.startswith("h.") for line in lines) == 6
+    short = report_table(report, longest=5)
+    (line,) = [line for line in short.splitlines() if line.startswith("mlp.c_fc (x3)")]
+    assert [cell for cell in line.split() if cell != "/"][2:] == [
+        "1024x256",
+        "128",
+        "0.25",
+        "0.5",
+        "0.5",
+        "0.1",
+        *line.split()[-2:],
+    ]
+    assert float(line.split()[-1]) == pytest.approx(3 * (0.125 + 2 * 0.25), abs=0.006)
+    assert f"{report['totals']['bpw']:.3f} bits per weight" in short and "total 3.8 s" in short
+
+
+def test_the_report_table_notes_remedies_and_ranks_beyond_the_numerical_rank() -> None:
+    config, plan = make()
+    windows = as_windows(torch.arange(24).view(3, 8), "text")
+    records = [DecompositionRecord(name, rank, 0.25, 5, 24, 0.1, ("float64",)) for name, rank in plan.rank_pattern.items()]
+    table = report_table(build_report(config, plan, windows, records, [], {}))
+    assert "note: float64 (2 layers, such as h.0.mlp.c_fc)" in table
+    assert "numerical rank below the rank kept" in table
+
+
+def test_the_model_card_has_front_matter_and_the_measured_figures() -> None:
+    import yaml
+
+    config, plan = make()
+    report = report_of(config, plan)
+    report["totals"]["file_bytes_on_disk"] = 7_000_000
+    card = model_card(report)
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["base_model"] == "org/model" and front["library_name"] == "transformers" and "gptq" in front["tags"]
+    for part in (
+        f"{plan.bpw:.3f}",
+        f"{plan.param_ratio:.3f}",
+        "2 of 4",
+        "7.0 MB",
+        "0.2500 (0.2500)",
+        "3 x 8 tokens of text",
+    ):
+        assert part in card, card
+    float_card = model_card(report_of(*make(bits=16)))
+    assert "gptq" not in yaml.safe_load(float_card.split("---\n")[1])["tags"] and "GPTQ to" not in float_card
+
+
+def test_package_versions_leaves_out_what_is_not_installed() -> None:
+    assert package_versions(["pytest", "no-such-package-at-all"]) == {"pytest": pytest.__version__}
