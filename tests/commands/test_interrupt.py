@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run that is interrupted or killed leaves nothing that looks finished, and what stood there before still stands."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+
+pytestmark = pytest.mark.slow
+
+# Stands in for a power cut at the worst moment: weights, configuration and tokenizer are in the staging folder.
+DIE_WHILE_WRITING = """
+    import os, signal, sys
+    from optimum.commands.optimum_cli import main
+    import lord_quant.pipeline as pipeline
+
+    write = pipeline.write_model
+    def write_and_die(*arguments):
+        write(*arguments)
+        os.kill(os.getpid(), signal.SIGKILL)
+    pipeline.write_model = write_and_die
+    main()
+"""
+
+
+class Ended(NamedTuple):
+    """How a process ended."""
+
+    code: int
+    stderr: str
+    root: Path
+
+
+@pytest.fixture(scope="module")
+def ended(
+    model_folder: Callable[..., Path], corpus_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Ended]:
+    """Runs all three at once: they spend most of their time importing."""
+    root = tmp_path_factory.mktemp("interrupted")
+    optimum_cli = [str(Path(sys.executable).parent / "optimum-cli")]
+    starts = {
+        "interrupted": optimum_cli,
+        "killed": optimum_cli,
+        "killed while writing": [sys.executable, "-c", textwrap.dedent(DIE_WHILE_WRITING)],
+    }
+    processes = {}
+    for label, start in starts.items():
+        long = label != "killed while writing"
+        folder = root / label.replace(" ", "-")
+        (folder / "output").mkdir(parents=True)
+        (folder / "output" / "config.json").write_text('{"old": true}')
+        flags = ["--model", model_folder("llama"), "--dataset", corpus_file, "--output", folder / "output", "--overwrite"]
+        flags += ["--rank-ratio", "0.25", "--group-size", "32", "--seq-len", "32"]
+        flags += ["--num-samples", "64" if long else "4"]
+        process = subprocess.Popen(
+            [*start, "lord", "quantize", *map(str, flags)],
+            stdout=subprocess.PIPE,
+            stderr=(folder / "stderr.txt").open("w"),
+            text=True,
+        )
+        processes[label] = (process, folder)
+    for label, number in (("interrupted", signal.SIGINT), ("killed", signal.SIGKILL)):
+        process, folder = processes[label]
+        wait_for(lambda folder=folder: "Quantizing layers inside" in (folder / "stderr.txt").read_text(), process)
+        os.kill(process.pid, number)
+    results = {}
+    for label, (process, folder) in processes.items():
+        process.communicate(timeout=120)
+        results[label] = Ended(process.returncode, (folder / "stderr.txt").read_text(), folder)
+    return results
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the run ended before it could be interrupted"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def visible(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def test_an_interruption_is_reported_and_leaves_nothing(ended: dict[str, Ended]) -> None:
+    result = ended["interrupted"]
+    assert result.code == 130
+    assert "optimum-cli lord: interrupted; nothing was written" in result.stderr and "Traceback" not in result.stderr
+    assert sorted(path.name for path in result.root.iterdir()) == ["output", "stderr.txt"]
+
+
+def test_a_kill_leaves_nothing_that_looks_finished(ended: dict[str, Ended]) -> None:
+    for label in ("killed", "killed while writing"):
+        assert ended[label].code == -signal.SIGKILL
+        assert visible(ended[label].root) == ["output", "stderr.txt"]
+    staging = list(ended["killed while writing"].root.glob(".output.partial-*"))
+    assert len(staging) == 1, "the process was killed while it wrote"
+
+
+@pytest.mark.parametrize("label", ["interrupted", "killed", "killed while writing"])
+def test_what_was_to_be_overwritten_still_stands(label: str, ended: dict[str, Ended]) -> None:
+    output = ended[label].root / "output"
+    assert json.loads((output / "config.json").read_text()) == {"old": True}
+    assert os.listdir(output) == ["config.json"]

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint that does not hold what its configuration says is refused by name; weights are never made up."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+
+from lord_quant.errors import CheckpointError, ConfigError, FormatVersionError, LordError, RankError
+
+
+LAYER = "model.layers.0.mlp.up_proj"
+OTHER = "model.layers.1.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def sound(
+    model_folder: Callable[..., Path], corpus_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, Path]:
+    """One checkpoint per kind, with one layer left dense, so that entries can be added."""
+    root = tmp_path_factory.mktemp("sound")
+    lowrank = {"rank_ratio": 0.25, "ignore": ["model.layers.1.mlp.down_proj"]}
+    for bits in (4, 16):
+        families.compress(model_folder("llama"), root / str(bits), corpus_file, gptq={"bits": bits}, lowrank=lowrank)
+    return {bits: root / str(bits) for bits in (4, 16)}
+
+
+def edit_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    change(values["quantization_config"])
+    path.write_text(json.dumps(values))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    from safetensors.torch import save_file
+
+    tensors = families.stored_tensors(folder)
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def part(bits: int) -> str:
+    return "qweight" if bits == 4 else "weight"
+
+
+Edit = Callable[[Path, int], Any]
+DAMAGE: dict[str, tuple[Edit, type[LordError], str]] = {
+    "rank changed": (
+        lambda folder, bits: edit_config(folder, lambda c: c["rank_pattern"].update({LAYER: 64})),
+        CheckpointError,
+        rf"(?s)wrong shape: {LAYER}\.down",
+    ),
+    "rank removed": (
+        lambda folder, bits: edit_config(folder, lambda c: c["rank_pattern"].pop(LAYER)),
+        CheckpointError,
+        rf"(?s)missing: {LAYER}\..*unexpected: {LAYER}\.down",
+    ),
+    "all ranks removed": (
+        lambda folder, bits: edit_config(folder, lambda c: c.pop("rank_pattern")),
+        CheckpointError,
+        "(?s)missing: .* more",
+    ),
+    "rank added": (
+        lambda folder, bits: edit_config(folder, lambda c: c["rank_pattern"].update({"model.layers.1.mlp.down_proj": 32})),
+        CheckpointError,
+        r"missing: model\.layers\.1\.mlp\.down_proj\.down",
+    ),
+    "layer that is not there": (
+        lambda folder, bits: edit_config(folder, lambda c: c["rank_pattern"].update({"model.layers.7.mlp.up_proj": 32})),
+        CheckpointError,
+        r"model\.layers\.7\.mlp\.up_proj",
+    ),
+    "rank too large": (
+        lambda folder, bits: edit_config(folder, lambda c: c["rank_pattern"].update({LAYER: 4096, OTHER: 0})),
+        RankError,
+        rf"(?s){LAYER}: rank 4096, wanted 1 to 128.*{OTHER}: rank 0",
+    ),
+    "rank that is no number": (
+        lambda folder, bits: edit_config(folder, lambda c: c["rank_pattern"].update({LAYER: "many"})),
+        RankError,
+        f"{LAYER}: rank 'many'",
+    ),
+    "rank_pattern that is no mapping": (
+        lambda folder, bits: edit_config(folder, lambda c: c.update(rank_pattern=[1])),
+        CheckpointError,
+        "rank_pattern is list",
+    ),
+    "tensor missing": (
+        lambda folder, bits: edit_tensors(folder, lambda t: t.pop(f"{LAYER}.down.{part(bits)}")),
+        CheckpointError,
+        rf"missing: {LAYER}\.down",
+    ),
+    "bias missing": (
+        lambda folder, bits: edit_tensors(folder, lambda t: t.pop(f"{LAYER}.up.bias")),
+        CheckpointError,
+        rf"missing: {LAYER}\.up\.bias",
+    ),
+    "norm missing": (
+        lambda folder, bits: edit_tensors(folder, lambda t: t.pop("model.layers.1.input_layernorm.weight")),
+        CheckpointError,
+        r"missing: model\.layers\.1\.input_layernorm",
+    ),
+    "embedding missing": (
+        lambda folder, bits: edit_tensors(folder, lambda t: t.pop("model.embed_tokens.weight")),
+        CheckpointError,
+        r"missing: model\.embed_tokens\.weight",
+    ),
+    "head missing": (
+        lambda folder, bits: edit_tensors(folder, lambda t: t.pop("lm_head.weight")),
+        CheckpointError,
+        r"missing: lm_head\.weight",
+    ),
+    "wrong shape": (
+        lambda folder, bits: edit_tensors(
+            folder, lambda t: t.update({f"{OTHER}.up.{part(bits)}": t[f"{OTHER}.up.{part(bits)}"][:, :8].contiguous()})
+        ),
+        CheckpointError,
+        rf"wrong shape: {OTHER}\.up",
+    ),
+    "factors nobody asked for": (
+        lambda folder, bits: edit_tensors(
+            folder, lambda t: t.update({"model.layers.1.mlp.down_proj.down.weight": torch.zeros(32, 256)})
+        ),
+        CheckpointError,
+        r"unexpected: model\.layers\.1\.mlp\.down_proj\.down\.weight",
+    ),
+    "mean correction switched off": (
+        lambda folder, bits: edit_config(folder, lambda c: c.update(mean_correction=False)),
+        CheckpointError,
+        r"unexpected: .*\.up\.bias",
+    ),
+    "newer format": (
+        lambda folder, bits: edit_config(folder, lambda c: c.update(format_version=99)),
+        FormatVersionError,
+        "format_version 99.*reads up to 1.*upgrade",
+    ),
+    "version that is none": (
+        lambda folder, bits: edit_config(folder, lambda c: c.update(format_version="one")),
+        CheckpointError,
+        "format_version is 'one'",
+    ),
+    "unknown key": (
+        lambda folder, bits: edit_config(folder, lambda c: c.update(rank_patern={})),
+        ConfigError,
+        "'rank_patern'; did you mean 'rank_pattern'",
+    ),
+    "truncated file": (
+        lambda folder, bits: (folder / "model.safetensors").write_bytes(
+            (folder / "model.safetensors").read_bytes()[:100_000]
+        ),
+        CheckpointError,
+        "not a readable safetensors file",
+    ),
+}
+PACKED_DAMAGE: dict[str, tuple[Edit, type[LordError], str]] = {
+    "other bits": (lambda folder, bits: edit_config(folder, lambda c: c.update(bits=8)), CheckpointError, "wrong shape"),
+    "bits that do not exist": (lambda folder, bits: edit_config(folder, lambda c: c.update(bits=5)), ConfigError, "5"),
+    "other group size": (
+        lambda folder, bits: edit_config(folder, lambda c: c.update(group_size=64)),
+        CheckpointError,
+        "wrong shape: .*(scales|qzeros)",
+    ),
+    "other method": (
+        lambda folder, bits: edit_config(
+            folder,
+            lambda c: (
+                c.update(quant_method="lord"),
+                [c.pop(k) for k in list(c) if k not in ("quant_method", "rank_pattern", "mean_correction")],
+            ),
+        ),
+        CheckpointError,
+        "missing: .*weight",
+    ),
+}
+CASES = [(label, bits) for label in DAMAGE for bits in (4, 16)] + [(label, 4) for label in PACKED_DAMAGE]
+
+
+@pytest.mark.parametrize(("label", "bits"), CASES)
+def test_damage_is_named(label: str, bits: int, sound: dict[int, Path], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    edit, error, message = (DAMAGE | PACKED_DAMAGE)[label]
+    folder = shutil.copytree(sound[bits], tmp_path / "damaged")
+    edit(folder, bits)
+    with pytest.raises(error, match=message):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_sharded_checkpoints_load_and_a_lost_shard_is_named(bits: int, sound: dict[int, Path], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(sound[bits])
+    model.save_pretrained(tmp_path, max_shard_size="500KB")
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 2
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(families.probe_logits(again), families.probe_logits(model))
+    shards[1].unlink()
+    with pytest.raises((LordError, OSError), match=shards[1].name):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_other_model_classes_never_get_made_up_blocks(bits: int, sound: dict[int, Path]) -> None:
+    """The bare model has other paths: either it loads the checkpoint's blocks, or it refuses."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    whole = AutoModelForCausalLM.from_pretrained(sound[bits])
+    tokens = families.probe_tokens()
+    try:
+        bare = AutoModel.from_pretrained(sound[bits])
+    except LordError:
+        return
+    with torch.no_grad():
+        expected = whole.model(input_ids=tokens).last_hidden_state
+        assert torch.equal(bare(input_ids=tokens).last_hidden_state, expected)
+
+
+def test_a_new_classification_head_is_allowed(sound: dict[int, Path]) -> None:
+    """What transformers does for dense models: the blocks are the checkpoint's, the head is new."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    whole = AutoModelForCausalLM.from_pretrained(sound[16])
+    classifier = AutoModelForSequenceClassification.from_pretrained(sound[16])
+    theirs = whole.model.state_dict()
+    assert all(torch.equal(theirs[name], tensor) for name, tensor in classifier.model.state_dict().items())

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was in memory when a checkpoint was saved is what a fresh process loads: bit for bit, with nobody's help.
+
+The checkpoints are compressed here by the product's own steps, saved before their first forward pass, and loaded by
+`load_fresh.py`, which knows transformers only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import families
+import pytest
+import torch
+
+
+pytestmark = pytest.mark.slow
+
+# label → (family, configuration overrides, settings of `families.compress`)
+Variant = tuple[str, dict[str, Any], dict[str, Any]]
+MATRIX: dict[str, Variant] = {
+    f"{family}-{bits}": (family, {}, {"gptq": {"bits": bits}}) for family in families.FAMILIES for bits in (16, 8, 4)
+}
+DENSE: dict[str, Any] = {"rank_ratio": 1.0}
+VARIANTS: dict[str, Variant] = {
+    "bf16-llama-16": ("llama", {}, {"gptq": {"bits": 16}, "dtype": "bfloat16"}),
+    "bf16-llama-4": ("llama", {}, {"gptq": {"bits": 4}, "dtype": "bfloat16"}),
+    "bf16-gpt_bigcode-8": ("gpt_bigcode", {}, {"gptq": {"bits": 8}, "dtype": "bfloat16"}),
+    "bf16-gpt_bigcode-4": ("gpt_bigcode", {}, {"gptq": {"bits": 4}, "dtype": "bfloat16"}),
+    "fp16-codegen-4": ("codegen", {}, {"gptq": {"bits": 4}, "dtype": "float16"}),
+    "desc_act-llama-4": ("llama", {}, {"gptq": {"bits": 4, "desc_act": True}}),
+    "asym-llama-4": ("llama", {}, {"gptq": {"bits": 4, "sym": False}}),
+    "asym-gpt_bigcode-8": ("gpt_bigcode", {}, {"gptq": {"bits": 8, "sym": False}}),
+    "asym-desc_act-codegen-4": ("codegen", {}, {"gptq": {"bits": 4, "sym": False, "desc_act": True}}),
+    "gptq_only-gpt_bigcode-8": ("gpt_bigcode", {}, {"gptq": {"bits": 8}, "lowrank": DENSE}),
+    "gptq_only-gpt_bigcode-4": ("gpt_bigcode", {}, {"gptq": {"bits": 4}, "lowrank": DENSE}),
+    "gptq_only-gpt2-8": ("gpt2", {}, {"gptq": {"bits": 8}, "lowrank": DENSE}),
+    "gptq_only-gpt2-4": ("gpt2", {}, {"gptq": {"bits": 4}, "lowrank": DENSE}),
+    "bits3-llama": ("llama", {}, {"gptq": {"bits": 3}}),
+    "bits2-gpt_bigcode": ("gpt_bigcode", {}, {"gptq": {"bits": 2}}),
+    "tied-llama-4": ("llama", {"tie_word_embeddings": True}, {"gptq": {"bits": 4}}),
+    "tied-llama-16": ("llama", {"tie_word_embeddings": True}, {"gptq": {"bits": 16}}),
+    "untied-gpt_bigcode-4": ("gpt_bigcode", {"tie_word_embeddings": False}, {"gptq": {"bits": 4}}),
+    "mlp-llama-4": ("llama", {}, {"gptq": {"bits": 4}, "lowrank": {"rank_ratio": 0.5, "targets": ["mlp"]}}),
+    "mlp-gpt2-16": ("gpt2", {}, {"gptq": {"bits": 16}, "lowrank": {"rank_ratio": 0.5, "targets": ["mlp"]}}),
+    "one_layer-codegen-8": (
+        "codegen",
+        {},
+        {"gptq": {"bits": 8}, "lowrank": {"rank_pattern": {"transformer.h.1.mlp.fc_in": 96, "h.0.attn.out_proj": 32}}},
+    ),
+    "no_mean-llama-4": ("llama", {}, {"gptq": {"bits": 4}, "lowrank": {"rank_ratio": 0.25, "mean_correction": False}}),
+    "no_bias-starcoder2-4": ("starcoder2", {"use_bias": False}, {"gptq": {"bits": 4}}),
+    "g64-llama-4": ("llama", {}, {"gptq": {"bits": 4, "group_size": 64}, "lowrank": {"rank_ratio": 0.5}}),
+}
+EVERY = MATRIX | VARIANTS
+RESAVED = ("llama-4", "gpt_bigcode-8", "gpt2-16", "tied-llama-4", "bf16-llama-4")
+
+
+class Checkpoint(NamedTuple):
+    """One compressed folder, the plan it was made by and the logits its model gave in memory."""
+
+    folder: Path
+    plan: Any
+    logits: torch.Tensor
+
+
+@pytest.fixture(scope="module")
+def checkpoints(
+    model_folder: Callable[..., Path], corpus_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Checkpoint]:
+    root = tmp_path_factory.mktemp("checkpoints")
+    made = {}
+    for label, (family, overrides, settings) in EVERY.items():
+        plan, logits = families.compress(
+            model_folder(family, **overrides), root / label, corpus_file, calibration={"num_samples": 2}, **settings
+        )
+        made[label] = Checkpoint(root / label, plan, logits)
+    return made
+
+
+@pytest.fixture(scope="module")
+def reloaded(checkpoints: dict[str, Checkpoint], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folders = [checkpoint.folder for checkpoint in checkpoints.values()]
+    results, process = families.load_fresh(tmp_path_factory.mktemp("reloaded") / "results.pt", *folders)
+    assert process.stdout == ""
+    assert "could not register" not in process.stderr
+    return results
+
+
+@pytest.fixture(scope="module")
+def resaved(checkpoints: dict[str, Checkpoint], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Loads, saves before any forward pass (here), and loads again (in a fresh process)."""
+    from transformers import AutoModelForCausalLM
+
+    folders = [f"{checkpoints[label].folder}.again" for label in RESAVED]
+    for folder in folders:
+        AutoModelForCausalLM.from_pretrained(folder.removesuffix(".again")).save_pretrained(folder)
+    return families.load_fresh(tmp_path_factory.mktemp("resaved") / "results.pt", *folders)[0]
+
+
+@pytest.mark.parametrize("label", EVERY)
+def test_a_fresh_process_loads_equal_logits(
+    label: str, checkpoints: dict[str, Checkpoint], reloaded: dict[str, Any]
+) -> None:
+    checkpoint = checkpoints[label]
+    result = reloaded[str(checkpoint.folder)]
+    families.require_equal(result, checkpoint.logits)
+    assert not result["training"]
+    assert bool(result["packed"]) == (checkpoint.plan.bits != 16)
+
+
+def test_loading_imported_the_package_by_itself(reloaded: dict[str, Any]) -> None:
+    assert "import lord_quant" not in families.LOADER.read_text() and "from lord_quant" not in families.LOADER.read_text()
+    assert "lord_quant.integrations.transformers" in reloaded["modules"]
+
+
+@pytest.mark.parametrize("label", EVERY)
+def test_predicted_bytes_are_the_bytes_in_the_files(label: str, checkpoints: dict[str, Checkpoint]) -> None:
+    from lord_quant.checkpoint import read_headers, weight_files
+    from lord_quant.stored import measure
+
+    folder, plan, _ = checkpoints[label]
+    on_disk = sum(size for _, _, size in read_headers(weight_files(folder)).values())
+    assert plan.tensor_bytes == on_disk
+    stored = measure(folder)
+    assert stored.tensor_bytes == on_disk
+    assert stored.bpw == pytest.approx(plan.bpw, rel=1e-12)
+    assert {layer.site.name: layer.rank for layer in stored.layers if layer.rank} == plan.rank_pattern
+    assert sum(layer.weight_bytes + layer.bias_bytes for layer in stored.layers) == on_disk - plan.other_bytes
+
+
+@pytest.mark.parametrize("label", RESAVED)
+def test_a_loaded_model_saves_and_loads_again(
+    label: str, checkpoints: dict[str, Checkpoint], resaved: dict[str, Any]
+) -> None:
+    families.require_equal(resaved[f"{checkpoints[label].folder}.again"], checkpoints[label].logits)
+
+
+def test_configurations_say_nothing_private(checkpoints: dict[str, Checkpoint], resaved: dict[str, Any]) -> None:
+    """Neither calibration text nor a path of this machine, and no claim about settings that were not used."""
+    for checkpoint in checkpoints.values():
+        for path in (checkpoint.folder / "config.json", Path(f"{checkpoint.folder}.again") / "config.json"):
+            if path.exists():
+                text = path.read_text()
+                assert "corpus" not in text and str(checkpoint.folder.parent) not in text and "/tmp" not in text
+                values = json.loads(text)["quantization_config"]
+                assert not values.get("dataset"), "the calibration set is in the report; here it would be a guess"
+                assert not values.get("tokenizer")
+                assert values["rank_pattern"] == checkpoint.plan.rank_pattern
