@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -31,20 +32,38 @@ def variants(
     return rows
 
 
-def lord(*arguments: str) -> None:
-    """Runs ``optimum-cli lord …`` of this environment and lets it print; ends the program if it fails."""
+def lord(*arguments: str, quiet: bool = False, environment: dict[str, str] | None = None) -> None:
+    """Runs ``optimum-cli lord …`` of this environment; ends the program if it fails.
+
+    Args:
+        *arguments: The command line after ``lord``.
+        quiet: Show what it prints only if it fails.
+        environment: Variables to set for it.
+    """
     executable = shutil.which("optimum-cli", path=str(Path(sys.executable).parent)) or "optimum-cli"
-    done = subprocess.run([executable, "lord", *arguments], check=False)
+    sink = subprocess.PIPE if quiet else None
+    command = [executable, "lord", *arguments]
+    done = subprocess.run(command, stdout=sink, stderr=sink, text=True, env=os.environ | (environment or {}), check=False)
     if done.returncode:
-        sys.exit(done.returncode)
+        raise SystemExit(
+            f"{' '.join(command)} failed with exit code {done.returncode}\n{done.stdout or ''}{done.stderr or ''}"
+        )
 
 
-def compress(variant: Variant, model: str, folder: Path, common: tuple[str, ...]) -> tuple[str, float | None]:
-    """Makes one row's checkpoint and returns where it is and the seconds its compression took (imports not counted)."""
+def compress(variant: Variant, model: str, folder: Path, common: tuple[str, ...], **how: Any) -> tuple[str, float | None]:
+    """Makes one row's checkpoint and returns where it is and the seconds its compression took (imports not counted).
+
+    Args:
+        variant: The row.
+        model: Folder of the dense model.
+        folder: Where the checkpoint goes.
+        common: Flags that all rows share.
+        **how: Passed to `lord`.
+    """
     if variant.flags is None:
         return model, None
     output = folder / variant.label.lower().replace(" ", "-").replace("+", "and")
-    lord("quantize", "--model", model, "--output", str(output), *variant.flags, *common)
+    lord("quantize", "--model", model, "--output", str(output), *variant.flags, *common, **how)
     report = json.loads((output / "lord_report.json").read_text(encoding="utf-8"))
     return str(output), report["seconds"]["total"]
 

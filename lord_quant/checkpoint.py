@@ -58,7 +58,7 @@ def quantization_config(plan: Plan, gptq: GptqConfig, block_path: str, host_form
             "group_size": plan.group_size,
             "sym": gptq.sym,
             "desc_act": gptq.desc_act,
-            "act_group_aware": not gptq.desc_act,
+            "act_group_aware": gptq.act_group_aware and not gptq.desc_act,
             "damp_percent": gptq.damp_percent,
             "true_sequential": gptq.true_sequential,
             "format": host_format,

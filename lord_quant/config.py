@@ -143,6 +143,7 @@ class GptqConfig:
         group_size: Inputs that share one scale; None takes the largest of 128, 64, 32 that suits the model's shapes.
         sym: Symmetric quantization.
         desc_act: Quantize inputs in order of decreasing activation.
+        act_group_aware: Order inputs by activation within what keeps groups whole; has no effect with `desc_act`.
         damp_percent: Fraction (not percent, despite the host's name) of the mean Hessian diagonal added to it, in (0, 1).
         true_sequential: Quantize layer by layer within a block.
     """
@@ -151,6 +152,7 @@ class GptqConfig:
     group_size: int | None = None
     sym: bool = True
     desc_act: bool = False
+    act_group_aware: bool = True
     damp_percent: float = 0.1
     true_sequential: bool = True
 
@@ -163,7 +165,7 @@ class GptqConfig:
             numeric = isinstance(self.group_size, int | float)
             hint = f"; nearest: {_nearest(self.group_size, GROUP_SIZES)}" if numeric else ""
             problems.append(f"group_size is {self.group_size!r}; wanted one of {GROUP_SIZES}{hint}")
-        problems += _not_bool(self, "sym", "desc_act", "true_sequential")
+        problems += _not_bool(self, "sym", "desc_act", "act_group_aware", "true_sequential")
         if not isinstance(self.damp_percent, int | float) or not 0 < self.damp_percent < 1:
             problems.append(f"damp_percent is {self.damp_percent!r}; wanted a fraction in (0, 1), such as 0.1")
         _check(problems, "gptq")

@@ -8,6 +8,7 @@ already loaded.
 
 from __future__ import annotations
 
+import functools
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ from lord_quant.targets import find_blocks, find_linears
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -154,8 +155,24 @@ def calibrate(
     )
 
 
-def compress_model(model: PreTrainedModel, plan: Plan, windows: TokenWindows, config: LordConfig) -> Compressed:
+def compress_model(
+    model: PreTrainedModel,
+    plan: Plan,
+    windows: TokenWindows,
+    config: LordConfig,
+    *,
+    quantizer: Any = None,
+    run: Callable[[], Any] | None = None,
+) -> Compressed:
     """Runs a plan on a loaded dense model, in place: decompose, then quantize.
+
+    Args:
+        model: The dense model.
+        plan: What becomes of every layer.
+        windows: Calibration tokens.
+        config: The run.
+        quantizer: The host quantizer to use; None makes Optimum's own.
+        run: How to start it; None calls its `quantize_model`.
 
     Afterwards `model.config.quantization_config` says what was done, and `save_pretrained` writes a checkpoint that
     `from_pretrained` loads. Save before the first forward pass: 4-bit CPU kernels rewrite their weights in place.
@@ -163,15 +180,18 @@ def compress_model(model: PreTrainedModel, plan: Plan, windows: TokenWindows, co
     phases = Phases()
     quantized: list[backend.GptqRecord] = []
     host_format = ""
+    model.eval()
     with phases.measure("decompose"):
         dtype = torch.float64 if config.lowrank.float64 else torch.float32
         decomposed = decompose_model(model, plan, windows.batches(config.calibration.batch_size), dtype=dtype)
     if plan.bits != FLOAT_BITS:
         with phases.measure("quantize"):
-            quantizer = backend.make_quantizer(**host_arguments(config, plan, model, windows))
+            if quantizer is None:
+                quantizer = backend.make_quantizer(**host_arguments(config, plan, model, windows))
             expected = sum(len(layer.factor_shapes()) for layer in plan.layers)
-            run = lambda: quantizer.quantize_model(model)  # noqa: E731
-            quantized = backend.quantize_model(model, quantizer, expected, run)
+            quantized = backend.quantize_model(
+                model, quantizer, expected, run or functools.partial(quantizer.quantize_model, model)
+            )
             host_format = quantizer.format
     block_path = find_blocks_path(model, plan)
     model.config.quantization_config = quantization_config(plan, config.gptq, block_path, host_format)
@@ -186,7 +206,7 @@ def host_arguments(config: LordConfig, plan: Plan, model: torch.nn.Module, windo
         "dataset": windows.as_samples(),
         "damp_percent": config.gptq.damp_percent,
         "desc_act": config.gptq.desc_act,
-        "act_group_aware": not config.gptq.desc_act,
+        "act_group_aware": config.gptq.act_group_aware and not config.gptq.desc_act,
         "sym": config.gptq.sym,
         "true_sequential": config.gptq.true_sequential,
         "model_seqlen": windows.input_ids.shape[1],

@@ -61,6 +61,8 @@ def inspect_source(path: str, dtype: str = "auto") -> Source:
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model {path!r} cannot be read: {_first_line(error)}") from error
     _refuse(path, config)
+    if Path(path).expanduser().is_dir() and not any(Path(path).expanduser().glob("*.safetensors")):
+        raise ModelError(f"model {path!r} holds no *.safetensors file; other weight formats are not read, convert it first")
     stored = getattr(config, "dtype", None) or torch.float32
     chosen = stored if dtype == "auto" else getattr(torch, dtype)
     context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048

@@ -6,6 +6,7 @@ Importing this module imports Optimum's GPTQ (quietly): a subclass needs its bas
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,17 +15,18 @@ import torch
 
 from lord_quant.backends import gptq as backend
 from lord_quant.calibration import TokenWindows, as_windows
-from lord_quant.checkpoint import atomic_folder, check_output, quantization_config, write_model
+from lord_quant.checkpoint import atomic_folder, check_output, write_model
 from lord_quant.config import LordConfig
 from lord_quant.corpus import STDLIB, Corpus
-from lord_quant.engine import DecompositionRecord, decompose_model
+from lord_quant.engine import DecompositionRecord
 from lord_quant.errors import CalibrationError, ConfigError, unknown_keys
-from lord_quant.pipeline import DEFAULT_SEQ_LEN, calibrate, find_blocks_path, host_arguments, plan_model
+from lord_quant.pipeline import DEFAULT_SEQ_LEN, calibrate, compress_model, host_arguments, plan_model
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_GPTQ_KEYS = ("sym", "desc_act", "act_group_aware", "damp_percent", "true_sequential")
 _GPTQQuantizer: Any = backend.host().GPTQQuantizer
 
 
@@ -44,6 +46,7 @@ class LordGPTQQuantizer(_GPTQQuantizer):
         targets: Presets and patterns of layers to decompose.
         ignore: Patterns taken away from the targets.
         force_rank: Decompose also where that makes a layer larger.
+        mean_correction: Correct biases for the mean input.
         float64: Run statistics in float64.
         stack: `naive`.
         num_samples: Calibration windows, when `dataset` is text; at most, when it is a list of texts.
@@ -72,6 +75,7 @@ class LordGPTQQuantizer(_GPTQQuantizer):
         targets: Sequence[str] = ("all",),
         ignore: Sequence[str] = (),
         force_rank: bool = False,
+        mean_correction: bool = True,
         float64: bool = False,
         stack: str = "naive",
         num_samples: int = 128,
@@ -80,7 +84,7 @@ class LordGPTQQuantizer(_GPTQQuantizer):
     ) -> None:
         kwargs = _host_arguments(args, kwargs)
         gptq = {"bits": bits, "group_size": group_size}
-        gptq |= {key: kwargs[key] for key in ("sym", "desc_act", "damp_percent", "true_sequential") if key in kwargs}
+        gptq |= {key: kwargs[key] for key in _GPTQ_KEYS if key in kwargs}
         self.lord_config = LordConfig.from_dict(
             {
                 "model": "model",
@@ -93,6 +97,7 @@ class LordGPTQQuantizer(_GPTQQuantizer):
                     "targets": list(targets),
                     "ignore": list(ignore),
                     "force_rank": force_rank,
+                    "mean_correction": mean_correction,
                     "float64": float64,
                 },
                 "calibration": {
@@ -130,18 +135,12 @@ class LordGPTQQuantizer(_GPTQQuantizer):
         plan = plan_model(model, config, next(model.parameters()).element_size())
         windows = self._windows(model, tokenizer)
         for key, value in host_arguments(config, plan, model, windows).items():
-            if key != "act_group_aware":
-                setattr(self, key, value)
+            setattr(self, key, value)
         self.quantizeConfig.group_size = plan.group_size
-        model.eval()
-        dtype = torch.float64 if config.lowrank.float64 else torch.float32
-        self.decomposed = decompose_model(model, plan, windows.batches(config.calibration.batch_size), dtype=dtype)
-        expected = sum(len(layer.factor_shapes()) for layer in plan.layers)
-        run = super().quantize_model
-        self.quantized = backend.quantize_model(model, self, expected, lambda: run(model, tokenizer))
+        run = functools.partial(super().quantize_model, model, tokenizer)
+        done = compress_model(model, plan, windows, config, quantizer=self, run=run)
+        self.decomposed, self.quantized = done.decomposed, done.quantized
         self.dataset = None  # calibration text is not to be published with the checkpoint
-        block_path = find_blocks_path(model, plan)
-        model.config.quantization_config = quantization_config(plan, config.gptq, block_path, self.format)
         return model
 
     def save(self, model: PreTrainedModel, save_dir: str, **kwargs: Any) -> None:

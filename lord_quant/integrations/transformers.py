@@ -34,7 +34,7 @@ _RUN_KEYS = {
     "lowrank": ("rank_ratio", "param_ratio", "targets", "ignore", "force_rank", "float64"),
     "calibration": ("dataset", "text_key", "num_samples", "seq_len", "seed"),
 }
-_HOST_KEYS = ("bits", "group_size", "sym", "desc_act", "damp_percent", "true_sequential")
+_HOST_KEYS = ("bits", "group_size", "sym", "desc_act", "act_group_aware", "damp_percent", "true_sequential")
 
 
 @register_quantization_config(METHOD_GPTQ)
@@ -141,7 +141,7 @@ class LordGPTQConfig(GPTQConfig):
 
     def to_dict_optimum(self) -> dict[str, Any]:
         """Returns the arguments of Optimum's `GPTQQuantizer`."""
-        values = {key: getattr(self, key) for key in (*_HOST_KEYS, "act_group_aware", "format", "meta", "backend")}
+        values = {key: getattr(self, key) for key in (*_HOST_KEYS, "format", "meta", "backend")}
         values["group_size"] = self.group_size or -1
         return values | {"block_name_to_quantize": self.block_name_to_quantize}
 
