@@ -42,7 +42,7 @@ def main() -> None:
     args = parser.parse_args()
     clock = Clock()
     print("HumanEval runs code that the model generates, in a sandbox; running this demo is the consent it asks for.\n")
-    common: tuple[str, ...] = ("--group-size", str(args.group_size), "--force-rank", "--num-samples", str(args.num_samples))
+    common: tuple[str, ...] = ("--group-size", str(args.group_size), "--num-samples", str(args.num_samples))
     common += ("--seq-len", str(args.seq_len), "--seed", str(args.seed))
     table = variants(args.rank_ratio)
     workers = min(2, os.cpu_count() or 1)
@@ -74,9 +74,10 @@ def run_row(variant: Variant, model: str, folder: Path, common: tuple[str, ...],
     if seconds is not None:
         print(f"  {variant.label}: compressed in {seconds:.0f} s", flush=True)
     output = folder / f"{Path(where).name}.json"
+    flags = ("--dtype", "float32", "--batch-size", "41", "--max-windows", "16", "--gen-kwargs", "max_gen_toks=320")
     lord(
-        "eval", "--model", where, "--tasks", "lord_humaneval,lord_code_ppl", "--perplexity", "--max-windows", "32",
-        "--dtype", "float32", "--batch-size", "64", "--confirm-run-unsafe-code", "--output", str(output),
+        "eval", "--model", where, "--tasks", "lord_humaneval,lord_code_ppl", "--perplexity", *flags,
+        "--confirm-run-unsafe-code", "--output", str(output),
         quiet=True, environment=environment,
     )  # fmt: skip
     print(f"  {variant.label}: evaluated", flush=True)
@@ -94,7 +95,9 @@ def run_row(variant: Variant, model: str, folder: Path, common: tuple[str, ...],
 def add_sizes(row: dict[str, Any]) -> dict[str, Any]:
     """Replaces where a row's checkpoint is by what is stored there."""
     import lord_quant
+    from lord_quant.silence import import_hosts
 
+    import_hosts()
     stored = lord_quant.measure(row.pop("where"))
     return row | {"bytes_on_disk": stored.file_bytes, "bpw": stored.bpw}
 
@@ -135,6 +138,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         for index, row in enumerate(rows):
             axes.scatter(row["bpw"], row[key], color=f"C{index}", s=60, zorder=3, label=row["label"])
         axes.set(xscale="log", xlabel="stored bits per weight of the linear layers, all in", title=title)
+        axes.set_xlim(3.4, 20)
         axes.set_xticks([4, 8, 16], ["4", "8", "16"])
         axes.minorticks_off()
         axes.grid(alpha=0.3)

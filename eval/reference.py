@@ -10,12 +10,13 @@ tensors in its files. Calibration and held-out text must be disjoint; that is th
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
-from variants import Clock, Variant, compress, variants, write_json
+from variants import Clock, Variant, compress, lord, variants, write_json
 
 
 def main() -> None:
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--windows", type=int, default=320, help="held-out windows of --seq-len tokens")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--humaneval", action="store_true", help="also greedy pass@1; runs generated code")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     clock = Clock()
@@ -55,6 +57,10 @@ def main() -> None:
 def measure_row(variant: Variant, seed: int, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Compresses, reloads and measures one row."""
     import torch
+
+    from lord_quant.silence import import_hosts
+
+    import_hosts()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import lord_quant
@@ -74,7 +80,13 @@ def measure_row(variant: Variant, seed: int, folder: Path, args: argparse.Namesp
         max_windows=args.windows,
         batch_size=8,
     )
-    return {
+    scores: dict[str, Any] = {}
+    if args.humaneval:
+        output = folder / "humaneval.json"
+        flags = ("--dtype", "float32", "--batch-size", "41", "--confirm-run-unsafe-code", "--output", str(output))
+        lord("eval", "--model", where, "--tasks", "lord_humaneval", *flags)
+        scores["pass@1"] = json.loads(output.read_text(encoding="utf-8"))["metrics"]["lord_humaneval"]["pass@1"]
+    return scores | {
         "bpw": stored.bpw,
         "tensor_bytes": stored.tensor_bytes,
         "perplexity": result.perplexity,

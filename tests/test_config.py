@@ -35,7 +35,9 @@ CONFIGS = [
             rank_pattern={"mlp.c_fc": 96, "re:h\\.0\\.": 64}, targets=("mlp", "*.c_attn"), ignore=("lm_head",), float64=True
         ),
         calibration=CalibrationConfig(dataset="x.jsonl", text_key="code", num_samples=3, seq_len=5, seed=7, batch_size=2),
-        gptq=GptqConfig(bits=3, group_size=32, sym=False, desc_act=True, damp_percent=0.01, true_sequential=False),
+        gptq=GptqConfig(
+            bits=3, group_size=32, sym=False, desc_act=True, act_group_aware=False, damp_percent=0.01, true_sequential=False
+        ),
     ),
     LordConfig(model="m", lowrank=LowrankConfig(param_ratio=1, force_rank=True, mean_correction=False)),
 ]

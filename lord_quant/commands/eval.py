@@ -41,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: CUDA if there is one)")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, … (default: the checkpoint's own)")
     parser.add_argument("--limit", type=float, metavar="N", help="documents of each task, or a fraction; for trying out")
+    parser.add_argument(
+        "--gen-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help="replace generation settings: max_gen_toks=256"
+    )
     parser.add_argument("--seed", type=int, default=1234, help="random seed (default: 1234)")
     parser.add_argument(
         "--perplexity",
@@ -100,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
         max_windows=args.max_windows,
         speed=args.speed,
         seed=args.seed,
+        gen_kwargs=_settings(args.gen_kwargs),
     )
     if args.output is not None:
         _write(args.output, result)
@@ -140,6 +144,22 @@ def format_table(result: EvalResult) -> str:
 
 def _ratio(value: object, base: object) -> float | None:
     return value / base if isinstance(value, int | float) and isinstance(base, int | float) and base else None
+
+
+def _settings(pairs: list[str]) -> dict[str, object]:
+    """Reads ``KEY=VALUE`` pairs; a value that is JSON (a number, true, a list) is taken as such."""
+    from lord_quant.errors import EvaluationError
+
+    settings: dict[str, object] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            raise EvaluationError(f"--gen-kwargs {pair!r}; wanted KEY=VALUE, such as max_gen_toks=256")
+        try:
+            settings[key] = json.loads(value)
+        except ValueError:
+            settings[key] = value
+    return settings
 
 
 def _check_output(path: Path, overwrite: bool) -> None:

@@ -13,7 +13,7 @@ from lord_quant.corpus import STDLIB, TEXT_KEY, load_corpus
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
-DEFAULT_DOCUMENTS = 24
+DEFAULT_DOCUMENTS = 12
 DEFAULT_CHARACTERS = 4096
 
 
