@@ -7,12 +7,13 @@ READY := .venv/.ready
 
 setup: $(READY)
 
-# torch goes first and pinned: any other order lets a resolver take a newer build with gigabytes of CUDA.
-# Re-made when a requirement changes.
+# torch goes first and pinned, so that nothing else chooses its build; on a machine without a GPU point pip at the CPU
+# wheels of torch before, or this fetches gigabytes of CUDA. Re-made when a requirement changes.
 $(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"wanted Python 3.10 or newer, found {sys.version}")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $(READY)
 

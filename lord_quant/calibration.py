@@ -97,5 +97,5 @@ def sample_windows(
 
 def as_windows(input_ids: torch.Tensor, source: str) -> TokenWindows:
     """Wraps tokens with shape (num_samples, seq_len) and computes their digest."""
-    digest = hashlib.sha256(str(tuple(input_ids.shape)).encode() + input_ids.to(torch.int64).numpy().tobytes())
+    digest = hashlib.sha256(str(tuple(input_ids.shape)).encode() + input_ids.to("cpu", torch.int64).numpy().tobytes())
     return TokenWindows(input_ids, source, digest.hexdigest())

@@ -12,6 +12,7 @@ Beside the weights lie `lord_report.json` (what was done and measured) and `READ
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -24,6 +25,7 @@ import torch
 
 from lord_quant.config import FLOAT_BITS, GptqConfig
 from lord_quant.errors import CheckpointError, FormatVersionError, OutputError
+from lord_quant.linalg import require_finite
 from lord_quant.plan import Plan
 from lord_quant.version import FORMAT_VERSION, __version__
 
@@ -36,13 +38,12 @@ METHOD_FLOAT = "lord"
 REPORT_NAME = "lord_report.json"
 
 
-def quantization_config(plan: Plan, gptq: GptqConfig, block_path: str, host_format: str) -> dict[str, Any]:
+def quantization_config(plan: Plan, gptq: GptqConfig, host_format: str) -> dict[str, Any]:
     """Builds the `quantization_config` that `from_pretrained` rebuilds the model from.
 
     Args:
         plan: The plan that was run.
         gptq: How it was quantized.
-        block_path: Module path of the transformer blocks.
         host_format: Packing format the host left, such as ``gptq_v2``.
     """
     values: dict[str, Any] = {
@@ -62,7 +63,7 @@ def quantization_config(plan: Plan, gptq: GptqConfig, block_path: str, host_form
             "damp_percent": gptq.damp_percent,
             "true_sequential": gptq.true_sequential,
             "format": host_format,
-            "block_name_to_quantize": block_path,
+            "block_name_to_quantize": plan.block_path,
         }
     return values
 
@@ -116,12 +117,26 @@ def _bytes(shape: tuple[int, ...], dtype: str) -> int:
 
 
 def weight_files(folder: str | Path) -> list[str]:
-    """Lists the safetensors files of a checkpoint folder.
+    """Lists the safetensors files of a checkpoint folder: its one file, else those its index names, else all there are.
 
     Raises:
-        CheckpointError: There is none.
+        CheckpointError: There is none, or the index is unreadable or names a file that is not there.
     """
-    files = sorted(str(path) for path in Path(folder).glob("*.safetensors"))
+    folder = Path(folder)
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if single.is_file():  # what transformers loads, index or not
+        files = [str(single)]
+    elif index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            absent = [name for name in names if not (folder / name).is_file()]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{str(index)!r} is not a readable index of safetensors files: {error!r}") from error
+        if absent:
+            raise CheckpointError(f"{str(index)!r} names files that are not there: {', '.join(absent[:10])}")
+        files = [str(folder / name) for name in names]
+    else:
+        files = sorted(str(path) for path in folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{str(folder)!r} holds no safetensors file")
     return files
@@ -160,30 +175,38 @@ def check_tensors(expected: Mapping[str, tuple[int, ...]], files: list[str], und
         )
 
 
-def check_output(output: str | Path, *, overwrite: bool = False, model: str | None = None) -> Path:
+def check_output(
+    output: str | Path, *, overwrite: bool = False, model: str | None = None, dataset: str | None = None
+) -> Path:
     """Checks that a folder can be written, before any work; leaves nothing behind.
 
     Args:
         output: Folder to be written.
         overwrite: Whether an existing checkpoint may be replaced.
         model: The model that will be read; the output may not be it or hold it.
+        dataset: The calibration data that will be read, likewise.
 
     Raises:
         OutputError: Not empty, not writable, or too precious to replace.
     """
-    path = Path(output).expanduser().absolute()
-    if model is not None and Path(model).expanduser().exists():
-        source = Path(model).expanduser().resolve()
-        if source == path.resolve() or path.resolve() in source.parents:
-            raise OutputError(f"output {str(output)!r} is or holds the model itself; wanted another folder")
+    path = Path(output).expanduser().resolve()
+    for kind, name in (("model", model), ("dataset", dataset)):
+        source = Path(name).expanduser().resolve() if name is not None and Path(name).expanduser().exists() else None
+        if source is not None and (source == path or path in source.parents):
+            raise OutputError(f"output {str(output)!r} is or holds the {kind} itself; wanted another folder")
+    if Path(output).expanduser().is_symlink() and not path.exists():
+        raise OutputError(f"output {str(output)!r} is a link to {str(path)!r}, which does not exist; wanted a folder")
     if path.exists() and not path.is_dir():
         raise OutputError(f"output {str(output)!r} is a file; wanted a folder")
+    if os.path.ismount(path):
+        raise OutputError(f"output {str(output)!r} is a mount point and cannot be replaced; wanted a folder inside it")
     if path.is_dir() and any(path.iterdir()):
         if not overwrite:
             raise OutputError(f"output {str(output)!r} is not empty; wanted a new folder, or --overwrite")
-        if not (path / "config.json").is_file():
+        if not _is_model_folder(path):
             raise OutputError(
-                f"output {str(output)!r} is not empty and holds no config.json: --overwrite only replaces model folders"
+                f"output {str(output)!r} is not empty and no model folder (config.json with a model_type, safetensors): "
+                "--overwrite replaces nothing else"
             )
     parent = path.parent
     while not parent.exists():
@@ -195,12 +218,24 @@ def check_output(output: str | Path, *, overwrite: bool = False, model: str | No
     return path
 
 
+def _is_model_folder(path: Path) -> bool:
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "model_type" in config and any(path.glob("*.safetensors"))
+
+
 @contextmanager
-def atomic_folder(output: Path) -> Iterator[Path]:
+def atomic_folder(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yields a temporary folder beside `output` that becomes `output` by one rename when the body succeeds.
 
-    A folder that stood there before is moved aside first and removed afterwards; when the body or the rename fails,
-    nothing changes.
+    With `overwrite`, a folder that stood there before is moved aside first and removed afterwards. When the body fails,
+    nothing changes; when only the rename fails, the finished folder is kept where it is.
+
+    Raises:
+        OutputError: The finished folder could not be put in place, or something appeared there meanwhile; the message
+            says where it is kept.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
@@ -210,41 +245,54 @@ def atomic_folder(output: Path) -> Iterator[Path]:
         for path in staging.rglob("*"):
             if path.is_file():
                 _sync(path)
-        if output.exists():
-            aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.replaced-", dir=output.parent))
-            output.rename(aside / output.name)
-            try:
-                staging.rename(output)
-            except BaseException:
-                (aside / output.name).rename(output)
-                aside.rmdir()
-                raise
-            shutil.rmtree(aside)
-        else:
-            staging.rename(output)
-    finally:
+    except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
+        raise
+    try:
+        _put_in_place(staging, output, overwrite)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputError(
+            f"{str(output)!r} could not be put in place ({reason}); it is kept at {str(staging)!r}"
+        ) from error
 
 
-def write_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path, texts: Mapping[str, str]
-) -> None:
-    """Writes weights, configuration, tokenizer and text files into an existing folder."""
+def _put_in_place(staging: Path, output: Path, overwrite: bool) -> None:
+    if not output.exists() or not any(output.iterdir()):
+        staging.rename(output)  # an empty folder gives way
+        return
+    if not overwrite:
+        raise FileExistsError("something appeared there during the run")
+    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.replaced-", dir=output.parent))
+    output.rename(aside / output.name)
+    try:
+        staging.rename(output)
+    except BaseException:
+        (aside / output.name).rename(output)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside)
+
+
+def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """Writes weights, configuration and tokenizer into an existing folder."""
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
 
 
 def cast_floats(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Casts float parameters to the stored dtype in place.
 
     Buffers stay: rotary frequencies are computed, not stored, and packed layers keep the dtypes of their format.
+
+    Raises:
+        NumericsError: A value does not fit into the dtype; the first such tensor is named.
     """
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
+            require_finite(parameter.data, f"{name!r} stored as {dtype}")
 
 
 def _umask() -> int:
@@ -254,5 +302,5 @@ def _umask() -> int:
 
 
 def _sync(path: Path) -> None:
-    with path.open("rb") as handle:
+    with path.open("r+b") as handle:
         os.fsync(handle.fileno())

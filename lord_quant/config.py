@@ -76,6 +76,8 @@ class CalibrationConfig:
             problems.append(f"seed is {self.seed!r}; wanted an integer of at least 0")
         if not isinstance(self.dataset, str) or not self.dataset:
             problems.append(f"dataset is {self.dataset!r}; wanted a path, a hub name or {STDLIB!r}")
+        if not isinstance(self.text_key, str) or not self.text_key:
+            problems.append(f"text_key is {self.text_key!r}; wanted the name of a field, such as {TEXT_KEY!r}")
         _check(problems, "calibration")
 
 
@@ -129,6 +131,8 @@ class LowrankConfig:
             problems.append(f"rank_pattern is {ranks!r}; wanted a mapping of layer pattern to rank")
             ranks = {}
         for pattern, rank in ranks.items():
+            if not isinstance(pattern, str) or not pattern:
+                problems.append(f"rank_pattern has the key {pattern!r}; wanted a layer pattern, quoted if it is a number")
             if not _is_int(rank) or rank < 1:
                 problems.append(f"rank_pattern[{pattern!r}] is {rank!r}; wanted an integer of at least 1")
         _check(problems, "lowrank")
@@ -201,6 +205,10 @@ class LordConfig:
         problems = []
         if not isinstance(self.model, str) or not self.model:
             problems.append("model is not given; wanted a folder or a hub name")
+        if self.output is not None and not isinstance(self.output, str):
+            problems.append(f"output is {self.output!r}; wanted a folder, or none")
+        if not isinstance(self.device, str) or not self.device:
+            problems.append(f"device is {self.device!r}; wanted a name such as 'auto', 'cpu' or 'cuda:0'")
         for name, legal in (("stack", STACKS), ("dtype", DTYPES)):
             value = getattr(self, name)
             if value not in legal:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,6 +25,9 @@ Split = Literal["calibration", "heldout"]
 STDLIB = "python-stdlib"
 HELDOUT_ONE_IN = 5
 TEXT_KEY = "text"
+HUB_CHARACTERS = 64_000_000
+"""A hub dataset is read from its start until this many characters: far more than any run samples from."""
+DATA_SUFFIXES = frozenset({".jsonl", ".ndjson", ".parquet"})
 SOURCE_SUFFIXES = frozenset(
     [
         ".py",
@@ -65,6 +69,8 @@ SOURCE_SUFFIXES = frozenset(
     ]
 )
 _STDLIB_SKIPPED = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__", "lib2to3"})
+_FOLDERS_SKIPPED = frozenset({"node_modules", "__pycache__", "site-packages", "venv"})
+_MAX_NAMED = 10
 
 
 class Corpus(NamedTuple):
@@ -86,21 +92,22 @@ def load_corpus(dataset: str, *, split: Split = "calibration", text_key: str = T
 
     Args:
         dataset: `python-stdlib`; a path to a text, ``.jsonl`` or ``.parquet`` file or to a folder of source files; or the
-            name of a dataset on the hub, optionally ``name:config:split`` (read with the `datasets` library).
+            name of a dataset on the hub, optionally ``name:config:split`` (streamed with the `datasets` library, and
+            only its first `HUB_CHARACTERS` characters). In a folder, hidden folders and installed packages are skipped.
         split: For `python-stdlib`, which of the two disjoint parts. Other sources have one part only.
         text_key: The field that holds the text in jsonl, parquet and hub datasets.
 
     Raises:
         CalibrationError: The source does not exist, holds no text, or is binary.
     """
-    path = Path(dataset).expanduser()
+    path = Path(os.path.expanduser(dataset))
     if dataset == STDLIB:
         documents, source = tuple(_stdlib(split)), f"{STDLIB}:{split}"
     elif path.is_dir():
         documents, source = tuple(_folder(path)), path.name
     elif path.is_file():
         documents, source = tuple(_file(path, text_key)), path.name
-    elif path.suffix or dataset.startswith((".", "/", "~")):
+    elif dataset.startswith((".", "/", "~")) or path.suffix.lower() in SOURCE_SUFFIXES | DATA_SUFFIXES:
         raise CalibrationError(
             f"dataset {dataset!r}: no such file or folder; wanted a text, jsonl or parquet file, a folder of source "
             f"files, a hub dataset name, or {STDLIB!r}"
@@ -135,26 +142,51 @@ def _stdlib(split: Split) -> Iterator[str]:
 
 
 def _folder(root: Path) -> Iterator[str]:
-    files = [p for p in sorted(root.rglob("*")) if p.is_file() and p.suffix.lower() in SOURCE_SUFFIXES]
+    files = sorted(_source_files(root))
     if not files:
         raise CalibrationError(f"dataset folder {str(root)!r} holds no source file (known suffixes: .py, .js, .java, …)")
+    problems = []
     for path in files:
-        yield path.read_text(encoding="utf-8", errors="replace")
+        try:
+            text = _read_text(path)
+        except CalibrationError as error:
+            problems.append(str(error))
+            continue
+        yield text.replace("\r\n", "\n").replace("\r", "\n")
+    if problems:
+        more = [f"… and {len(problems) - _MAX_NAMED} more"] if len(problems) > _MAX_NAMED else []
+        lines = "\n  ".join([*problems[:_MAX_NAMED], *more])
+        raise CalibrationError(f"dataset folder {str(root)!r} holds files that are not text:\n  {lines}")
+
+
+def _source_files(root: Path) -> Iterator[Path]:
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in _FOLDERS_SKIPPED]
+        for path in (Path(folder, name) for name in names):
+            if path.suffix.lower() in SOURCE_SUFFIXES and path.is_file():
+                yield path
+
+
+def _read_text(path: Path) -> str:
+    """Reads UTF-8 text, less a byte-order mark; anything else is a CalibrationError."""
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise CalibrationError(f"dataset {str(path)!r} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"dataset {str(path)!r} is not UTF-8 text (byte {error.start}): is it binary?") from error
+    if "\x00" in text:
+        raise CalibrationError(f"dataset {str(path)!r} holds NUL bytes: is it binary?")
+    return text.removeprefix("\ufeff")
 
 
 def _file(path: Path, text_key: str) -> Iterator[str]:
     if path.suffix == ".parquet":
         yield from _parquet(path, text_key)
         return
-    data = path.read_bytes()
-    if not data.strip():
+    text = _read_text(path)
+    if not text.strip():
         raise CalibrationError(f"dataset {str(path)!r} is empty; wanted at least one document")
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"dataset {str(path)!r} is not UTF-8 text (byte {error.start}): is it binary?") from error
-    if "\x00" in text:
-        raise CalibrationError(f"dataset {str(path)!r} holds NUL bytes: is it binary?")
     yield from _jsonl(path, text, text_key) if path.suffix in {".jsonl", ".ndjson"} else (text,)
 
 
@@ -199,10 +231,17 @@ def _hub(name: str, text_key: str) -> Iterator[str]:
     parts = name.split(":")
     config, hub_split = (parts[1] or None if len(parts) > 1 else None), (parts[2] if len(parts) > 2 else "train")
     try:
-        rows = load_dataset(parts[0], config, split=hub_split)
-    except Exception as error:
+        rows = load_dataset(parts[0], config, split=hub_split, streaming=True)
+        read = 0
+        for row in rows:
+            text = _text_of(row, text_key, repr(name))
+            yield text
+            read += len(text)
+            if read >= HUB_CHARACTERS:
+                return
+    except CalibrationError:
+        raise
+    except Exception as error:  # the library and its network layers raise whatever they like, also between rows
         raise CalibrationError(
             f"dataset {name!r} is neither a file, a folder nor a dataset the hub would give: {error}"
         ) from error
-    for row in rows:
-        yield _text_of(row, text_key, repr(name))

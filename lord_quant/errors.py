@@ -77,11 +77,11 @@ def nearest_name(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def unknown_keys(found: Iterable[str], known: Iterable[str], where: str) -> ConfigError | None:
-    """Builds one error naming every key of `found` that is not in `known`, or returns None."""
+def unknown_keys(found: Iterable[object], known: Iterable[str], where: str) -> ConfigError | None:
+    """Builds one error naming every key of `found` that is not in `known`, or returns None. YAML keys may be no strings."""
     known = list(known)
     bad = [key for key in found if key not in known]
     if not bad:
         return None
-    lines = [f"  {key!r}{nearest_name(key, known)}" for key in bad]
+    lines = [f"  {key!r}{nearest_name(key, known) if isinstance(key, str) else '; wanted a name'}" for key in bad]
     return ConfigError(f"unknown key in {where}:\n" + "\n".join(lines) + f"\nknown keys: {', '.join(sorted(known))}")

@@ -8,6 +8,7 @@ already loaded.
 
 from __future__ import annotations
 
+import copy
 import functools
 import time
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import torch
 
 from lord_quant.backends import gptq as backend
 from lord_quant.calibration import TokenWindows, sample_windows
+from lord_quant.cautions import log_cautions, run_cautions
 from lord_quant.checkpoint import (
     REPORT_NAME,
     atomic_folder,
@@ -34,9 +36,19 @@ from lord_quant.corpus import Corpus, load_corpus
 from lord_quant.engine import DecompositionRecord, decompose_model
 from lord_quant.errors import CalibrationError, ModelError
 from lord_quant.estimate import Estimate, estimate
+from lord_quant.linalg import require_finite
 from lord_quant.plan import Plan, build_plan
 from lord_quant.report import build_report, model_card, to_json
-from lord_quant.source import Source, build_skeleton, choose_device, inspect_source, load_model, tensor_bytes
+from lord_quant.source import (
+    Source,
+    build_skeleton,
+    choose_device,
+    inspect_source,
+    load_model,
+    refuse_unfit,
+    tensor_bytes,
+)
+from lord_quant.surgery import is_compressed
 from lord_quant.targets import find_blocks, find_linears
 
 
@@ -115,7 +127,15 @@ def make_plan(config: LordConfig) -> tuple[Source, Plan]:
 
 
 def plan_model(model: torch.nn.Module, config: LordConfig, itemsize: int) -> Plan:
-    """Plans a model that is at hand, loaded or on the meta device."""
+    """Plans a model that is at hand, loaded or on the meta device.
+
+    Raises:
+        ModelError: It is decomposed or packed already.
+        LordError: Whatever is wrong with patterns, ranks or group size.
+    """
+    done = [name for name, module in model.named_modules() if is_compressed(module)]
+    if done:
+        raise ModelError(f"the model is already compressed (layer {done[0]!r}); wanted the dense model it was made from")
     sites = find_linears(model)
     planned = {f"{site.name}.{leaf}" for site in sites for leaf in ("weight", "bias")}
     sizes = tensor_bytes(model, itemsize)
@@ -129,12 +149,18 @@ def prepare(config: LordConfig, *, overwrite: bool = False) -> Job:
     Raises:
         LordError: Whatever is wrong; nothing was written.
     """
-    output = None if config.output is None else check_output(config.output, overwrite=overwrite, model=config.model)
+    output = None
+    if config.output is not None:
+        output = check_output(config.output, overwrite=overwrite, model=config.model, dataset=config.calibration.dataset)
     device = choose_device(config.device)
-    source, plan = make_plan(config)
+    source = inspect_source(config.model, config.dtype)
+    skeleton = build_skeleton(source)
+    plan = plan_model(skeleton, config, source.dtype.itemsize)
     windows = calibrate(config, source.tokenizer, source.context)
     guess = estimate(plan, windows.num_tokens, tuple(windows.input_ids.shape), device, source.dtype.itemsize)
-    return Job(config, source, plan, windows, device, output, overwrite, guess, tuple(_warnings(plan, windows)))
+    return Job(
+        config, source, plan, windows, device, output, overwrite, guess, run_cautions(skeleton, plan, windows, device)
+    )
 
 
 def calibrate(
@@ -180,6 +206,8 @@ def compress_model(
     phases = Phases()
     quantized: list[backend.GptqRecord] = []
     host_format = ""
+    for name, parameter in model.named_parameters():
+        require_finite(parameter.detach(), f"weight {name!r}")
     model.eval()
     with phases.measure("decompose"):
         dtype = torch.float64 if config.lowrank.float64 else torch.float32
@@ -193,8 +221,7 @@ def compress_model(
                 model, quantizer, expected, run or functools.partial(quantizer.quantize_model, model)
             )
             host_format = quantizer.format
-    block_path = find_blocks_path(model, plan)
-    model.config.quantization_config = quantization_config(plan, config.gptq, block_path, host_format)
+    model.config.quantization_config = quantization_config(plan, config.gptq, host_format)
     return Compressed(decomposed, quantized, phases.seconds)
 
 
@@ -224,6 +251,7 @@ def compress_loaded(model: PreTrainedModel, tokenizer: Any, config: LordConfig) 
     """
     from transformers import AutoTokenizer
 
+    refuse_unfit(config.model, dense_config(model))
     plan = plan_model(model, config, next(model.parameters()).element_size())
     if tokenizer is None or isinstance(tokenizer, str):
         try:
@@ -231,7 +259,9 @@ def compress_loaded(model: PreTrainedModel, tokenizer: Any, config: LordConfig) 
         except Exception as error:  # tokenizer backends raise whatever they like
             raise ModelError(f"no tokenizer at {tokenizer or config.model!r}: {error}; pass tokenizer=…") from error
     context = getattr(model.config, "max_position_embeddings", None) or DEFAULT_SEQ_LEN
-    return compress_model(model, plan, calibrate(config, tokenizer, context), config)
+    windows = calibrate(config, tokenizer, context)
+    log_cautions(model, plan, windows)
+    return compress_model(model, plan, windows, config)
 
 
 def execute(job: Job) -> dict[str, Any]:
@@ -245,37 +275,51 @@ def execute(job: Job) -> dict[str, Any]:
     done = compress_model(model, job.plan, job.windows, job.config)
     cast_floats(model, job.source.dtype)
     seconds = phases.seconds | done.seconds
+    report = build_report(job.config, job.plan, job.windows, done.decomposed, done.quantized, seconds, job.warnings)
     if job.output is None:
-        return build_report(job.config, job.plan, job.windows, done.decomposed, done.quantized, seconds, job.warnings)
-    with atomic_folder(job.output) as folder:
+        return report
+    return write_checkpoint(model, job.source.tokenizer, job.output, report, overwrite=job.overwrite)
+
+
+def write_checkpoint(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    output: Path,
+    report: dict[str, Any],
+    *,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Writes a folder that stands alone: weights, tokenizer, report and model card. It appears by one rename.
+
+    Args:
+        model: The compressed model, before its first forward pass.
+        tokenizer: Its tokenizer, or None.
+        output: The folder, checked by `check_output`.
+        report: What `build_report` made.
+        overwrite: Whether an existing checkpoint there may be replaced.
+
+    Returns:
+        The report as written, with the bytes on disk and the seconds of writing.
+    """
+    phases = Phases()
+    with atomic_folder(output, overwrite=overwrite) as folder:
         with phases.measure("write"):
-            write_model(model, job.source.tokenizer, folder, {})
-        seconds = phases.seconds | done.seconds
-        report = build_report(job.config, job.plan, job.windows, done.decomposed, done.quantized, seconds, job.warnings)
+            write_model(model, tokenizer, folder)
         files = weight_files(folder)
-        report["totals"]["tensor_bytes_on_disk"] = sum(size for _, _, size in read_headers(files).values())
-        report["totals"]["file_bytes_on_disk"] = sum(Path(file).stat().st_size for file in files)
+        sizes = {
+            "tensor_bytes_on_disk": sum(size for _, _, size in read_headers(files).values()),
+            "file_bytes_on_disk": sum(Path(file).stat().st_size for file in files),
+        }
+        seconds = {key: value for key, value in report["seconds"].items() if key != "total"} | phases.seconds
+        seconds["total"] = round(sum(seconds.values()), 3)
+        report = report | {"totals": report["totals"] | sizes, "seconds": seconds}
         (folder / REPORT_NAME).write_text(to_json(report), encoding="utf-8")
         (folder / "README.md").write_text(model_card(report), encoding="utf-8")
     return report
 
 
-def find_blocks_path(model: torch.nn.Module, plan: Plan) -> str:
-    """Returns the path of the blocks, also after their linear layers were packed."""
-    first = plan.layers[0]
-    return first.name.split(f".{first.block}.", 1)[0]
-
-
-def _warnings(plan: Plan, windows: TokenWindows) -> Iterator[str]:
-    widest = max(layer.in_features for layer in plan.layers)
-    if windows.num_tokens < widest:
-        yield (
-            f"{windows.num_tokens} calibration tokens are fewer than the {widest} inputs of the widest layer: its "
-            f"covariance will be singular; wanted at least {widest}, better {10 * widest}"
-        )
-    kept = [layer for layer in plan.layers if layer.note]
-    if kept:
-        yield f"{len(kept)} of {len(plan.layers)} targeted layers stay dense (see the plan's notes)"
-    enlarged = [layer for layer in plan.layers if layer.rank and layer.weights > layer.dense_weights]
-    if enlarged:
-        yield f"--force-rank makes {len(enlarged)} layers larger than they were"
+def dense_config(model: PreTrainedModel) -> Any:
+    """Returns the model's configuration without the compression that is about to happen (transformers sets it early)."""
+    config = copy.copy(model.config)
+    config.quantization_config = None
+    return config

@@ -121,6 +121,12 @@ class Plan:
         return {layer.name: layer.rank for layer in self.layers if layer.rank is not None}
 
     @property
+    def block_path(self) -> str:
+        """Module path of the list of transformer blocks."""
+        first = self.layers[0]
+        return first.name.split(f".{first.block}.", 1)[0]
+
+    @property
     def bpw(self) -> float:
         """Stored bits per dense weight over all linear layers: weights, scales, zeros, indices and added biases."""
         return 8 * sum(layer.counted_bytes for layer in self.layers) / sum(layer.dense_weights for layer in self.layers)

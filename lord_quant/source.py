@@ -6,6 +6,7 @@ Everything but `load_model` reads only JSON and safetensors headers, so a bad mo
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,7 +28,7 @@ class Source(NamedTuple):
     """A model that may be compressed.
 
     Attributes:
-        path: Folder or hub name.
+        path: Folder, with ``~`` expanded, or hub name.
         config: Its configuration.
         tokenizer: Its tokenizer.
         dtype: dtype in which float tensors will be stored.
@@ -53,16 +54,19 @@ def inspect_source(path: str, dtype: str = "auto") -> Source:
     """
     from transformers import AutoConfig
 
-    if looks_like_path(path) and not (Path(path).expanduser() / "config.json").is_file():
-        found = "holds no config.json" if Path(path).expanduser().is_dir() else "no such folder"
+    expanded = Path(os.path.expanduser(path))
+    if looks_like_path(path) and not (expanded / "config.json").is_file():
+        found = "holds no config.json" if expanded.is_dir() else "no such folder"
         raise ModelError(f"model {path!r}: {found}; wanted a folder with config.json, or a hub name")
+    if expanded.exists():
+        path = str(expanded)
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model {path!r} cannot be read: {_first_line(error)}") from error
-    _refuse(path, config)
-    if Path(path).expanduser().is_dir() and not any(Path(path).expanduser().glob("*.safetensors")):
-        raise ModelError(f"model {path!r} holds no *.safetensors file; other weight formats are not read, convert it first")
+    refuse_unfit(path, config)
+    if expanded.is_dir() and any(expanded.glob("*.bin")) and not any(expanded.glob("*.safetensors")):
+        raise ModelError(f"model {path!r} holds *.bin weights only; wanted *.safetensors: pickled weights are not read")
     stored = getattr(config, "dtype", None) or torch.float32
     chosen = stored if dtype == "auto" else getattr(torch, dtype)
     context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048
@@ -71,7 +75,7 @@ def inspect_source(path: str, dtype: str = "auto") -> Source:
 
 def looks_like_path(name: str) -> bool:
     """Tells whether a model name is meant as a local folder: it exists, or no hub name is written like that."""
-    return Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    return os.path.exists(os.path.expanduser(name)) or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def build_skeleton(source: Source) -> PreTrainedModel:
@@ -148,22 +152,47 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def _refuse(path: str, config: Any) -> None:
+def refuse_unfit(path: str, config: Any) -> None:
+    """Refuses a model that cannot be compressed, by its configuration alone.
+
+    Args:
+        path: Folder or hub name, for the message.
+        config: Its transformers configuration.
+
+    Raises:
+        ModelError: Already quantized or decomposed, an encoder, an encoder-decoder, multimodal or a classifier.
+    """
     if getattr(config, "quantization_config", None):
         quantization = config.quantization_config
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
         raise ModelError(f"model {path!r} is already compressed ({method}); wanted the dense model it was made from")
-    architectures = getattr(config, "architectures", None) or [type(config).__name__]
+    architecture = _architecture(config)
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"model {path!r} is an encoder-decoder ({architectures[0]}); wanted a causal language model")
+        raise ModelError(f"model {path!r} is an encoder-decoder ({architecture}); wanted a causal language model")
     multimodal = [key for key in MULTIMODAL_KEYS if hasattr(config, key)]
     if multimodal:
-        raise ModelError(f"model {path!r} is multimodal ({architectures[0]}, {multimodal[0]}); wanted a text-only model")
-    if not architectures[0].endswith(CAUSAL_SUFFIXES):
+        raise ModelError(f"model {path!r} is multimodal ({architecture}, {multimodal[0]}); wanted a text-only model")
+    if not architecture.endswith(CAUSAL_SUFFIXES) or _is_encoder(config):
         raise ModelError(
-            f"model {path!r} is {architectures[0]}; wanted a causal language model (…ForCausalLM): encoder-only models "
+            f"model {path!r} is {architecture}; wanted a causal language model (…ForCausalLM): encoder-only models "
             "and classifiers cannot be compressed"
         )
+
+
+def _architecture(config: Any) -> str:
+    """Names the model's class; a configuration that does not say gets the causal language model of its type."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    given = getattr(config, "architectures", None)
+    return str(given[0] if given else CAUSAL.get(config.model_type, type(config).__name__))
+
+
+def _is_encoder(config: Any) -> bool:
+    """Tells a masked language model from a decoder of the same type: BertLMHeadModel looks both ways unless told not to."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    decodes = getattr(config, "is_decoder", False) or getattr(config, "causal", False)  # `causal` is XLM's word for it
+    return config.model_type in MASKED and not decodes
 
 
 def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:

@@ -10,9 +10,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lord_quant.checkpoint import read_headers, weight_files
-from lord_quant.errors import ModelError
+from lord_quant.checkpoint import METHOD_GPTQ, read_headers, weight_files
+from lord_quant.errors import CheckpointError, ModelError
 from lord_quant.targets import LinearSite, find_linears
+
+
+Headers = dict[str, tuple[tuple[int, ...], str, int]]
+PACKED_TENSORS = frozenset({"qweight", "qzeros", "scales", "g_idx"})
 
 
 class StoredLayer(NamedTuple):
@@ -65,7 +69,7 @@ def measure(folder: str | Path) -> Stored:
 
     Raises:
         ModelError: The folder is missing or its configuration unreadable.
-        CheckpointError: It holds no readable safetensors.
+        CheckpointError: It holds no readable safetensors, or a layer lacks tensors; up to ten are named.
     """
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -80,28 +84,52 @@ def measure(folder: str | Path) -> Stored:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with init_empty_weights():
-        sites = find_linears(AutoModelForCausalLM.from_config(config))
+        model = AutoModelForCausalLM.from_config(config)
+    sites, prefix = find_linears(model), f"{model.base_model_prefix}."
     files = weight_files(folder)
     headers = read_headers(files)
-    layers = tuple(_stored_layer(site, headers) for site in sites)
+    settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    tensors = [_tensors_of(site.name, headers) or _tensors_of(site.name.removeprefix(prefix), headers) for site in sites]
+    ours = settings.get("quant_method") == METHOD_GPTQ
+    missing = [f"{site.name}.{name}" for site, mine in zip(sites, tensors, strict=True) for name in _missing_of(mine, ours)]
+    if missing:
+        more = [f"… and {len(missing) - 10} more"] if len(missing) > 10 else []
+        raise CheckpointError(
+            "\n  ".join([f"the weights in {str(folder)!r} do not hold every layer; missing:", *missing[:10], *more])
+        )
     return Stored(
-        layers=layers,
-        quantization_config=quantization if isinstance(quantization, dict) else quantization.to_dict(),
+        layers=tuple(_stored_layer(site, mine) for site, mine in zip(sites, tensors, strict=True)),
+        quantization_config=settings,
         tensor_bytes=sum(size for _, _, size in headers.values()),
         file_bytes=sum(Path(file).stat().st_size for file in files),
     )
 
 
-def _stored_layer(site: LinearSite, headers: dict[str, tuple[tuple[int, ...], str, int]]) -> StoredLayer:
-    mine = {
-        name.removeprefix(f"{site.name}."): value for name, value in headers.items() if name.startswith(f"{site.name}.")
-    }
+def _tensors_of(layer: str, headers: Headers) -> Headers:
+    return {name.removeprefix(f"{layer}."): value for name, value in headers.items() if name.startswith(f"{layer}.")}
+
+
+def _missing_of(mine: Headers, ours: bool) -> list[str]:
+    """Names what a layer cannot be measured without; of other packing methods than ours only what is certain."""
+    missing = []
+    for part in ("down.", "up.") if any(name.startswith(("down.", "up.")) for name in mine) else ("",):
+        leaves = {name.removeprefix(part) for name in mine if name.startswith(part)}
+        wanted: set[str] = set()
+        if "qweight" in leaves or (ours and leaves & PACKED_TENSORS):
+            wanted |= PACKED_TENSORS if ours else {"scales"}
+        elif part or not leaves - {"bias"}:
+            wanted.add("weight")
+        missing += [part + name for name in sorted(wanted - leaves)]
+    return missing
+
+
+def _stored_layer(site: LinearSite, mine: Headers) -> StoredLayer:
     biases = {name for name in mine if name.rpartition(".")[2] == "bias"}
     own_bias = biases if site.has_bias else set()
     packed = any(name.endswith("qweight") for name in mine)
     rank = None
     if any(name.startswith("down.") for name in mine):
-        rank = mine["down.scales"][0][1] if packed else mine["down.weight"][0][0]
+        rank = mine["down.scales"][0][-1] if "down.scales" in mine else mine["down.weight"][0][0]
     form = ("dense" if rank is None else "two_factor") + (" packed" if packed else "")
     return StoredLayer(
         site=site,

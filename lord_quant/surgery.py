@@ -19,6 +19,11 @@ from lord_quant.modules import LowRankLinear
 from lord_quant.targets import dense_weight, is_linear
 
 
+def is_compressed(module: nn.Module) -> bool:
+    """Tells whether a module is the work of an earlier run: low-rank, or packed by a host."""
+    return isinstance(module, LowRankLinear) or isinstance(getattr(module, "qweight", None), torch.Tensor)
+
+
 def replace_layer(model: nn.Module, name: str, factors: Factors) -> LowRankLinear:
     """Replaces the linear layer at path `name` by its factors, in that layer's dtype and on its device.
 

@@ -138,7 +138,7 @@ def compress(
     cast_floats(model, job.source.dtype)
     assert job.output is not None
     with atomic_folder(job.output) as folder:
-        write_model(model, job.source.tokenizer, folder, {})
+        write_model(model, job.source.tokenizer, folder)
     return job.plan, probe_logits(model)
 
 

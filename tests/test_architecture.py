@@ -20,7 +20,7 @@ LAYERS = [
     {"errors", "linalg", "modules", "version", "silence"},
     {"config", "moments", "decompose", "corpus"},
     {"calibration", "targets", "plan"},
-    {"surgery", "checkpoint", "stored", "source", "estimate", "report"},
+    {"surgery", "checkpoint", "stored", "source", "estimate", "cautions", "report"},
     {"backends"},
     {"engine", "pipeline"},
     {"evaluation", "commands"},

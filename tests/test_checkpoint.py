@@ -34,7 +34,8 @@ def listing(folder: Path) -> list[str]:
 
 def model_folder(path: Path) -> Path:
     path.mkdir(parents=True)
-    (path / "config.json").write_text("{}")
+    (path / "config.json").write_text('{"model_type": "gpt2"}')
+    (path / "model.safetensors").write_bytes(b"")
     return path
 
 
@@ -64,7 +65,11 @@ def test_a_folder_with_anything_in_it_needs_overwrite(tmp_path: Path) -> None:
 def test_overwrite_only_replaces_model_folders(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("years of work")
-    with pytest.raises(OutputError, match=r"holds no config\.json"):
+    with pytest.raises(OutputError, match="no model folder"):
+        check_output(tmp_path / "home", overwrite=True)
+    (tmp_path / "home" / "config.json").write_text('{"editor": "vi"}')  # some other program's
+    (tmp_path / "home" / "x.safetensors").write_bytes(b"")
+    with pytest.raises(OutputError, match="no model folder"):
         check_output(tmp_path / "home", overwrite=True)
     (tmp_path / "empty").mkdir()
     check_output(tmp_path / "empty", overwrite=True)
@@ -142,7 +147,7 @@ def test_an_exception_changes_nothing(tmp_path: Path, existing: bool, error: typ
 def test_an_existing_folder_is_replaced_whole(tmp_path: Path) -> None:
     out = model_folder(tmp_path / "out")
     (out / "stale.safetensors").write_text("old")
-    with atomic_folder(out) as staging:
+    with atomic_folder(out, overwrite=True) as staging:
         (staging / "config.json").write_text("new")
         assert (out / "stale.safetensors").read_text() == "old"  # still there while the new one is written
     assert listing(tmp_path) == ["out", "out/config.json"] and (out / "config.json").read_text() == "new"
@@ -158,9 +163,31 @@ def test_a_failing_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: 
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", flaky)
-    with pytest.raises(OSError, match="Input/output"), atomic_folder(out) as staging:
+    with (
+        pytest.raises(OutputError, match=r"Input/output.*kept at") as caught,
+        atomic_folder(out, overwrite=True) as staging,
+    ):
         (staging / "config.json").write_text("new")
-    assert listing(tmp_path) == ["out", "out/config.json"] and (out / "config.json").read_text() == "{}"
+    assert "gpt2" in (out / "config.json").read_text()
+    assert str(staging) in str(caught.value) and (staging / "config.json").read_text() == "new"  # hours of work
+
+
+def test_what_appears_during_the_run_is_not_replaced_unasked(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(OutputError, match=r"appeared.*kept at"), atomic_folder(out) as staging:
+        (staging / "config.json").write_text("new")
+        out.mkdir()
+        (out / "precious.txt").write_text("years of work")
+    assert (out / "precious.txt").read_text() == "years of work"
+    assert (staging / "config.json").read_text() == "new"
+
+
+def test_links_to_nowhere_and_mount_points_are_refused_before_the_run(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(OutputError, match="does not exist"):
+        check_output(tmp_path / "link")
+    with pytest.raises(OutputError, match="mount point"):
+        check_output("/dev/shm")
 
 
 def test_the_folder_has_the_permissions_of_any_new_folder(tmp_path: Path) -> None:
@@ -203,7 +230,7 @@ def test_quantization_config_says_what_was_done_and_is_json(bits: int) -> None:
     site = LinearSite("h.0.up", 0, 256, 1024, False)
     gptq = GptqConfig(bits=bits, group_size=64, sym=False, desc_act=True, damp_percent=0.05)
     plan = build_plan([site], LowrankConfig(rank_ratio=0.5), gptq, itemsize=4, other_bytes=0)
-    values = quantization_config(plan, gptq, "h", "gptq_v2")
+    values = quantization_config(plan, gptq, "gptq_v2")
     assert json.loads(json.dumps(values)) == values
     common = {
         "quant_method": "lord_gptq" if bits == 4 else "lord",

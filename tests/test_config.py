@@ -121,6 +121,9 @@ def test_all_unknown_keys_of_a_mapping_are_named_with_the_known_ones() -> None:
         (CalibrationConfig, {"batch_size": 0}, ["batch_size is 0", "at least 1"]),
         (CalibrationConfig, {"seq_len": 1}, ["seq_len is 1", "at least 2"]),
         (CalibrationConfig, {"seed": -1}, ["seed is -1", "at least 0"]),
+        (LowrankConfig, {"rank_pattern": {1: 64, None: 32}}, ["the key 1;", "the key None;", "layer pattern"]),
+        (CalibrationConfig, {"text_key": None}, ["text_key is None", "'text'"]),
+        (CalibrationConfig, {"text_key": 1}, ["text_key is 1"]),
         (CalibrationConfig, {"dataset": ""}, ["dataset is ''", "python-stdlib"]),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else None,
@@ -139,6 +142,9 @@ def test_an_illegal_value_says_what_was_found_and_wanted(section: type, values: 
         ({"stack": "naiv"}, ["stack is 'naiv'", "did you mean 'naive'"]),
         ({"model": ""}, ["model is not given"]),
         ({"model": 3}, ["model is not given"]),
+        ({"output": 3}, ["output is 3", "folder"]),
+        ({"output": ["a"], "device": 0}, ["output is ['a']", "device is 0", "'cuda:0'"]),
+        ({"device": None}, ["device is None"]),
     ],
 )
 def test_illegal_run_settings(values: dict[str, Any], parts: list[str]) -> None:
@@ -169,6 +175,22 @@ def test_configurations_are_frozen() -> None:
 def test_a_section_that_is_no_mapping(section: str) -> None:
     with pytest.raises(ConfigError, match=f"'{section}' is str; wanted a mapping"):
         LordConfig.from_dict({"model": "m", "lowrank": {"rank_ratio": 0.5}} | {section: "nonsense"})
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("model: m\n1: x\n", "1"),
+        ("model: m\non: x\n", "True"),
+        ("model: m\nlowrank: {rank_ratio: 1}\ngptq: {4: bits, null: x}\n", "None"),
+    ],
+    ids=["number", "on", "section"],
+)
+def test_a_key_that_is_no_string_is_a_configuration_error(text: str, found: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=f"unknown key in .*\n(  .*\n)*  {found}; wanted a name\n"):
+        LordConfig.from_dict(read_yaml(path))
 
 
 def test_a_missing_model_is_named() -> None:

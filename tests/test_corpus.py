@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 import hashlib
 import json
+import sys
 import sysconfig
+import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+import lord_quant.corpus
 from lord_quant.corpus import STDLIB, Corpus, load_corpus
 from lord_quant.errors import CalibrationError
 
@@ -151,3 +155,105 @@ def test_a_folder_without_source_files(tmp_path: Path) -> None:
     (tmp_path / "image.png").write_bytes(b"x")
     with pytest.raises(CalibrationError, match="holds no source file"):
         load_corpus(str(tmp_path))
+
+
+def test_every_binary_file_of_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "good.py").write_text("x = 1\n")
+    (tmp_path / "nul.py").write_bytes(b"a\x00b")
+    (tmp_path / "picture.txt").write_bytes(b"abc\xff\xd8")
+    with pytest.raises(CalibrationError) as caught:
+        load_corpus(str(tmp_path))
+    message = str(caught.value)
+    assert "nul.py' holds NUL bytes" in message and "picture.txt' is not UTF-8 text (byte 3)" in message
+    assert "good.py" not in message and "more" not in message
+
+
+def test_at_most_ten_files_of_a_folder_are_named(tmp_path: Path) -> None:
+    for number in range(13):
+        (tmp_path / f"bad{number:02}.c").write_bytes(b"\xff")
+    with pytest.raises(CalibrationError, match="… and 3 more") as caught:
+        load_corpus(str(tmp_path))
+    assert str(caught.value).count("is not UTF-8") == 10
+
+
+@pytest.mark.parametrize("skipped", [".git", ".venv/lib", "node_modules/x", "a/__pycache__", "lib/site-packages/p", "venv"])
+def test_hidden_folders_and_installed_packages_are_skipped(tmp_path: Path, skipped: str) -> None:
+    root = tmp_path / ".hidden" / "venv"  # only names below the folder asked for count
+    for name in ("a.py", f"{skipped}/b.py"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    assert load_corpus(str(root)).documents == ("a.py",)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_bytes(b"\xef\xbb\xbfx = 1\r\n")
+    (tmp_path / "data.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\n')
+    assert load_corpus(str(tmp_path / "a.py")).documents == ("x = 1\r\n",)
+    assert load_corpus(str(tmp_path / "data.jsonl")).documents == ("a",)
+    (tmp_path / "data.jsonl").unlink()
+    assert load_corpus(str(tmp_path)).documents == ("x = 1\n",)
+
+
+class Hub(types.ModuleType):
+    """Stands in for the `datasets` library: endless rows, and how it was asked and how many were taken."""
+
+    def __init__(self, row: dict[str, object], fail_at: int = -1) -> None:
+        super().__init__("datasets")
+        self.row, self.fail_at, self.taken = row, fail_at, 0
+        self.asked: list[tuple[object, ...]] = []
+
+    def load_dataset(
+        self, path: str, name: str | None = None, *, split: str, streaming: bool = False
+    ) -> Iterator[dict[str, object]]:
+        self.asked.append((path, name, split, streaming))
+        return self.rows()
+
+    def rows(self) -> Iterator[dict[str, object]]:
+        while True:
+            if self.taken == self.fail_at:
+                raise OSError("connection lost")
+            self.taken += 1
+            assert self.taken < 1000, "reads on and on"
+            yield self.row
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("teknium/OpenHermes-2.5", ("teknium/OpenHermes-2.5", None, "train", True)),
+        ("org/data.v1:python:test", ("org/data.v1", "python", "test", True)),
+        ("wikitext", ("wikitext", None, "train", True)),
+    ],
+)
+def test_hub_datasets_are_streamed_up_to_a_limit(
+    name: str, asked: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub({"text": "x" * 10})
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    monkeypatch.setattr(lord_quant.corpus, "HUB_CHARACTERS", 95)
+    corpus = load_corpus(name)
+    assert hub.asked == [asked] and corpus.source == name
+    assert len(corpus.documents) == hub.taken == 10
+
+
+@pytest.mark.parametrize(
+    ("hub", "message"),
+    [
+        (Hub({"text": "x"}, fail_at=3), "org/name.*connection lost"),
+        (Hub({"content": "x"}), "^dataset 'org/name': no key 'text'; found 'content'"),
+    ],
+    ids=["network", "key"],
+)
+def test_hub_errors_are_calibration_errors(hub: Hub, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    with pytest.raises(CalibrationError, match=message):
+        load_corpus("org/name")
+
+
+@pytest.mark.parametrize("name", ["org/data.parquet", "code.py", "../x", "~nobody-here/x", "notes.TXT"])
+def test_what_is_written_like_a_file_never_reaches_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub({"text": "x"})
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    with pytest.raises(CalibrationError, match="no such file or folder"):
+        load_corpus(name)
+    assert not hub.asked

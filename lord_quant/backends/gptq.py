@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lord_quant.errors import HostError, NumericsError
+from lord_quant.errors import HostError
+from lord_quant.linalg import require_finite
 from lord_quant.silence import hush, silence
 
 
@@ -44,7 +45,7 @@ class GptqRecord:
 
 
 def host() -> Any:
-    """Imports and returns `optimum.gptq.quantizer`, silently and without lasting side effects on the process."""
+    """Imports and returns `optimum.gptq.quantizer`, silently, and restores logging and cache variables."""
     with silence():
         with contextlib.suppress(ImportError):
             from logbar import LogBar
@@ -70,7 +71,7 @@ def quantize_model(model: nn.Module, quantizer: Any, expected: int, run: Callabl
 
     Raises:
         HostError: The host quantized another number of layers than expected.
-        NumericsError: A scale came out NaN or inf; the layer is named.
+        NumericsError: A scale or bias came out NaN or inf; the layer is named.
     """
     finish = quantizer.post_init_model
 
@@ -89,9 +90,11 @@ def quantize_model(model: nn.Module, quantizer: Any, expected: int, run: Callabl
     if len(records) != expected:
         raise HostError(f"Optimum quantized {len(records)} linear layers; wanted {expected}")
     for name, module in model.named_modules():
-        scales = getattr(module, "scales", None)
-        if isinstance(scales, torch.Tensor) and not torch.isfinite(scales).all():
-            raise NumericsError(f"layer {name!r}: scales hold NaN or inf after quantization")
+        if hasattr(module, "qweight"):
+            for part in ("scales", "bias"):
+                tensor = getattr(module, part, None)
+                if isinstance(tensor, torch.Tensor):
+                    require_finite(tensor, f"{part} of layer {name!r} after quantization")
     return records
 
 

@@ -52,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DATASET",
         help="also token perplexity, on a file, a folder, a hub data set, or held-out files of the Python standard library",
     )
-    parser.add_argument("--window", type=int, metavar="TOKENS", help="perplexity window (default: 1024)")
+    parser.add_argument(
+        "--window", type=int, metavar="TOKENS", help="perplexity window (default: 1024, or a shorter context of the model)"
+    )
     parser.add_argument("--stride", type=int, metavar="TOKENS", help="perplexity stride (default: the window)")
     parser.add_argument("--max-windows", type=int, default=64, metavar="N", help="perplexity windows (default: 64)")
     parser.add_argument("--speed", action="store_true", help="also measure prefill and decode speed, and memory")
@@ -130,11 +132,13 @@ def format_table(result: EvalResult) -> str:
         for name, arrow, key in (
             ("prefill tokens/s", "↑", "prefill_tokens_per_second"),
             ("decode tokens/s", "↑", "decode_tokens_per_second"),
-            ("peak memory MiB", "↓", "peak_memory_bytes"),
+            ("weights MiB", "↓", "weight_bytes"),
+            ("peak above weights MiB", "↓", "working_bytes"),
         ):
-            scale = 2**20 if key == "peak_memory_bytes" else 1
-            other = getattr(theirs, key) / scale if theirs else None
-            rows.append(["speed", name, arrow, getattr(mine, key) / scale, other])
+            scale = 2**20 if key.endswith("_bytes") else 1
+            own, other = (getattr(speed, key) if speed else None for speed in (mine, theirs))
+            if own is not None:
+                rows.append(["speed", name, arrow, own / scale, None if other is None else other / scale])
     headers = ["task", "metric", "", "value"]
     if base is None:
         return tabulate([row[:4] for row in rows], headers, floatfmt=".4f")

@@ -58,7 +58,9 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
         help="layers to decompose: all (default), attention, mlp, a name's end, a shell pattern, re:REGEX",
     )  # fmt: skip
     ranks.add_argument("--ignore", default=unset, nargs="+", metavar="PATTERN", help="patterns taken away from the targets")
-    ranks.add_argument("--force-rank", default=unset, action="store_true", help="decompose even where that enlarges")
+    ranks.add_argument(
+        "--force-rank", default=unset, action=argparse.BooleanOptionalAction, help="decompose even where that enlarges"
+    )
     bits = parser.add_argument_group("quantization (every linear layer of the blocks, decomposed or not)")
     bits.add_argument("--bits", default=unset, type=int, metavar="B", help="4 (default), 8, 3, 2; 16: float factors")
     bits.add_argument(
@@ -72,10 +74,17 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that say on what data and where a run computes."""
     unset: Any = argparse.SUPPRESS
     bits = parser.add_argument_group("solver")
-    bits.add_argument("--desc-act", default=unset, action="store_true", help="quantize by decreasing activation")
+    bits.add_argument(
+        "--desc-act", default=unset, action=argparse.BooleanOptionalAction, help="quantize by decreasing activation"
+    )
     bits.add_argument("--damp-percent", default=unset, type=float, metavar="D", help="Hessian damping, a fraction (0.1)")
     bits.add_argument("--stack", default=unset, help="how the two passes are stacked: naive (default)")
-    bits.add_argument("--float64", default=unset, action="store_true", help="statistics and eigendecompositions in float64")
+    bits.add_argument(
+        "--float64",
+        default=unset,
+        action=argparse.BooleanOptionalAction,
+        help="statistics and eigendecompositions in float64",
+    )
     data = parser.add_argument_group("calibration")
     data.add_argument(
         "--dataset", default=unset, metavar="DATA",

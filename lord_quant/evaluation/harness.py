@@ -8,6 +8,7 @@ seeds and defaults, so both give the same digits.
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -117,11 +118,13 @@ def evaluate(
     Raises:
         EvaluationError: Nothing to do, an unknown task, or an illegal setting.
         ConsentError: A task runs generated code and nobody consented. Raised before any model is loaded.
+        HostError: The sandbox for generated code does not work here. Likewise, if it does not from the start.
         ModelError: A model is missing or cannot be loaded.
         CalibrationError: The perplexity text is missing or unreadable.
     """
     settings = {name: value for name, value in locals().items() if name not in {"model", "baseline", "tokenizer"}}
     settings = {**settings, "tasks": list(tasks), "metadata": dict(metadata or {}), "gen_kwargs": dict(gen_kwargs or {})}
+    model, baseline = _expand(model), _expand(baseline)
     settings["device"] = str(choose_device(device or "auto"))  # lm-eval's own default is CUDA, there or not
     if not (tasks or perplexity_dataset or speed):
         raise EvaluationError("nothing to evaluate: wanted tasks, a perplexity data set or the speed measurement")
@@ -146,6 +149,11 @@ def evaluate(
         versions=_versions(),
         settings=settings,
     )
+
+
+def _expand(model: Any) -> Any:
+    """The folder or name of a model with a leading ``~`` replaced by the home folder; a loaded model as it is."""
+    return os.path.expanduser(str(model)) if isinstance(model, str | Path) else model
 
 
 def _preflight(models: list[Any], settings: dict[str, Any]) -> tuple[Any, Corpus | None]:

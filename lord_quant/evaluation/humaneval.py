@@ -20,8 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lord_quant.errors import EvaluationError, nearest_name
-from lord_quant.evaluation.sandbox import Limits, SandboxResult, run_program
+from lord_quant.errors import EvaluationError, HostError, nearest_name
+from lord_quant.evaluation.sandbox import NOT_STARTED, Limits, SandboxResult, run_program
 
 
 class Problem(NamedTuple):
@@ -91,10 +91,21 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 def run_checks(
     programs: Sequence[tuple[str, str]], *, workers: int | None = None, limits: Limits | None = None
 ) -> list[SandboxResult]:
-    """Runs many (program, test) pairs in sandboxes, `workers` at a time (default: one for each processor)."""
+    """Runs many (program, test) pairs in sandboxes, `workers` at a time (default: one for each processor).
+
+    Raises:
+        HostError: A sandbox did not start; what never ran must not count as wrong.
+    """
     workers = workers or available_processors()
     with ThreadPoolExecutor(max_workers=workers) as pool:
-        return list(pool.map(lambda pair: run_program(*pair, limits=limits), programs))
+        results = list(pool.map(lambda pair: run_program(*pair, limits=limits), programs))
+    missing = sum(result.reason == NOT_STARTED for result in results)
+    if missing:
+        raise HostError(
+            f"{NOT_STARTED} for {missing} of {len(results)} programs, so there is no score. Is this machine out of "
+            f"processes or memory, or too busy to start one in time? {workers} ran at a time"
+        )
+    return results
 
 
 def available_processors() -> int:
@@ -119,6 +130,7 @@ def score_samples(
 
     Raises:
         EvaluationError: An unknown task id, no samples, or fewer samples than k.
+        HostError: A sandbox did not start.
     """
     problems = load_problems()
     rows = [Sample(*sample) for sample in samples]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is checked before a model is loaded: task names, consent to run generated code, the model folder.
+"""What is checked before a model is loaded: task names, consent to run generated code, the sandbox, the model folder.
 
 Loading a large model takes minutes; a mistyped task or a missing consent must not cost them. lm-eval itself asks for
 consent only afterwards.
@@ -7,11 +7,12 @@ consent only afterwards.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lord_quant.errors import ConsentError, EvaluationError, ModelError, nearest_name
+from lord_quant.errors import ConsentError, EvaluationError, HostError, ModelError, nearest_name
 
 
 CONSENT_FLAG = "--confirm-run-unsafe-code"
@@ -38,9 +39,13 @@ def build_task_manager(tasks: Sequence[str], metadata: Mapping[str, Any]) -> Any
 def check_tasks(manager: Any, tasks: Sequence[str], confirmed: bool) -> None:
     """Checks names and consent from the task files alone; no data set and no code of a task is loaded.
 
+    With consent the sandbox is tried out, if a selected task is to run in it.
+
     Raises:
-        EvaluationError: A name that is no task, group or tag; all such names in one message.
+        EvaluationError: A name that is no task, group or tag; all such names in one message. Or a task needs the
+            sandbox on a system that has none.
         ConsentError: A selected task runs generated code, and `confirmed` is false.
+        HostError: The sandbox does not work here.
     """
     unknown = [name for name in tasks if name not in manager.task_index]
     if unknown:
@@ -49,10 +54,38 @@ def check_tasks(manager: Any, tasks: Sequence[str], confirmed: bool) -> None:
         lines = [f"  {name!r}{nearest_name(name, own) or nearest_name(name, manager.task_index)}" for name in unknown]
         raise EvaluationError("unknown task:\n" + "\n".join(lines) + f"\nown tasks: {', '.join(sorted(own))}")
     unsafe = sorted({found for name in tasks for found in _unsafe(manager.task_index, name, set())})
+    # lm-eval's own unsafe tasks bring their own way to run code.
+    sandboxed = [name for name in unsafe if name.startswith("lord_")]
+    if sandboxed and os.name != "posix":
+        raise EvaluationError(
+            f"{', '.join(sandboxed)}: runs Python code that the model generates, and the sandbox for it needs a POSIX "
+            f"system (Linux for full protection); found {os.name!r}"
+        )
     if unsafe and not confirmed:
         raise ConsentError(
             f"{', '.join(unsafe)}: runs Python code that the model generates. It runs in a sandbox, which limits the harm "
             f"but is no guarantee. If you accept that, pass {CONSENT_FLAG} (confirm_run_unsafe_code=True)"
+        )
+    if sandboxed:
+        check_sandbox()
+
+
+def check_sandbox() -> None:
+    """Runs one right program, as completions will be run: where that fails, every completion would count as wrong.
+
+    Raises:
+        HostError: It did not pass.
+    """
+    from lord_quant.evaluation.sandbox import run_program
+
+    try:
+        result = run_program("def twice(x):\n    return 2 * x\n", "assert twice(21) == 42\n")
+    except OSError as error:
+        raise HostError(f"the sandbox for generated code does not work here: {error}") from error
+    if not result.passed:
+        raise HostError(
+            f"the sandbox for generated code does not work here: a program known to be right ended with "
+            f"{result.reason!r} after {result.seconds:.1f} s. No model was loaded"
         )
 
 
@@ -86,10 +119,12 @@ def _unsafe_members(index: Any, members: Any, seen: set[str]) -> Iterator[str]:
 def check_model(model: str) -> None:
     """Refuses a model folder that does not exist or holds no model. A name like ``org/model`` is left to the hub.
 
+    A leading ``~`` is not expanded here: the caller has done it, for what is checked must be what is loaded.
+
     Raises:
         ModelError: No such folder, or no `config.json` or no weights in it.
     """
-    path = Path(model).expanduser()
+    path = Path(model)
     if not path.exists():
         if model.startswith((".", "/", "~")) or model.count("/") > 1 or not model:
             raise ModelError(f"model {model!r}: no such folder")

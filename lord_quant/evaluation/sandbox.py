@@ -11,10 +11,11 @@ the result names what was active:
     own-user           started by root: the program runs as a user id that owns nothing (``own-user-for-limits``: only
                        the limit on processes knows the new id, for the interpreter's files are root's alone)
     landlock-*         no writing outside the working folder, no TCP, no signals to outside (second line)
-    *_seconds, *_bytes, processes, open_files    resource limits of the kernel
+    *_seconds, *_bytes, processes, open_files    resource limits of the kernel, those it accepted
 
-Always: wall-clock limit with a kill of everything started, no standard input, no output, no inherited environment or
-file descriptors, an isolated interpreter without site-packages, a working folder that is removed afterwards.
+Always: wall-clock limit, no standard input, no output, no inherited environment or file descriptors, an isolated
+interpreter without site-packages, a working folder that is removed afterwards. At the end the program itself is killed
+and, on Linux with `/proc`, everything it started; elsewhere processes it started and detached may stay behind.
 
 How the verdict comes about: the program runs in a module of its own; then the test runs in a fresh namespace with the
 builtins as they were before the program; when the test came to its end, a one-time secret is written on a private
@@ -27,7 +28,8 @@ test's own frame: it can fake *its own score*, not leave the sandbox. Without pr
 can read; without network-namespace it can use UDP, and TCP unless landlock-tcp holds; without process-namespace it can
 kill processes of the same user unless own-user or landlock-signals holds, and a fork bomb of a plain user is stopped
 by the wall clock alone. A hole in the kernel is a hole in the sandbox, and memory is limited per process only.
-For hostile code use a virtual machine around all of this. Outside Linux only resource limits and wall clock remain.
+For hostile code use a virtual machine around all of this. Outside Linux only resource limits and wall clock remain (of
+the limits, those the system knows: macOS refuses the one on memory). Without POSIX there is no sandbox at all.
 """
 
 from __future__ import annotations
@@ -49,9 +51,11 @@ from typing import Any
 
 
 LAYERS = frozenset({"namespaces", "user", "landlock"})
+NOT_STARTED = "sandbox did not start"
 _CHILD = Path(__file__).with_name("sandbox_child.py")
 _MAX_REPORT = 4096
 _CLEAR_UP_SECONDS = 5.0
+_USERS = 1 << 24  # wide enough that programs running at the same time, in any container, draw different numbers
 
 
 @dataclass(frozen=True)
@@ -85,9 +89,10 @@ class SandboxResult:
     Attributes:
         passed: The program ran, and its test came to its end.
         reason: ``passed``, ``failed: <exception>``, ``timeout``, ``killed: memory``, ``killed: <signal>``,
-            ``exited before the end of the test`` or ``sandbox did not start``.
+            ``exited before the end of the test``, ``ended its supervisor``, or ``sandbox did not start``: the program
+            never ran, which says nothing about it.
         seconds: Wall-clock time.
-        protections: What confined the program (see the module).
+        protections: What confined the program (see the module); empty if it never ran.
     """
 
     passed: bool
@@ -116,6 +121,7 @@ def run_program(
             "secret": secret,
             "folder": os.path.realpath(folder),
             "layers": sorted(layers),
+            "user": secrets.randbelow(_USERS),
             "limits": asdict(limits),
         }
         start = time.monotonic()
@@ -124,8 +130,10 @@ def run_program(
     report = _parse_report(status)
     code = report.get("code")
     passed = not timed_out and code == 0 and verdict == secret.encode()
+    if "protections" not in report:
+        return SandboxResult(False, NOT_STARTED, seconds, ())
     reason = "passed" if passed else _reason(verdict, code, timed_out)
-    return SandboxResult(passed, reason, seconds, tuple(report.get("protections", ())))
+    return SandboxResult(passed, reason, seconds, tuple(report["protections"]))
 
 
 def _spawn(job: bytes, folder: str, deadline: float) -> tuple[bytes, bytes, bool]:
@@ -200,18 +208,21 @@ def _end(process: subprocess.Popen[bytes], timed_out: bool) -> None:
 
 
 def _parse_report(status: bytes) -> dict[str, Any]:
-    try:
-        report = json.loads(status)
-    except ValueError:
-        return {}
-    return report if isinstance(report, dict) else {}
+    """Merges the lines: the protections, written as the program starts, then its exit status."""
+    report: dict[str, Any] = {}
+    for line in status.splitlines():
+        try:
+            report |= json.loads(line)
+        except ValueError:  # killed in the middle of it
+            break
+    return report
 
 
 def _reason(verdict: bytes, code: object, timed_out: bool) -> str:
     if timed_out or code == -signal.SIGXCPU:
         return "timeout"
     if not isinstance(code, int):
-        return "sandbox did not start"
+        return "ended its supervisor"
     if code < 0:
         return f"killed: {signal.Signals(-code).name}"
     # The program's own words: they can name a failure, never a pass.

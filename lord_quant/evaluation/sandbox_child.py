@@ -7,7 +7,8 @@ imports lord_quant. Three processes:
     launcher    enters the namespaces; outlives the others and kills what they leave behind
     supervisor  process 1 of the process namespace; gives up every privilege, then waits, and writes on STATUS how the
                 program ended. Its end takes every process of the namespace with it
-    program     has VERDICT only; runs the untrusted text, then the test
+    program     limits itself, writes on STATUS what confines it, and keeps VERDICT only; runs the untrusted text, then
+                the test
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def clear_up(kernel: Any, supervisor: int) -> None:
 
 
 def supervise(kernel: Any, job: dict[str, Any], active: list[str], verdict_fd: int, status_fd: int) -> None:
-    """Drops privileges, starts the program, waits for its end, and writes one JSON line on `status_fd`."""
+    """Drops privileges, starts the program, waits for its end, and writes its exit status as JSON on `status_fd`."""
     kernel.die_with_parent()
     folder, layers = job["folder"], job["layers"]
     in_namespace = "process-namespace" in active
@@ -68,7 +69,7 @@ def supervise(kernel: Any, job: dict[str, Any], active: list[str], verdict_fd: i
         active, folder = [*active, "private-files"], kernel.PRIVATE_TMP
     os.chdir(folder)
     os.environ["HOME"] = os.environ["TMPDIR"] = folder
-    user = kernel.drop_root(folder) if "user" in layers else None
+    user = kernel.drop_root(folder, job["user"]) if "user" in layers else None
     if user is not None:
         active = [*active, user]
         kernel.die_with_parent()  # the kernel forgets it when the user changes
@@ -78,22 +79,21 @@ def supervise(kernel: Any, job: dict[str, Any], active: list[str], verdict_fd: i
     # Outside a process namespace the limit counts the user's processes everywhere: any number may be too low already.
     counted = os.getuid() != 0 and (user is not None or in_namespace)
     kinds = ["cpu_seconds", "memory_bytes", "file_bytes", "open_files", *["processes"] * counted]
-    active = [*active, *kinds]
     kernel.forbid_tracing()
 
     pid = os.fork()
     if pid == 0:
-        os.close(status_fd)
         os.setsid()  # or a signal to "my process group" would reach the launcher
-        kernel.limit_resources(job["limits"], kinds)
+        active = [*active, *kernel.limit_resources(job["limits"], kinds)]
+        os.write(status_fd, json.dumps({"protections": active}).encode() + b"\n")
+        os.close(status_fd)
         run(job, verdict_fd)
     os.close(verdict_fd)
     while True:
         ended, status = os.waitpid(-1, 0)
         if ended == pid:
             break
-    report = {"code": os.waitstatus_to_exitcode(status), "protections": active}
-    os.write(status_fd, json.dumps(report).encode())
+    os.write(status_fd, json.dumps({"code": os.waitstatus_to_exitcode(status)}).encode() + b"\n")
     if not in_namespace:
         os.close(status_fd)
         kernel.kill_descendants()

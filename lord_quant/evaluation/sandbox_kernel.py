@@ -146,16 +146,19 @@ def _bind_readonly(source: str, folder: str) -> bool:
     return result == 0
 
 
-def drop_root(folder: str) -> str | None:
+def drop_root(folder: str, number: int) -> str | None:
     """Turns root into a user that nobody else is, so that RLIMIT_NPROC counts and signals reach no one else.
 
-    The user may write to `folder`. Returns ``own-user``; ``own-user-for-limits`` where the interpreter's files are
-    root's alone: then only the real id changes, which makes the limit on processes count but protects no file; or None
-    when this process is not root or may not change.
+    The user may write to `folder`. `number` is this sandbox's own: the kernel counts processes by user over all process
+    namespaces, so that two sandboxes with one user would share one limit.
+
+    Returns ``own-user``; ``own-user-for-limits`` where the interpreter's files are root's alone: then only the real id
+    changes, which makes the limit on processes count but protects no file; or None when this process is not root or may
+    not change.
     """
     if os.getuid() != 0:
         return None
-    for user in (UID_BASE + os.getpid(), NOBODY):
+    for user in (UID_BASE + number, NOBODY):
         try:
             os.setresuid(-1, user, -1)
             readable = os.access(os.__file__, os.R_OK, effective_ids=True)
@@ -208,8 +211,11 @@ def _allow(libc: ctypes.CDLL, ruleset: int, path: str, rights: int) -> bool:
         os.close(fd)
 
 
-def limit_resources(limits: dict[str, int], kinds: Sequence[str]) -> None:
-    """Sets soft and hard limits alike. `kinds` names those to set; an existing lower hard limit is kept."""
+def limit_resources(limits: dict[str, int], kinds: Sequence[str]) -> list[str]:
+    """Sets soft and hard limits alike. `kinds` names those to set; an existing lower hard limit is kept.
+
+    Returns the names of those the kernel accepted.
+    """
     table = {
         "cpu_seconds": resource.RLIMIT_CPU,
         "memory_bytes": resource.RLIMIT_AS,
@@ -218,11 +224,17 @@ def limit_resources(limits: dict[str, int], kinds: Sequence[str]) -> None:
         "open_files": resource.RLIMIT_NOFILE,
     }
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    accepted = []
     for kind in kinds:
         hard = resource.getrlimit(table[kind])[1]
-        value = limits[kind] if hard == resource.RLIM_INFINITY else min(limits[kind], hard)
         # One second between the soft limit, which the program may catch, and the hard one, which kills it.
-        resource.setrlimit(table[kind], (value, value + 1 if kind == "cpu_seconds" else value))
+        soft, end = limits[kind], limits[kind] + (kind == "cpu_seconds")
+        if hard != resource.RLIM_INFINITY:
+            soft, end = min(soft, hard), min(end, hard)
+        with contextlib.suppress(ValueError, OSError):  # macOS knows RLIMIT_AS and refuses it
+            resource.setrlimit(table[kind], (soft, end))
+            accepted.append(kind)
+    return accepted
 
 
 def kill_descendants() -> None:

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prefill and decode speed, and peak memory, of a model, optionally beside a baseline.
+"""Prefill and decode speed, and memory, of a model, optionally beside a baseline.
 
 Decoding is greedy with a KV cache, driven here token by token: `generate` would add its own bookkeeping, which on a
 small model costs more than the model. Two models are measured in turns (A B A B), because a machine that warms up or is
 shared drifts: measured one after the other, the drift would read as a difference. Medians, for the same reason.
+
+Memory is each model's own, though both are loaded: its weights, counted tensor by tensor, and, where the allocator
+tells (CUDA), what its run takes beyond what was allocated before. On the CPU only the peak of the whole process is known,
+which belongs to neither model, so none is given.
 """
 
 from __future__ import annotations
@@ -23,13 +27,16 @@ class ModelSpeed:
     Attributes:
         prefill_tokens_per_second: Prompt tokens (of all sequences) per second, median of the repeats.
         decode_tokens_per_second: New tokens (of all sequences) per second after the first, median of the repeats.
-        peak_memory_bytes: CUDA: most memory allocated on the device while this model ran (both models are loaded). CPU:
-            peak resident size of the process so far, which includes everything loaded before.
+        weight_bytes: Memory that the model's parameters, buffers and tensors kept by its modules (such as unpacked
+            weights) take after the runs, shared memory counted once.
+        working_bytes: CUDA: most memory allocated during a measured run (KV cache, activations, weights unpacked for a
+            moment) beyond what was allocated before it. None on the CPU.
     """
 
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
-    peak_memory_bytes: int
+    weight_bytes: int
+    working_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -84,20 +91,21 @@ def measure_speed(
         )
     models = [model] if baseline is None else [model, baseline]
     times: list[list[tuple[float, float]]] = [[] for _ in models]
-    memory = [0 for _ in models]
+    peaks: list[list[int]] = [[] for _ in models]
     for turn in range(repeats + 1):
         for index, candidate in enumerate(models):
             pair, peak = _one_run(candidate, batch_size, prompt_tokens, new_tokens)
-            memory[index] = max(memory[index], peak)
-            if turn > 0:
+            if turn > 0:  # the warm-up may also allocate what stays
                 times[index].append(pair)
+                peaks[index] += [peak] if peak is not None else []
     speeds = [
         ModelSpeed(
             batch_size * prompt_tokens / statistics.median(prefill for prefill, _ in runs),
             batch_size * (new_tokens - 1) / statistics.median(decode for _, decode in runs),
-            peak,
+            _weight_bytes(candidate),
+            max(taken, default=None),
         )
-        for runs, peak in zip(times, memory, strict=True)
+        for candidate, runs, taken in zip(models, times, peaks, strict=True)
     ]
     other = speeds[1] if len(speeds) > 1 else None
     return Speed(
@@ -114,15 +122,18 @@ def measure_speed(
     )
 
 
-def _one_run(model: Any, batch_size: int, prompt_tokens: int, new_tokens: int) -> tuple[tuple[float, float], int]:
-    """Returns ((prefill seconds, decode seconds), peak memory in bytes) of one generation."""
+def _one_run(model: Any, batch_size: int, prompt_tokens: int, new_tokens: int) -> tuple[tuple[float, float], int | None]:
+    """Returns ((prefill seconds, decode seconds), peak bytes beyond those before) of one generation."""
     import torch
 
     device = next(model.parameters()).device
     vocabulary = model.get_input_embeddings().num_embeddings
     prompt = torch.arange(batch_size * prompt_tokens, device=device).reshape(batch_size, prompt_tokens) % vocabulary
+    before = 0
     if device.type == "cuda":
+        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
     was_training = model.training
     model.eval()
     try:
@@ -137,7 +148,8 @@ def _one_run(model: Any, batch_size: int, prompt_tokens: int, new_tokens: int) -
             end = _now(device)
     finally:
         model.train(was_training)
-    return (middle - start, end - middle), _peak_memory(device)
+    peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
+    return (middle - start, end - middle), peak
 
 
 def _now(device: Any) -> float:
@@ -149,16 +161,35 @@ def _now(device: Any) -> float:
     return time.perf_counter()
 
 
-def _peak_memory(device: Any) -> int:
-    if device.type == "cuda":
-        import torch
+def _weight_bytes(model: Any) -> int:
+    """Bytes of all memory that the tensors of the model's modules hold on to, shared memory once."""
+    import torch
 
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-    import sys
+    storages: dict[tuple[str, int], int] = {}
+    pending: list[Any] = [[*model.parameters(), *model.buffers()], *(vars(module) for module in model.modules())]
+    seen: set[int] = set()
+    while pending:
+        value = pending.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            for part in _plain_tensors(value):
+                storage = part.untyped_storage()
+                storages[str(storage.device), storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, dict):
+            pending += value.values()
+        elif isinstance(value, list | tuple):
+            pending += value
+    return sum(storages.values())
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes everywhere else
+
+def _plain_tensors(tensor: Any) -> list[Any]:
+    """The tensors with memory of their own that a wrapper, such as torchao's quantized weights, is made of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in _plain_tensors(getattr(tensor, name))]
 
 
 def _device_name(device: Any) -> str:

@@ -6,6 +6,7 @@ Importing this module imports Optimum's GPTQ (quietly): a subclass needs its bas
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Mapping, Sequence
@@ -15,12 +16,22 @@ import torch
 
 from lord_quant.backends import gptq as backend
 from lord_quant.calibration import TokenWindows, as_windows
-from lord_quant.checkpoint import atomic_folder, check_output, write_model
+from lord_quant.cautions import log_cautions
+from lord_quant.checkpoint import check_output
 from lord_quant.config import LordConfig
 from lord_quant.corpus import STDLIB, Corpus
 from lord_quant.engine import DecompositionRecord
 from lord_quant.errors import CalibrationError, ConfigError, unknown_keys
-from lord_quant.pipeline import DEFAULT_SEQ_LEN, calibrate, compress_model, host_arguments, plan_model
+from lord_quant.pipeline import (
+    DEFAULT_SEQ_LEN,
+    calibrate,
+    compress_model,
+    host_arguments,
+    plan_model,
+    write_checkpoint,
+)
+from lord_quant.report import build_report
+from lord_quant.source import refuse_unfit
 
 
 if TYPE_CHECKING:
@@ -111,8 +122,11 @@ class LordGPTQQuantizer(_GPTQQuantizer):
         if kwargs.get("desc_act"):
             kwargs["act_group_aware"] = False  # the host refuses both at once
         super().__init__(bits, dataset=dataset, group_size=group_size or -1, **kwargs)
+        self.dataset: Any = dataset
         self.decomposed: list[DecompositionRecord] = []
         self.quantized: list[backend.GptqRecord] = []
+        self._tokenizer: Any = None
+        self._report: dict[str, Any] | None = None
 
     def quantize_model(self, model: PreTrainedModel, tokenizer: Any = None) -> PreTrainedModel:
         """Decomposes and quantizes a loaded dense model in place.
@@ -131,20 +145,25 @@ class LordGPTQQuantizer(_GPTQQuantizer):
             from transformers import AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-        config = self.lord_config
+        config = dataclasses.replace(self.lord_config, model=str(model.name_or_path) or type(model).__name__)
+        refuse_unfit(config.model, model.config)
+        dataset = self.dataset
         plan = plan_model(model, config, next(model.parameters()).element_size())
         windows = self._windows(model, tokenizer)
+        log_cautions(model, plan, windows)
         for key, value in host_arguments(config, plan, model, windows).items():
             setattr(self, key, value)
         self.quantizeConfig.group_size = plan.group_size
         run = functools.partial(super().quantize_model, model, tokenizer)
         done = compress_model(model, plan, windows, config, quantizer=self, run=run)
         self.decomposed, self.quantized = done.decomposed, done.quantized
-        self.dataset = None  # calibration text is not to be published with the checkpoint
+        self.dataset = dataset
+        self._tokenizer = tokenizer
+        self._report = build_report(config, plan, windows, done.decomposed, done.quantized, done.seconds)
         return model
 
     def save(self, model: PreTrainedModel, save_dir: str, **kwargs: Any) -> None:
-        """Writes the model as safetensors that `from_pretrained` loads.
+        """Writes a folder that stands alone: safetensors that `from_pretrained` loads, tokenizer, report, model card.
 
         Unlike the base class, the live model is not converted to another packing format, so it stays usable.
 
@@ -155,9 +174,11 @@ class LordGPTQQuantizer(_GPTQQuantizer):
 
         Raises:
             OutputError: The folder is not empty or cannot be written.
+            ConfigError: Nothing was quantized yet.
         """
-        with atomic_folder(check_output(save_dir)) as folder:
-            write_model(model, None, folder, {})
+        if self._report is None:
+            raise ConfigError("nothing to save: call quantize_model first")
+        write_checkpoint(model, self._tokenizer, check_output(save_dir), self._report)
 
     def _windows(self, model: PreTrainedModel, tokenizer: Any) -> TokenWindows:
         dataset: Any = self.dataset

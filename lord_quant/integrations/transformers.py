@@ -34,6 +34,13 @@ _RUN_KEYS = {
     "lowrank": ("rank_ratio", "param_ratio", "targets", "ignore", "force_rank", "float64"),
     "calibration": ("dataset", "text_key", "num_samples", "seq_len", "seed"),
 }
+_FIXED = {
+    "backend": "auto",
+    "batch_size": 1,
+    "cache_block_outputs": True,
+    "module_name_preceding_first_block": None,
+    "modules_in_block_to_quantize": None,
+}
 _HOST_KEYS = ("bits", "group_size", "sym", "desc_act", "act_group_aware", "damp_percent", "true_sequential")
 
 
@@ -59,7 +66,8 @@ class LordGPTQConfig(GPTQConfig):
         seed: Seed of the sampling generator.
         tokenizer: Tokenizer or path; None takes the model's own.
         group_size: Inputs per scale; None takes the largest that suits the model's shapes.
-        **kwargs: What `GPTQConfig` takes: `sym`, `desc_act`, `damp_percent`, `true_sequential`, `backend`, …
+        **kwargs: What `GPTQConfig` takes: `sym`, `desc_act`, `damp_percent`, `true_sequential`, …; `backend` when a
+            checkpoint is loaded.
 
     Raises:
         ConfigError: A value is illegal.
@@ -117,6 +125,10 @@ class LordGPTQConfig(GPTQConfig):
     def to_lord_config(self, model: str) -> Any:
         """Returns the `LordConfig` of an on-the-fly run on `model`."""
         from lord_quant.config import LordConfig
+
+        fixed = [f"{key}={getattr(self, key)!r}" for key, value in _FIXED.items() if getattr(self, key) != value]
+        if fixed:
+            raise ConfigError(f"not supported while compressing: {', '.join(fixed)}; wanted the defaults")
 
         def section(keys: tuple[str, ...]) -> dict[str, Any]:
             return {key: getattr(self, key) for key in keys}
@@ -221,7 +233,8 @@ class LordGptqHfQuantizer(GptqHfQuantizer):
             compress_loaded(model, wanted.tokenizer, wanted.to_lord_config(str(model.name_or_path)))
             self.quantization_config = LordGPTQConfig.from_dict(model.config.quantization_config)
             model.config.quantization_config = self.quantization_config
-        model.quantization_method = QuantizationMethod.GPTQ  # type: ignore[assignment]  # peft recognises packed layers by this name
+        # peft recognises packed layers by this name
+        model.quantization_method = QuantizationMethod.GPTQ  # type: ignore[assignment]
 
 
 @register_quantizer(METHOD_FLOAT)

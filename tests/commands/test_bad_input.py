@@ -373,7 +373,7 @@ def test_a_read_only_file_system_is_refused(box: Box, capfd: pytest.CaptureFixtu
 def test_overwrite_never_replaces_what_is_no_model(box: Box, capfd: pytest.CaptureFixture[str]) -> None:
     occupied(box)
     assert run_command("quantize", "--overwrite", *box.arguments()) == 2
-    assert "holds no config.json" in capfd.readouterr().err
+    assert "no model folder" in capfd.readouterr().err
     assert (box.output / "thesis.tex").read_text() == "mine"
 
 

@@ -14,6 +14,7 @@ from lord_quant.commands import eval as command
 from lord_quant.errors import ConsentError, EvaluationError, OutputError
 from lord_quant.evaluation.harness import EvalResult, ModelScores, tasks_path
 from lord_quant.evaluation.perplexity import Perplexity
+from lord_quant.evaluation.speed import ModelSpeed, Speed
 
 
 def parse(*flags: str) -> argparse.Namespace:
@@ -93,6 +94,17 @@ def test_recovery_of_a_baseline_at_zero_is_left_open() -> None:
 def test_table_without_baseline_has_values_only() -> None:
     table = command.format_table(result(None))
     assert "recovery" not in table and "baseline" not in table and "0.6000" in table
+
+
+@pytest.mark.parametrize("working", [None, 2 << 20])
+def test_memory_is_named_for_what_it_is(working: int | None) -> None:
+    model, base = ModelSpeed(10.0, 1.0, 1 << 20, working), ModelSpeed(20.0, 2.0, 4 << 20, working)
+    speed = Speed(model, base, 0.5, 0.5, 1, 8, 2, 1, "cpu", 1)
+    lines = command.format_table(EvalResult("m", speed=speed, baseline=ModelScores("b"))).splitlines()
+    memory = [line.split() for line in lines if "MiB" in line]
+    assert memory[0] == ["speed", "weights", "MiB", "↓", "1.0000", "4.0000", "0.2500"]
+    above = [["speed", "peak", "above", "weights", "MiB", "↓", "2.0000", "2.0000", "1.0000"]]
+    assert memory[1:] == (above if working else [])
 
 
 def test_file_is_written_whole(tmp_path: Path) -> None:

@@ -5,12 +5,14 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lord_quant.errors import CalibrationError, ConsentError, EvaluationError, ModelError
+from lord_quant.errors import CalibrationError, ConsentError, EvaluationError, HostError, ModelError
+from lord_quant.evaluation import preflight, sandbox
 from lord_quant.evaluation.harness import evaluate, tasks_path
 from lord_quant.evaluation.preflight import build_task_manager, check_tasks
 
@@ -45,6 +47,36 @@ def test_consent_comes_before_the_model(task: str, broken_model: Path) -> None:
 def test_with_consent_the_same_model_is_loaded_and_fails(broken_model: Path) -> None:
     with pytest.raises(ModelError, match="could not be loaded"):
         evaluate(str(broken_model), ["lord_humaneval"], device="cpu", confirm_run_unsafe_code=True)
+
+
+def test_a_broken_sandbox_is_found_before_the_model(
+    broken_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox, "_CHILD", tmp_path / "none.py")
+    with pytest.raises(HostError, match="sandbox did not start"):
+        evaluate(str(broken_model), ["lord_humaneval"], device="cpu", confirm_run_unsafe_code=True)
+    with pytest.raises(ModelError, match="could not be loaded"):  # a task without generated code needs no sandbox
+        evaluate(str(broken_model), ["lord_code_ppl"], device="cpu")
+
+
+def test_without_posix_unsafe_tasks_are_refused(manager: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "os", types.SimpleNamespace(name="nt"))
+    with pytest.raises(EvaluationError, match=r"lord_humaneval: .* POSIX .*'nt'"):
+        check_tasks(manager, ["lord_humaneval"], confirmed=True)
+    check_tasks(manager, ["lord_code_ppl"], confirmed=True)
+
+
+def test_the_home_folder_is_expanded_for_check_and_load(
+    broken_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = tmp_path / "text.py"
+    text.write_text("x = 1\n")
+    for model in ("~/broken", Path("~/broken")):
+        with pytest.raises(ModelError, match=f"{broken_model}.* could not be loaded"):
+            evaluate(model, perplexity_dataset=str(text), device="cpu")
+    with pytest.raises(ModelError, match="no such folder"):
+        evaluate("~/none", perplexity_dataset=str(text), device="cpu")
 
 
 def test_consent_looks_into_groups_and_tags(tmp_path: Path) -> None:
@@ -119,7 +151,7 @@ def test_default_code_is_bounded_and_reproducible() -> None:
 
     first, second = (load_code()["test"]["text"] for _ in range(2))
     assert first == second
-    assert len(first) == 24 and sum(map(len, first)) <= 24 * 4096
+    assert len(first) == 12 and sum(map(len, first)) <= 12 * 4096
 
 
 @needs_demo

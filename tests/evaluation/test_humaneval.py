@@ -2,13 +2,15 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lord_quant.errors import EvaluationError
-from lord_quant.evaluation.humaneval import load_problems, pass_at_k, score_samples
+from lord_quant.errors import EvaluationError, HostError
+from lord_quant.evaluation import sandbox
+from lord_quant.evaluation.humaneval import load_problems, pass_at_k, run_checks, score_samples
 
 
 @given(st.integers(1, 9), st.data())
@@ -66,3 +68,9 @@ def test_unknown_problem_names_the_nearest() -> None:
 def test_too_few_samples_are_refused() -> None:
     with pytest.raises(EvaluationError, match="pass@10"):
         score_samples([("HumanEval/0", "")], k=(1, 10))
+
+
+def test_a_sandbox_that_does_not_start_is_no_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "_CHILD", tmp_path / "none.py")
+    with pytest.raises(HostError, match="did not start for 2 of 2"):
+        run_checks([("", ""), ("", "")], workers=1)

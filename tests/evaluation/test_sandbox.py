@@ -5,17 +5,22 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lord_quant.evaluation.sandbox import LAYERS, Limits, SandboxResult, run_program
+from lord_quant.evaluation import sandbox
+from lord_quant.evaluation.sandbox import LAYERS, NOT_STARTED, Limits, SandboxResult, run_program
 
 
 TEST = "def check(candidate):\n    assert candidate(1) == 2\n    assert abs(candidate(-9)) == 8\ncheck(f)\n"
@@ -25,13 +30,23 @@ WITHOUT_NAMESPACES = LAYERS - {"namespaces"}
 BOTH = pytest.mark.parametrize("layers", [LAYERS, WITHOUT_NAMESPACES], ids=["all", "no-namespaces"])
 
 
+@pytest.fixture(autouse=True)
+def own_child(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Runs the test's sandboxes from a copy, whose path tells them from all others on the machine."""
+    source, folder = Path(sandbox.__file__).parent, tmp_path_factory.mktemp("child")
+    for name in ("sandbox_child.py", "sandbox_kernel.py"):
+        shutil.copy(source / name, folder)
+    monkeypatch.setattr(sandbox, "_CHILD", folder / "sandbox_child.py")
+    return folder / "sandbox_child.py"
+
+
 def leftovers() -> list[int]:
-    """Ids of all processes of any sandbox."""
+    """Ids of all processes of this test's sandboxes."""
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             with contextlib.suppress(OSError):
-                if b"sandbox_child.py" in (folder / "cmdline").read_bytes():
+                if os.fsencode(sandbox._CHILD) in (folder / "cmdline").read_bytes():
                     found.append(int(folder.name))
     return found
 
@@ -131,7 +146,7 @@ FAKES = {
 def test_a_fake_scores_nothing(name: str, layers: frozenset[str]) -> None:
     result = run(FAKES[name], layers=layers)
     assert not result.passed
-    assert result.reason != "sandbox did not start"
+    assert result.reason != NOT_STARTED
 
 
 def test_endless_loop_is_stopped_by_processor_time() -> None:
@@ -212,11 +227,18 @@ def test_files_of_the_machine_cannot_be_read(tmp_path: Path, protections: tuple[
     assert run(f"open({str(secret)!r}).read()\n{RIGHT}").reason == "failed: FileNotFoundError"
 
 
-def test_writing_inside_is_bounded_and_removed() -> None:
+def test_writing_inside_is_bounded_and_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, real = [], tempfile.TemporaryDirectory
+
+    def record(**options: Any) -> Any:
+        made.append(real(**options))
+        return made[-1]
+
+    monkeypatch.setattr(sandbox.tempfile, "TemporaryDirectory", record)
     limits = Limits(file_bytes=1 << 20, folder_bytes=4 << 20)
     result = run("file = open('big', 'wb')\nfor _ in range(64): file.write(bytes(1 << 20)); file.flush()", limits=limits)
     assert result.reason in {"failed: OSError", "killed: SIGXFSZ"}
-    assert not list(Path("/tmp").glob("lord-sandbox-*"))
+    assert len(made) == 1 and not Path(made[0].name).exists()
 
 
 @BOTH
@@ -281,3 +303,77 @@ def test_the_secret_changes_from_run_to_run() -> None:
     first, second = run(leak), run(leak)
     assert first.reason.startswith("failed: ") and len(first.reason) > 64
     assert first.reason != second.reason
+
+
+def test_leftovers_are_this_tests_own() -> None:
+    foreign = Path(sandbox.__file__).with_name("sandbox_child.py")
+    command = [sys.executable, "-c", "import time; time.sleep(30)"]
+    others = [subprocess.Popen([*command, str(path)]) for path in (foreign, sandbox._CHILD)]
+    try:
+        assert leftovers() == [others[1].pid]
+    finally:
+        for process in others:
+            process.kill()
+            process.wait()
+
+
+def test_parallel_programs_do_not_share_the_limit_on_processes() -> None:
+    program = """
+        import threading, time
+        threads = [threading.Thread(target=time.sleep, args=(1.0,)) for _ in range(10)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        def f(x): return x + 1
+    """
+    limits = Limits(wall_seconds=20.0)
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(lambda _: run(program, limits=limits), range(3)))
+    assert [result.reason for result in results] == ["passed"] * 3
+
+
+def python(script: str) -> str:
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_an_inherited_limit_on_processor_time_is_kept() -> None:
+    script = """
+        import resource
+        resource.setrlimit(resource.RLIMIT_CPU, (3, 3))
+        from lord_quant.evaluation.sandbox import run_program
+        result = run_program("import resource", "assert resource.getrlimit(resource.RLIMIT_CPU) == (3, 3)")
+        print(result.reason, "cpu_seconds" in result.protections)
+    """
+    assert python(script) == "passed True"
+
+
+def test_a_refused_limit_is_not_reported(own_child: Path) -> None:
+    kernel = own_child.with_name("sandbox_kernel.py")
+    refuse = """
+def _refuse(kind, pair, real=resource.setrlimit):
+    if kind == resource.RLIMIT_AS:
+        raise ValueError("current limit exceeds maximum limit")
+    real(kind, pair)
+resource.setrlimit = _refuse
+"""
+    assert "memory_bytes" in run(RIGHT).protections
+    kernel.write_text(kernel.read_text() + refuse)
+    result = run(RIGHT)
+    assert result.reason == "passed"
+    assert "memory_bytes" not in result.protections
+    assert {"cpu_seconds", "file_bytes", "open_files"} <= set(result.protections)
+
+
+@pytest.mark.parametrize("broken", ["raise OSError", "import time; time.sleep(60)"], ids=["fails", "hangs"])
+def test_a_sandbox_that_cannot_start_says_so(broken: str, own_child: Path) -> None:
+    own_child.with_name("sandbox_kernel.py").write_text(broken)
+    result = run(RIGHT, limits=Limits(wall_seconds=1.0))
+    assert (result.passed, result.reason, result.protections) == (False, NOT_STARTED, ())
+
+
+def test_a_program_that_ends_its_supervisor_has_failed_and_not_been_prevented() -> None:
+    """Where nothing forbids the signal: the score is 0, and the evaluation goes on."""
+    result = run(f"import os\nos.kill(os.getppid(), 9)\n{RIGHT}", layers=frozenset())
+    assert (result.passed, result.reason) == (False, "ended its supervisor")

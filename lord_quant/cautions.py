@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user should know before a run that is legal but may not do what they expect."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import torch
+
+from lord_quant.calibration import TokenWindows
+from lord_quant.config import FLOAT_BITS
+from lord_quant.plan import Plan
+
+
+logger = logging.getLogger(__name__)
+
+LEAST_SHARE = 0.9
+"""Share of the blocks' parameters that the found layers must hold, or a caution is due."""
+
+
+def log_cautions(model: torch.nn.Module, plan: Plan, windows: TokenWindows) -> None:
+    """Logs what the command line prints before a run."""
+    for warning in run_cautions(model, plan, windows, next(model.parameters()).device):
+        logger.warning(warning)
+
+
+def run_cautions(model: torch.nn.Module, plan: Plan, windows: TokenWindows, device: torch.device) -> tuple[str, ...]:
+    """Returns what a user should know before a run: short calibration, idle targets, hosts' habits."""
+    found = [*_plan_warnings(plan, windows), *_model_warnings(model, plan)]
+    if plan.bits != FLOAT_BITS and torch.cuda.is_available() and (device.type == "cpu" or device.index not in (None, 0)):
+        found.append(f"Optimum solves on the first GPU, not on {device}; CUDA_VISIBLE_DEVICES chooses which it sees")
+    return tuple(found)
+
+
+def _plan_warnings(plan: Plan, windows: TokenWindows) -> Iterator[str]:
+    widest = max(layer.in_features for layer in plan.layers)
+    if windows.num_tokens < widest:
+        yield (
+            f"{windows.num_tokens} calibration tokens are fewer than the {widest} inputs of the widest layer: its "
+            f"covariance will be singular; wanted at least {widest}, better {10 * widest}"
+        )
+    dense = [layer for layer in plan.layers if layer.note]
+    if dense:
+        yield f"{len(dense)} of {len(dense) + len(plan.rank_pattern)} targeted layers stay dense (see the plan's notes)"
+    enlarged = [layer for layer in plan.layers if layer.rank and layer.weights > layer.dense_weights]
+    if enlarged:
+        yield f"--force-rank makes {len(enlarged)} layers larger than they were"
+
+
+def _model_warnings(model: torch.nn.Module, plan: Plan) -> Iterator[str]:
+    path = plan.block_path
+    inside = sum(parameter.numel() for name, parameter in model.named_parameters() if name.startswith(f"{path}."))
+    share = sum(layer.dense_weights for layer in plan.layers) / inside
+    if share < LEAST_SHARE:
+        yield (
+            f"only {share:.0%} of the blocks' parameters are linear layers that can be found (mixture-of-experts weights "
+            "are not): the rest stays as it is, and bits per weight do not count it"
+        )
+    kinds = set(getattr(getattr(model, "config", None), "layer_types", None) or ())
+    if plan.bits != FLOAT_BITS and len(kinds) > 1:
+        listed = ", ".join(sorted(kinds))
+        yield f"Optimum's GPTQ calibrates every block with the first block's mask; this model has {listed}"

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cautions name numbers, and are silent when there is nothing to say."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lord_quant.calibration import TokenWindows, as_windows
+from lord_quant.cautions import run_cautions
+from lord_quant.config import GptqConfig, LowrankConfig
+from lord_quant.plan import Plan, build_plan
+from lord_quant.targets import find_linears
+
+
+CPU = torch.device("cpu")
+
+
+class Block(nn.Module):
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.mlp = nn.Linear(64, 256)
+        self.experts = nn.Parameter(torch.zeros(hidden, 64))
+
+
+class Model(nn.Module):
+    def __init__(self, hidden: int = 0) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Block(hidden)])
+
+
+def plan(model: nn.Module, force: bool = False, ratio: float = 0.5) -> Plan:
+    lowrank = LowrankConfig(rank_ratio=ratio, force_rank=force)
+    return build_plan(find_linears(model), lowrank, GptqConfig(group_size=32), itemsize=4, other_bytes=0)
+
+
+def windows(tokens: int) -> TokenWindows:
+    return as_windows(torch.zeros(1, tokens, dtype=torch.int64), "test")
+
+
+def test_nothing_to_say() -> None:
+    assert run_cautions(Model(), plan(Model()), windows(640), CPU) == ()
+
+
+def test_too_few_tokens_are_counted_against_the_widest_layer() -> None:
+    (caution,) = run_cautions(Model(), plan(Model()), windows(63), CPU)
+    assert "63 calibration tokens" in caution and "64 inputs" in caution
+
+
+def test_weights_that_are_no_linear_layers_are_noticed() -> None:
+    (caution,) = run_cautions(Model(hidden=1024), plan(Model(hidden=1024)), windows(640), CPU)
+    assert "only 20% of the blocks' parameters" in caution  # 16384 of 16384 + 256 + 65536
+
+
+def test_enlarged_layers_are_counted() -> None:
+    (caution,) = run_cautions(Model(), plan(Model(), force=True, ratio=1 - 1e-3), windows(640), CPU)
+    assert "makes 1 layers larger" in caution
+
+
+def test_dense_targets_are_counted_among_the_targets_only() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp, self.square = nn.Linear(64, 256), nn.Linear(64, 64)
+
+    model = Model()
+    model.layers = nn.ModuleList([Two()])
+    (caution,) = run_cautions(model, plan(model), windows(640), CPU)
+    assert caution.startswith("1 of 2 targeted layers stay dense")

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lord_quant.errors import ModelError
+from lord_quant.source import inspect_source, load_model, refuse_unfit
+
+
+def edit_config(folder: Path, **values: object) -> None:
+    """Writes configuration values; None removes one."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def test_a_home_folder_is_expanded_once_and_loads(
+    model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(model_folder("gpt2"), tmp_path / "model")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    source = inspect_source("~/model")
+    assert source.path == str(tmp_path / "model")
+    assert load_model(source, torch.device("cpu")).config.model_type == "gpt2"
+
+
+@pytest.mark.parametrize("name", ["~/absent", "~nobody-here/model"])
+def test_a_missing_home_folder_is_named_as_given(name: str) -> None:
+    with pytest.raises(ModelError, match=f"model '{name}': no such folder"):
+        inspect_source(name)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_config_without_architectures_is_read_by_its_type(
+    family: str, model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(model_folder(family), tmp_path / "model")
+    edit_config(folder, architectures=None)
+    assert inspect_source(str(folder)).config.architectures is None
+
+
+def config_of(model_type: str, **values: object) -> object:
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(model_type, **values)
+
+
+ENCODERS = [
+    ("bert", {"architectures": ["BertLMHeadModel"]}, "BertLMHeadModel"),
+    ("bert", {"architectures": ["BertForMaskedLM"]}, "BertForMaskedLM"),
+    ("bert", {}, "BertLMHeadModel"),
+    ("roberta", {"architectures": ["RobertaForCausalLM"]}, "RobertaForCausalLM"),
+    ("distilbert", {}, "DistilBertConfig"),
+    ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "values", "name"), ENCODERS)
+def test_encoders_and_classifiers_are_refused(model_type: str, values: dict[str, object], name: str) -> None:
+    with pytest.raises(ModelError, match=f"model 'm' is {name}; wanted a causal language model.*encoder-only"):
+        refuse_unfit("m", config_of(model_type, **values))
+
+
+@pytest.mark.parametrize("values", [{}, {"architectures": ["BertLMHeadModel"]}])
+def test_a_bert_that_decodes_is_a_causal_language_model(values: dict[str, object]) -> None:
+    refuse_unfit("m", config_of("bert", is_decoder=True, **values))
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "gpt_bigcode", "codegen", "qwen3", "starcoder2", "mistral"])
+def test_causal_language_models_pass(model_type: str) -> None:
+    refuse_unfit("m", config_of(model_type))

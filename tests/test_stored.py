@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lord_quant.checkpoint import METHOD_GPTQ, weight_files
+from lord_quant.errors import CheckpointError
+from lord_quant.stored import measure
+
+
+Tensors = dict[str, torch.Tensor]
+ModelFolder = Callable[..., Path]
+
+
+def change(source: Path, target: Path, edit: Callable[[Tensors], Tensors]) -> Path:
+    """Copies a model folder with other tensors."""
+    shutil.copytree(source, target)
+    tensors = edit(load_file(target / "model.safetensors"))
+    save_file({name: value.contiguous() for name, value in tensors.items()}, target / "model.safetensors", {"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize(("family", "prefix"), [("gpt2", "transformer."), ("llama", "model.")])
+def test_tensors_without_the_base_model_prefix_count(
+    family: str, prefix: str, model_folder: ModelFolder, tmp_path: Path
+) -> None:
+    whole = measure(model_folder(family))
+    assert whole.bpw == 32
+    bare = change(
+        model_folder(family), tmp_path / "bare", lambda t: {name.removeprefix(prefix): value for name, value in t.items()}
+    )
+    assert not [name for name in load_file(bare / "model.safetensors") if name.startswith(prefix)]
+    assert measure(bare).layers == whole.layers
+
+
+def test_layers_without_tensors_are_named(model_folder: ModelFolder, tmp_path: Path) -> None:
+    folder = change(
+        model_folder("gpt2"),
+        tmp_path / "holes",
+        lambda t: {
+            name: value for name, value in t.items() if "h.1." not in name and name != "transformer.h.0.mlp.c_fc.weight"
+        },
+    )
+    with pytest.raises(CheckpointError) as caught:
+        measure(folder)
+    message = str(caught.value)
+    assert "transformer.h.0.mlp.c_fc.weight" in message and "transformer.h.1.attn.c_attn.weight" in message
+    assert "h.0.attn" not in message and "more" not in message
+
+
+@pytest.fixture(scope="module")
+def packed(model_folder: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tensor names of a packed checkpoint; one layer has factors of rank 32."""
+
+    def pack(tensors: Tensors) -> Tensors:
+        made = {}
+        for name, value in tensors.items():
+            if not name.endswith("_proj.weight"):
+                made[name] = value
+                continue
+            out, inputs = value.shape
+            two = name == "model.layers.0.mlp.up_proj.weight"
+            for part, n, m in (("down.", inputs, 32), ("up.", 32, out)) if two else (("", inputs, out),):
+                at = name.removesuffix("weight") + part
+                made |= {
+                    f"{at}qweight": torch.zeros(n // 8, m, dtype=torch.int32),
+                    f"{at}qzeros": torch.zeros(n // 32, m // 8, dtype=torch.int32),
+                    f"{at}scales": torch.zeros(n // 32, m, dtype=torch.float16),
+                    f"{at}g_idx": torch.zeros(n, dtype=torch.int32),
+                }
+        return made
+
+    folder = change(model_folder("llama"), tmp_path_factory.mktemp("packed") / "model", pack)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": METHOD_GPTQ, "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_packed_folder_is_measured(packed: Path) -> None:
+    layers = {layer.site.name: layer for layer in measure(packed).layers}
+    two = layers["model.layers.0.mlp.up_proj"]
+    assert (two.form, two.rank) == ("two_factor packed", 32)
+    dense = layers["model.layers.0.self_attn.q_proj"]
+    assert (dense.form, dense.rank) == ("dense packed", None)
+    assert dense.weight_bytes == 128 * 128 // 2 + 4 * 128 * 2 + 4 * 128 // 2 + 4 * 128
+
+
+@pytest.mark.parametrize("leaf", ["qweight", "qzeros", "scales", "g_idx"])
+@pytest.mark.parametrize(
+    "part", ["model.layers.0.mlp.up_proj.down", "model.layers.0.mlp.up_proj.up", "model.layers.1.mlp.up_proj"]
+)
+def test_a_packed_layer_that_lacks_a_tensor_is_named(part: str, leaf: str, packed: Path, tmp_path: Path) -> None:
+    lost = f"{part}.{leaf}"
+    folder = change(packed, tmp_path / "lost", lambda t: {name: value for name, value in t.items() if name != lost})
+    with pytest.raises(CheckpointError, match=rf"missing:\n  {lost}$"):
+        measure(folder)
+
+
+def test_a_layer_that_lacks_a_whole_factor_is_named(packed: Path, tmp_path: Path) -> None:
+    folder = change(packed, tmp_path / "lost", lambda t: {n: v for n, v in t.items() if ".up_proj.down." not in n})
+    with pytest.raises(CheckpointError, match=r"model\.layers\.0\.mlp\.up_proj\.down\.weight$"):
+        measure(folder)
+
+
+def shard(folder: Path) -> list[str]:
+    """Splits a folder's file in two shards with an index; returns their paths."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    where = {name: names[position % 2] for position, name in enumerate(tensors)}
+    for file in names:
+        save_file({name: value for name, value in tensors.items() if where[name] == file}, folder / file, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return [str(folder / name) for name in names]
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_stray_files_beside_the_weights_do_not_count(sharded: bool, model_folder: ModelFolder, tmp_path: Path) -> None:
+    folder = shutil.copytree(model_folder("llama"), tmp_path / "model")
+    files = shard(folder) if sharded else [str(folder / "model.safetensors")]
+    before = measure(folder)
+    save_file({"layers.0.attention.wq.weight": torch.zeros(100)}, folder / "consolidated.safetensors")
+    assert weight_files(folder) == files
+    assert measure(folder) == before
+    assert before.tensor_bytes == measure(model_folder("llama")).tensor_bytes
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("{", "is not a readable index"),
+        ("[]", "is not a readable index"),
+        ('{"metadata": {}}', "is not a readable index"),
+        ('{"weight_map": {"a": 3}}', "is not a readable index"),
+        ('{"weight_map": {"a": "gone.safetensors"}}', r"names files that are not there: gone\.safetensors"),
+        ('{"weight_map": {}}', "holds no safetensors"),
+    ],
+)
+def test_a_bad_index_is_refused(index: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        weight_files(tmp_path)
