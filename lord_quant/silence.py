@@ -55,6 +55,8 @@ def hush(*loggers: str) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
+            # lm-eval always passes one; that a checkpoint's own is used instead is what everybody wants.
+            warnings.filterwarnings("ignore", message="You passed `quantization_config`")
             yield
     finally:
         for logger, level in zip(named, levels, strict=True):

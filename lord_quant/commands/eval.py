@@ -139,6 +139,9 @@ def format_table(result: EvalResult) -> str:
             own, other = (getattr(speed, key) if speed else None for speed in (mine, theirs))
             if own is not None:
                 rows.append(["speed", name, arrow, own / scale, None if other is None else other / scale])
+    if result.peak_memory_bytes is not None:
+        other = base.peak_memory_bytes / 2**20 if base and base.peak_memory_bytes else None
+        rows.append(["memory", "peak of a process of its own, MiB", "↓", result.peak_memory_bytes / 2**20, other])
     headers = ["task", "metric", "", "value"]
     if base is None:
         return tabulate([row[:4] for row in rows], headers, floatfmt=".4f")

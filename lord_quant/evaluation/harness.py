@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lord_quant.errors import EvaluationError, LordError, ModelError
+from lord_quant.evaluation.memory import peak_process_memory
 from lord_quant.evaluation.perplexity import DEFAULT_WINDOW, Perplexity, corpus_perplexity
 from lord_quant.evaluation.preflight import build_task_manager, check_model, check_tasks, tasks_path
 from lord_quant.evaluation.speed import Speed, measure_speed
@@ -41,12 +42,15 @@ class ModelScores:
         metrics: Values by task (or group) and metric, such as ``metrics["lord_humaneval"]["pass@1"]``.
         stderr: Standard errors likewise, where lm-eval computes one.
         perplexity: Token perplexity, if asked for.
+        peak_memory_bytes: With the speed measurement, for a model given by path on the CPU: peak resident memory of a
+            process of its own that loads it and generates (see `evaluation.memory`).
     """
 
     model: str
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     stderr: dict[str, dict[str, float]] = field(default_factory=dict)
     perplexity: Perplexity | None = None
+    peak_memory_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -194,7 +198,10 @@ def _evaluate_one(
             max_windows=settings["max_windows"],
             batch_size=int(batch_size) if str(batch_size).isdigit() else 1,
         )
-    return ModelScores(name, metrics, stderr, perplexity), dict(raw.get("higher_is_better", {})), lm
+    peak = None
+    if settings["speed"] and settings["device"] == "cpu" and isinstance(model, str | Path):
+        peak = peak_process_memory(str(model), settings["dtype"])
+    return ModelScores(name, metrics, stderr, perplexity, peak), dict(raw.get("higher_is_better", {})), lm
 
 
 def _load(model: Any, tokenizer: Any, settings: dict[str, Any]) -> Any:
