@@ -161,7 +161,7 @@ class _Gathered:
 def _gather(layers: dict[str, nn.Module], dtype: torch.dtype) -> Iterator[_Gathered]:
     """Installs hooks that accumulate input moments, and removes exactly those hooks again, whatever happens."""
     gathered = _Gathered(layers)
-    inputs: list[tuple[torch.Tensor, str]] = []  # held while one forward runs, so that identity means sameness
+    inputs: list[tuple[torch.Tensor, str]] = []  # held while the first forward runs, so that identity means sameness
 
     def hook(name: str) -> Any:
         def observe(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -171,7 +171,7 @@ def _gather(layers: dict[str, nn.Module], dtype: torch.dtype) -> Iterator[_Gathe
                 gathered.leader[name] = same or name
                 if same is None:
                     gathered.accumulators[name] = MomentAccumulator(x.shape[-1], dtype, x.device)
-            inputs.append((x, gathered.leader[name]))
+                inputs.append((x, gathered.leader[name]))
             if gathered.leader[name] == name:
                 gathered.accumulators[name].update(x)
 
