@@ -75,7 +75,8 @@ def quantized(
     (work / "run.yaml").write_text(yaml.safe_dump(settings))
     output = work / "out" / "model"
     output.mkdir(parents=True)
-    (output / "config.json").write_text("{}")
+    (output / "config.json").write_text('{"model_type": "gpt2"}')
+    (output / "stale.safetensors").write_text("left over")
     (output / "stale.txt").write_text("left over")
     flags = ["--model", model_folder("gpt_bigcode"), "--rank-ratio", "0.5", "--bits", "4", "--overwrite"]
     return output, cli("quantize", "--config", work / "run.yaml", "--output", output, *flags)

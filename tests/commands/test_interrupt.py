@@ -54,12 +54,15 @@ def ended(
         "killed": optimum_cli,
         "killed while writing": [sys.executable, "-c", textwrap.dedent(DIE_WHILE_WRITING)],
     }
+    # The progress bars tell when to strike.
+    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
     processes = {}
     for label, start in starts.items():
         long = label != "killed while writing"
         folder = root / label.replace(" ", "-")
         (folder / "output").mkdir(parents=True)
-        (folder / "output" / "config.json").write_text('{"old": true}')
+        (folder / "output" / "config.json").write_text('{"model_type": "old"}')
+        (folder / "output" / "old.safetensors").write_bytes(b"")
         flags = ["--model", model_folder("llama"), "--dataset", corpus_file, "--output", folder / "output", "--overwrite"]
         flags += ["--rank-ratio", "0.25", "--group-size", "32", "--seq-len", "32"]
         flags += ["--num-samples", "64" if long else "4"]
@@ -68,6 +71,7 @@ def ended(
             stdout=subprocess.PIPE,
             stderr=(folder / "stderr.txt").open("w"),
             text=True,
+            env=environment,
         )
         processes[label] = (process, folder)
     for label, number in (("interrupted", signal.SIGINT), ("killed", signal.SIGKILL)):
@@ -96,7 +100,7 @@ def visible(folder: Path) -> list[str]:
 def test_an_interruption_is_reported_and_leaves_nothing(ended: dict[str, Ended]) -> None:
     result = ended["interrupted"]
     assert result.code == 130
-    assert "optimum-cli lord: interrupted; nothing was written" in result.stderr and "Traceback" not in result.stderr
+    assert "optimum-cli lord: interrupted; no unfinished folder is left behind" in result.stderr and "Traceback" not in result.stderr
     assert sorted(path.name for path in result.root.iterdir()) == ["output", "stderr.txt"]
 
 
@@ -111,5 +115,5 @@ def test_a_kill_leaves_nothing_that_looks_finished(ended: dict[str, Ended]) -> N
 @pytest.mark.parametrize("label", ["interrupted", "killed", "killed while writing"])
 def test_what_was_to_be_overwritten_still_stands(label: str, ended: dict[str, Ended]) -> None:
     output = ended[label].root / "output"
-    assert json.loads((output / "config.json").read_text()) == {"old": True}
-    assert os.listdir(output) == ["config.json"]
+    assert json.loads((output / "config.json").read_text()) == {"model_type": "old"}
+    assert sorted(os.listdir(output)) == ["config.json", "old.safetensors"]
