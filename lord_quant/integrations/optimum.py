@@ -159,6 +159,9 @@ class LordGPTQQuantizer(_GPTQQuantizer):
         self.decomposed, self.quantized = done.decomposed, done.quantized
         self.dataset = dataset
         self._tokenizer = tokenizer
+        # The report names the text that was used, which for a caller's own is not what the configuration says.
+        calibration = dataclasses.replace(config.calibration, dataset=windows.source, num_samples=len(windows.input_ids))
+        config = dataclasses.replace(config, calibration=calibration)
         self._report = build_report(config, plan, windows, done.decomposed, done.quantized, done.seconds)
         return model
 

@@ -100,7 +100,10 @@ def visible(folder: Path) -> list[str]:
 def test_an_interruption_is_reported_and_leaves_nothing(ended: dict[str, Ended]) -> None:
     result = ended["interrupted"]
     assert result.code == 130
-    assert "optimum-cli lord: interrupted; no unfinished folder is left behind" in result.stderr and "Traceback" not in result.stderr
+    assert (
+        "optimum-cli lord: interrupted; no unfinished folder is left behind" in result.stderr
+        and "Traceback" not in result.stderr
+    )
     assert sorted(path.name for path in result.root.iterdir()) == ["output", "stderr.txt"]
 
 

@@ -134,16 +134,26 @@ def test_nothing_private_is_published(entrances: Entrances) -> None:
     for saved in entrances.saved.values():
         for path in saved.folder.glob("*.json"):
             text = path.read_text()
-            assert "corpus" not in text and str(entrances.root) not in text and "textwrap" not in text
+            assert str(entrances.root) not in text and "textwrap" not in text
+            assert "corpus" not in text or path.name == "lord_report.json"  # which names the file, without its folder
         assert not json.loads((saved.folder / "config.json").read_text())["quantization_config"].get("dataset")
 
 
 @pytest.mark.slow
-def test_the_quantizer_keeps_its_records_and_drops_the_text(entrances: Entrances) -> None:
+def test_the_drop_in_saves_a_folder_that_stands_alone(entrances: Entrances) -> None:
+    folder = entrances.saved["dataset-texts"].folder
+    assert {"tokenizer.json", "README.md", "lord_report.json", "config.json"} <= {path.name for path in folder.iterdir()}
+    report = json.loads((folder / "lord_report.json").read_text())
+    assert report["calibration"]["source"] == report["config"]["calibration"]["dataset"] == "texts given by the caller"
+    assert report["totals"]["tensor_bytes"] == report["totals"]["tensor_bytes_on_disk"]
+
+
+@pytest.mark.slow
+def test_the_quantizer_keeps_its_records_and_what_it_was_given(entrances: Entrances) -> None:
     quantizer = entrances.quantizers["llama"]
     assert len(quantizer.decomposed) == 14 and len(quantizer.quantized) == 28
     assert all(0 <= record.rel_output_error <= 1 and record.num_tokens == 4 * 64 for record in quantizer.decomposed)
-    assert quantizer.dataset is None
+    assert quantizer.dataset == str(entrances.corpus)
 
 
 @pytest.mark.slow
