@@ -1,98 +1,85 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What decomposition and quantization cost in perplexity, each alone and stacked naively.
+"""What decomposition and quantization cost in perplexity: each alone, stacked naively, and stacked jointly.
 
-Every row is a checkpoint written by the real command line and loaded again; bytes and bits per weight are summed over the
-tensors in its files. Calibration and held-out text must be disjoint; that is the caller's responsibility.
+Every row is a checkpoint written by the real command line and loaded again in another process; bytes and bits per weight
+are summed over the tensors in its files. The *stacking penalty* of a row is its perplexity over that of float LoRD with
+the same seed, minus one: what quantizing the factors added. Calibration and held-out text must be disjoint; that is the
+caller's responsibility. Started again with the same --output, a run that was cut off goes on.
 
-    python eval/reference.py --model DIR --calibration code.jsonl --heldout other.jsonl --output results.json
+    python eval/reference.py --models DIR … --calibration code.jsonl --heldout other.jsonl --output reference.json
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import tempfile
-from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-from variants import Clock, Variant, compress, lord, variants, write_json
+from provenance import model_name
+from rows import Results, Row, Settings, add_arguments, run_rows
+from tables import markdown, summary_line
+
+
+OPTIMUM_DEFAULTS = ("--stack", "naive", "--sym", "--mse", "0", "--damp-percent", "0.1")
+"""The naive stack as it comes: what a user of Optimum gets who changes nothing."""
+DENSE, FLOAT = "dense", "LoRD float"
+LABELS = (
+    DENSE, "GPTQ 4-bit", "GPTQ 3-bit", FLOAT, "naive 4-bit",
+    "joint 8-bit", "joint 4-bit", "joint 3-bit", "joint pivoted 4-bit",
+)  # fmt: skip
+COLUMNS = ("bpw", "MB", "perplexity", "over dense", "stacking penalty", "HumanEval pass@1", "s to compress")
+NOTE = (
+    "Means over seeds, with the smallest and largest value. GPTQ rows: Optimum's quantizer on the dense model at its best "
+    "settings. naive: float LoRD, then Optimum's quantizer at its defaults. Stacking penalty: perplexity over that of "
+    "LoRD float with the same seed."
+)
 
 
 def main() -> None:
-    """Runs all rows and seeds, prints a table, writes JSON."""
+    """Runs all rows of all models and seeds, prints a table per model, writes JSON and Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--heldout", required=True)
-    parser.add_argument("--rank-ratio", type=float, default=0.75)
+    parser.add_argument("--models", "--model", nargs="+", required=True, metavar="DIR", help="folders of dense models")
+    add_arguments(parser, seeds=(0, 1, 2))
+    parser.add_argument("--rank-ratio", type=float, default=0.75, help="forced on all layers (default: 0.75)")
     parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--num-samples", type=int, default=48)
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=320, help="held-out windows of --seq-len tokens")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--humaneval", action="store_true", help="also greedy pass@1; runs generated code")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--rows", nargs="+", choices=LABELS, default=list(LABELS), metavar="LABEL", help="; ".join(LABELS))
     args = parser.parse_args()
-    clock = Clock()
-    rows = []
-    for variant in variants(args.rank_ratio, gptq_bits=(4, 3), stacked_bits=(8, 4)):
-        for seed in args.seeds if variant.flags else args.seeds[:1]:
-            with tempfile.TemporaryDirectory() as folder:
-                rows.append(measure_row(variant, seed, Path(folder), args) | {"label": variant.label, "seed": seed})
-            print(rows[-1], flush=True)
-    dense = rows[0]["perplexity"]
-    for row in rows:
-        row["over_dense"] = row["perplexity"] / dense - 1
-    settings = {
-        key: Path(value).name if key in ("model", "calibration", "heldout") else value for key, value in vars(args).items()
-    }
-    settings.pop("output")
-    write_json(args.output, {"settings": settings, "rows": rows})
-    table = [[r["label"], r["seed"], f"{r['bpw']:.3f}", f"{r['perplexity']:.3f}", f"{r['over_dense']:+.2%}"] for r in rows]
-    print(tabulate(table, ["", "seed", "bpw", "perplexity", "over dense"], disable_numparse=True))
-    print(f"took {clock}; written to {args.output}")
-
-
-def measure_row(variant: Variant, seed: int, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Compresses, reloads and measures one row."""
-    import torch
-
-    from lord_quant.silence import import_hosts
-
-    import_hosts()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    import lord_quant
-    from lord_quant.corpus import load_corpus
-    from lord_quant.evaluation.perplexity import corpus_perplexity
-
-    common: tuple[str, ...] = ("--group-size", str(args.group_size), "--force-rank", "--dataset", args.calibration)
-    common += ("--num-samples", str(args.num_samples), "--seq-len", str(args.seq_len), "--seed", str(seed))
-    where, seconds = compress(variant, args.model, folder, common)
-    stored = lord_quant.measure(where)
-    model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32).eval()
-    result = corpus_perplexity(
-        model,
-        AutoTokenizer.from_pretrained(where),
-        load_corpus(args.heldout),
-        window=args.seq_len,
-        max_windows=args.windows,
-        batch_size=8,
+    every = [row for model in args.models for row in model_rows(model, args.seeds, args.rank_ratio, args.group_size)]
+    results = run_rows(
+        [row for row in every if row.label in args.rows], Settings.from_args(args), args.output, args.workers
     )
-    scores: dict[str, Any] = {}
-    if args.humaneval:
-        output = folder / "humaneval.json"
-        flags = ("--dtype", "float32", "--batch-size", "41", "--confirm-run-unsafe-code", "--output", str(output))
-        lord("eval", "--model", where, "--tasks", "lord_humaneval", *flags)
-        scores["pass@1"] = json.loads(output.read_text(encoding="utf-8"))["metrics"]["lord_humaneval"]["pass@1"]
-    return scores | {
-        "bpw": stored.bpw,
-        "tensor_bytes": stored.tensor_bytes,
-        "perplexity": result.perplexity,
-        "num_tokens": result.num_tokens,
-        "seconds": seconds,
+    # Rows that an earlier run left in the file are shown too: ratios need the dense and the float row.
+    summary = {model_name(model): summarise(results, [row for row in every if row.model == model]) for model in args.models}
+    tables = [f"### {name}\n\n{markdown(lines, COLUMNS)}" for name, lines in summary.items()]
+    results.finish(every, summary, "\n\n".join([*tables, NOTE]))
+
+
+def model_rows(model: str, seeds: list[int], rank_ratio: float, group_size: int) -> list[Row]:
+    """Returns the rows of one model."""
+    group = ("--group-size", str(group_size), "--force-rank")
+    rank = ("--rank-ratio", str(rank_ratio), *group)
+    flags: dict[str, tuple[str, ...]] = {
+        "GPTQ 4-bit": ("--stack", "naive", "--rank-ratio", "1", "--bits", "4", *group),
+        "GPTQ 3-bit": ("--stack", "naive", "--rank-ratio", "1", "--bits", "3", *group),
+        FLOAT: ("--stack", "naive", "--bits", "16", *rank),
+        "naive 4-bit": (*OPTIMUM_DEFAULTS, "--bits", "4", *rank),
+        "joint 8-bit": ("--stack", "joint", "--bits", "8", *rank),
+        "joint 4-bit": ("--stack", "joint", "--bits", "4", *rank),
+        "joint 3-bit": ("--stack", "joint", "--bits", "3", *rank),
+        "joint pivoted 4-bit": ("--stack", "joint", "--form", "pivoted", "--bits", "4", *rank),
     }
+    rows = [Row(model, DENSE, None, 0)]
+    return rows + [Row(model, label, flags[label], seed) for label in LABELS if label in flags for seed in seeds]
+
+
+def summarise(results: Results, rows: list[Row]) -> list[dict[str, Any]]:
+    """Returns one line per label of one model, over the seeds that are finished."""
+    runs = {label: results.by_seed(rows, label) for label in LABELS}
+    stacked = {label for label in LABELS if label.startswith(("naive", "joint"))}
+    return [
+        summary_line(label, runs[label], runs[DENSE], runs[FLOAT] if label in stacked else {})
+        for label in LABELS
+        if runs[label]
+    ]
 
 
 if __name__ == "__main__":

@@ -80,6 +80,8 @@ class Clock:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Writes results; the folder is made if need be."""
+    """Writes results in one step, so that a reader or a cut-off run finds a whole file; the folder is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)

@@ -53,6 +53,8 @@ def quantization_config(plan: Plan, gptq: GptqConfig, host_format: str) -> dict[
         "rank_pattern": plan.rank_pattern,
         "mean_correction": plan.mean_correction,
     }
+    if plan.form_pattern:
+        values["form_pattern"] = plan.form_pattern
     if plan.bits != FLOAT_BITS:
         values |= {
             "bits": plan.bits,
@@ -73,7 +75,7 @@ def check_version(values: Mapping[str, Any]) -> None:
 
     Raises:
         FormatVersionError: Its `format_version` is newer than ours.
-        CheckpointError: It is no version at all, or `rank_pattern` is no mapping.
+        CheckpointError: It is no version at all, or `rank_pattern` or `form_pattern` is no mapping.
     """
     version = values.get("format_version", FORMAT_VERSION)
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
@@ -83,8 +85,9 @@ def check_version(values: Mapping[str, Any]) -> None:
             f"the checkpoint has format_version {version}, this lord-quant {__version__} reads up to {FORMAT_VERSION}: "
             "pip install --upgrade lord-quant"
         )
-    if not isinstance(values.get("rank_pattern") or {}, Mapping):
-        raise CheckpointError(f"rank_pattern is {type(values['rank_pattern']).__name__}; wanted a mapping of path to rank")
+    for key, wanted in (("rank_pattern", "rank"), ("form_pattern", "form")):
+        if not isinstance(values.get(key) or {}, Mapping):
+            raise CheckpointError(f"{key} is {type(values[key]).__name__}; wanted a mapping of path to {wanted}")
 
 
 def read_headers(files: list[str]) -> dict[str, tuple[tuple[int, ...], str, int]]:
@@ -161,10 +164,10 @@ def check_tensors(expected: Mapping[str, tuple[int, ...]], files: list[str], und
         elif headers[name][0] != shape:
             problems.append(f"wrong shape: {name} is {headers[name][0]}, the plan wants {shape}")
     owners = {name.rpartition(".")[0] for name in expected}
-    packed = ("qweight", "qzeros", "scales", "g_idx", "weight")
+    packed = ("qweight", "qzeros", "scales", "g_idx", "weight", "order")
     for name in headers:
         owner, _, leaf = name.rpartition(".")
-        stray = owner.endswith((".down", ".up")) or leaf in packed[:4]
+        stray = owner.endswith((".down", ".up")) or leaf in packed[:4] or leaf == "order"
         lost_bias = leaf == "bias" and owner in owners and name not in expected
         if name.startswith(f"{under}.") and (lost_bias or (leaf in packed and stray and owner not in owners)):
             problems.append(f"unexpected: {name}")

@@ -23,7 +23,9 @@ FLOAT_BITS = 16
 BITS = (2, 3, 4, 8, FLOAT_BITS)
 GROUP_SIZES = (32, 64, 128, 256)
 """Group sizes that every kernel of the host accepts at 4 bits on the CPU."""
-STACKS = ("naive",)
+STACKS = ("joint", "naive")
+FORMS = ("two_factor", "pivoted")
+ORDERS = ("auto", "down_first", "up_first")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -91,6 +93,7 @@ class LowrankConfig:
         rank_pattern: Explicit ranks by layer pattern; layers it does not name stay dense.
         targets: Presets and patterns of the layers to decompose (see `targets.select`).
         ignore: Patterns taken away from the targets.
+        form: How a decomposed layer is stored: `two_factor`, or `pivoted` with rank² weights fewer, exact in float.
         force_rank: Decompose also where that makes a layer larger.
         mean_correction: Correct the bias for the mean input; adds a bias to layers that had none.
         float64: Run statistics and eigendecompositions in float64 instead of float32.
@@ -101,6 +104,7 @@ class LowrankConfig:
     rank_pattern: Mapping[str, int] | None = None
     targets: tuple[str, ...] = ("all",)
     ignore: tuple[str, ...] = ()
+    form: str = "two_factor"
     force_rank: bool = False
     mean_correction: bool = True
     float64: bool = False
@@ -124,6 +128,8 @@ class LowrankConfig:
             if not isinstance(value, tuple) or not all(isinstance(item, str) and item for item in value):
                 problems.append(f"{name} is {value!r}; wanted a list of patterns")
         problems += _not_bool(self, "force_rank", "mean_correction", "float64")
+        if self.form not in FORMS:
+            problems.append(f"form is {self.form!r}; wanted one of {', '.join(FORMS)}{nearest_name(str(self.form), FORMS)}")
         if self.targets == ():
             problems.append("targets is empty; wanted at least one pattern, such as 'all'")
         ranks = self.rank_pattern if self.rank_pattern is not None else {}
@@ -145,19 +151,22 @@ class GptqConfig:
     Attributes:
         bits: 8 and 4 are the product, 3 and 2 pass through to the host, 16 leaves weights in float.
         group_size: Inputs that share one scale; None takes the largest of 128, 64, 32 that suits the model's shapes.
-        sym: Symmetric quantization.
+        sym: Symmetric quantization: zeros in the middle. Zeros are stored either way, so asymmetric grids, which are
+            better, cost no byte; some GPU kernels (Marlin) want symmetric ones.
         desc_act: Quantize inputs in order of decreasing activation.
         act_group_aware: Order inputs by activation within what keeps groups whole; has no effect with `desc_act`.
         damp_percent: Fraction (not percent, despite the host's name) of the mean Hessian diagonal added to it, in (0, 1).
+        mse: Exponent of the error that the solver's search for scales minimises; 0 takes scales from the largest weight.
         true_sequential: Quantize layer by layer within a block.
     """
 
     bits: int = 4
     group_size: int | None = None
-    sym: bool = True
+    sym: bool = False
     desc_act: bool = False
     act_group_aware: bool = True
-    damp_percent: float = 0.1
+    damp_percent: float = 0.01
+    mse: float = 2.0
     true_sequential: bool = True
 
     def __post_init__(self) -> None:
@@ -171,8 +180,41 @@ class GptqConfig:
             problems.append(f"group_size is {self.group_size!r}; wanted one of {GROUP_SIZES}{hint}")
         problems += _not_bool(self, "sym", "desc_act", "act_group_aware", "true_sequential")
         if not isinstance(self.damp_percent, int | float) or not 0 < self.damp_percent < 1:
-            problems.append(f"damp_percent is {self.damp_percent!r}; wanted a fraction in (0, 1), such as 0.1")
+            problems.append(f"damp_percent is {self.damp_percent!r}; wanted a fraction in (0, 1), such as 0.01")
+        if isinstance(self.mse, bool) or not isinstance(self.mse, int | float) or not 0 <= self.mse <= 8:
+            problems.append(f"mse is {self.mse!r}; wanted an exponent in [0, 8], such as 2, or 0 for no search")
         _check(problems, "gptq")
+
+
+@dataclass(frozen=True)
+class JointConfig:
+    """The ideas of the joint stack, each with its switch; `stack.py` derives them. The naive stack has none of them.
+
+    Attributes:
+        anchor: Aim at the dense model's outputs from the compressed model's inputs.
+        rotate: Rotate the bottleneck.
+        refit: Give the second factor its optimum for the quantized first.
+        order: Which factor is quantized first: `auto`, `down_first` or `up_first`.
+        deflate: Quantize `down` modulo what the refit of `up` absorbs.
+        refine: Sweeps over scales and codes after each solve; 0 for none.
+    """
+
+    anchor: bool = True
+    rotate: bool = True
+    refit: bool = True
+    order: str = "auto"
+    deflate: bool = True
+    refine: int = 2
+
+    def __post_init__(self) -> None:
+        problems = _not_bool(self, "anchor", "rotate", "refit", "deflate")
+        if self.order not in ORDERS:
+            problems.append(
+                f"order is {self.order!r}; wanted one of {', '.join(ORDERS)}{nearest_name(str(self.order), ORDERS)}"
+            )
+        if not _is_int(self.refine) or not 0 <= self.refine <= 100:
+            problems.append(f"refine is {self.refine!r}; wanted a number of sweeps from 0 to 100, such as 2")
+        _check(problems, "joint")
 
 
 @dataclass(frozen=True)
@@ -182,24 +224,26 @@ class LordConfig:
     Attributes:
         model: Folder or hub name of the dense model.
         output: Folder to write, or None for a run that writes nothing.
-        stack: How decomposition and quantization are stacked; `naive` decomposes the float model, then runs Optimum's
-            GPTQ on it unmodified.
+        stack: How decomposition and quantization are stacked: `joint` does both layer by layer, each step knowing the
+            other; `naive` decomposes the float model, then runs Optimum's GPTQ on it unmodified.
         device: `auto`, `cpu`, `cuda`, `cuda:0`, …
         dtype: dtype in which float tensors are stored; `auto` keeps the model's own. On the CPU the run itself computes
             in float32 whatever is stored.
         calibration: See `CalibrationConfig`.
         lowrank: See `LowrankConfig`.
         gptq: See `GptqConfig`.
+        joint: See `JointConfig`.
     """
 
     model: str
     output: str | None = None
-    stack: str = "naive"
+    stack: str = "joint"
     device: str = "auto"
     dtype: str = "auto"
     lowrank: LowrankConfig = field(default_factory=LowrankConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     gptq: GptqConfig = field(default_factory=GptqConfig)
+    joint: JointConfig = field(default_factory=JointConfig)
 
     def __post_init__(self) -> None:
         problems = []
@@ -226,7 +270,7 @@ class LordConfig:
         Raises:
             ConfigError: A key is unknown (every such key is named) or a value illegal.
         """
-        sections = {"lowrank": LowrankConfig, "calibration": CalibrationConfig, "gptq": GptqConfig}
+        sections = {"lowrank": LowrankConfig, "calibration": CalibrationConfig, "gptq": GptqConfig, "joint": JointConfig}
         _require_known(values, cls, "configuration")
         if "model" not in values:
             raise ConfigError("model is not given; wanted a folder or a hub name")

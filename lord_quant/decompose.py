@@ -14,6 +14,13 @@ outputs' variance that is lost. The bias correction makes the mean exact, so onl
 equals whitened SVD's wherever that is defined, but needs neither a Cholesky factor nor an inverse, so singular
 covariances are no special case. One eigendecomposition serves every rank.
 
+The pivoted form (PIFA, arXiv 2501.19090). A product of rank r has r (m + n) − r² degrees of freedom, r² fewer than two
+factors hold. Choose r outputs P, the pivots, from which the others can be predicted, A = U_N U_P⁻¹ on the rows N not in P:
+
+    down = U_P Uᵀ W (rows P of the product)        up = A        y_P = z, y_N = A z with z = down x
+
+The product is the same. Pivots of locally maximal volume keep every entry of A at most about 1 (`linalg.choose_pivots`).
+
 Failure cases. When fewer tokens than features were seen, or channels are dead, eigenvalues beyond the effective rank
 are rounding noise: the basis is still orthonormal and the layer still reproduces what it was calibrated on, but those
 directions are arbitrary. `effective_rank` reports it.
@@ -21,12 +28,13 @@ directions are arbitrary. `effective_rank` reports it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from lord_quant.errors import RankError
-from lord_quant.linalg import require_finite, symmetric_eigen, thin_qr
+from lord_quant.linalg import choose_pivots, require_finite, symmetric_eigen, thin_qr
 from lord_quant.moments import Moments
 
 
@@ -56,13 +64,30 @@ class Factors(NamedTuple):
 
     Attributes:
         down: With shape (rank, in_features).
-        up: With shape (out_features, rank).
+        up: With shape (out_features, rank); in the pivoted form (out_features − rank, rank).
         bias: With shape (out_features,), or None.
+        pivots: In the pivoted form, which outputs `down` computes: ascending indices with shape (rank,).
     """
 
     down: torch.Tensor
     up: torch.Tensor
     bias: torch.Tensor | None
+    pivots: torch.Tensor | None = None
+
+    def others(self) -> torch.Tensor:
+        """Returns the outputs that `up` predicts in the pivoted form: ascending indices."""
+        assert self.pivots is not None
+        mask = torch.ones(len(self.down) + len(self.up), dtype=torch.bool, device=self.up.device)
+        mask[self.pivots] = False
+        return mask.nonzero()[:, 0]
+
+    def product(self) -> torch.Tensor:
+        """Returns the weight the factors stand for, with shape (out_features, in_features)."""
+        if self.pivots is None:
+            return self.up @ self.down
+        weight = self.down.new_empty(len(self.down) + len(self.up), self.down.shape[1])
+        weight[self.pivots], weight[self.others()] = self.down, self.up @ self.down
+        return weight
 
 
 def output_spectrum(weight: torch.Tensor, covariance: torch.Tensor) -> OutputSpectrum:
@@ -145,14 +170,36 @@ def two_factor(
     return Factors(down, up, corrected)
 
 
+def pivoted(factors: Factors) -> Factors:
+    """Brings factors with orthonormal `up` into the pivoted form; the product stays the same.
+
+    Raises:
+        RankError: The rank is that of the outputs: nothing would be left to predict.
+    """
+    outputs, rank = factors.up.shape
+    if rank >= outputs:
+        raise RankError(f"the pivoted form at rank {rank} of {outputs} outputs is the layer itself; wanted a lower rank")
+    pivots = choose_pivots(factors.up)
+    result = Factors(factors.up[pivots] @ factors.down, factors.up[rank:], factors.bias, pivots)
+    basis = factors.up.double()
+    predictor = torch.linalg.solve(basis[pivots].T, basis[result.others()].T).T
+    return result._replace(up=predictor.to(factors.up).contiguous())
+
+
 def decompose(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     moments: Moments,
     rank: int,
     *,
+    form: str = "two_factor",
     mean_correction: bool = True,
 ) -> tuple[Factors, OutputSpectrum]:
-    """Runs LoRD on one layer; see `output_spectrum` and `two_factor`."""
+    """Runs LoRD on one layer, in the form asked for; see `output_spectrum`, `two_factor` and `pivoted`."""
     spectrum = output_spectrum(weight, moments.covariance)
-    return two_factor(weight, bias, spectrum, rank, moments.mean if mean_correction else None), spectrum
+    factors = two_factor(weight, bias, spectrum, rank, moments.mean if mean_correction else None)
+    return FORMS[form](factors), spectrum
+
+
+FORMS: dict[str, Callable[[Factors], Factors]] = {"two_factor": lambda factors: factors, "pivoted": pivoted}
+"""How a truncated layer is stored, by the name that configurations and checkpoints use."""

@@ -4,8 +4,8 @@
 Blocks are visited in order. The inputs of the first are captured from the model itself; from then on every block is run
 once on the stored inputs of the batch stream, while hooks gather the moments of its layers, and its outputs become the
 next block's inputs. Only the moments of one block exist at a time. All statistics are the *dense* model's: a block is
-decomposed after it was run. (This is the `naive` stack; it is what LoRD does on its own, and the baseline of everything
-else.)
+decomposed after it was run. (This is the first half of the `naive` stack; it is what LoRD does on its own, and the baseline
+of everything else. `joint.py` is the loop that knows what quantization did before.)
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from lord_quant.decompose import decompose
 from lord_quant.errors import CalibrationError, NumericsError
 from lord_quant.moments import MomentAccumulator, Moments
 from lord_quant.plan import LayerPlan, Plan
+from lord_quant.stream import block_kinds, capture
 from lord_quant.surgery import replace_layer
 from lord_quant.targets import dense_weight, find_blocks
 
@@ -40,6 +41,7 @@ class DecompositionRecord:
         num_tokens: Tokens its statistics were taken from.
         seconds: Wall time of the decomposition.
         remedies: What the numerics needed; empty when nothing.
+        largest_coefficient: Largest magnitude in a pivoted layer's predictor, before quantization; None in other forms.
     """
 
     name: str
@@ -49,18 +51,7 @@ class DecompositionRecord:
     num_tokens: int
     seconds: float
     remedies: tuple[str, ...]
-
-
-class _StopForward(Exception):
-    """Ends a forward pass once the blocks' inputs are known. Not a ValueError: hosts swallow those."""
-
-
-@dataclass
-class _BlockCall:
-    """One batch on its way through the blocks: the hidden states and what else each kind of block is called with."""
-
-    hidden: torch.Tensor
-    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]]
+    largest_coefficient: float | None = None
 
 
 @torch.no_grad()
@@ -84,8 +75,8 @@ def decompose_model(
     if not plan.rank_pattern:
         return []
     blocks = find_blocks(model)
-    kinds = _block_kinds(model, len(blocks.modules))
-    stream = _capture(model, blocks.modules, kinds, batches)
+    kinds = block_kinds(model, len(blocks.modules))
+    stream = capture(model, blocks.modules, kinds, batches)
     planned = {layer.name: layer for layer in plan.layers}
     records = []
     last = max(layer.block for layer in plan.layers if layer.rank is not None)
@@ -96,8 +87,7 @@ def decompose_model(
         }
         with _gather(layers, dtype) as gathered:
             for batch in stream:
-                args, kwargs = batch.calls[kinds[index]]
-                batch.hidden = _first(block(batch.hidden, *args, **kwargs))
+                batch.hidden = batch.run(block, kinds[index])
         moments = gathered.results(prefix)
         for name, module in layers.items():
             layer = planned[prefix + name]
@@ -117,6 +107,7 @@ def _decompose_layer(
             None if bias is None else bias.detach(),  # type: ignore[operator]
             moments,
             layer.rank,
+            form=layer.form,
             mean_correction=mean_correction,
         )
     except NumericsError as error:
@@ -130,6 +121,7 @@ def _decompose_layer(
         num_tokens=moments.num_tokens,
         seconds=time.perf_counter() - start,
         remedies=spectrum.remedies,
+        largest_coefficient=None if factors.pivots is None else float(factors.up.abs().max()),
     )
 
 
@@ -188,52 +180,6 @@ def _gather(layers: dict[str, nn.Module], dtype: torch.dtype) -> Iterator[_Gathe
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _capture(
-    model: nn.Module, blocks: Sequence[nn.Module], kinds: Sequence[str], batches: Sequence[torch.Tensor]
-) -> list[_BlockCall]:
-    """Runs the model up to its first blocks and keeps what they are called with, once per kind of block."""
-    first_of_kind = {kind: kinds.index(kind) for kind in kinds}
-    device = next(model.parameters()).device
-    captured: list[_BlockCall] = []
-
-    def store(index: int, kind: str) -> Any:
-        def pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            others = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-            hidden, args = (args[0], args[1:]) if args else (kwargs["hidden_states"], args)
-            if index == 0:
-                captured.append(_BlockCall(hidden, {}))
-            captured[-1].calls[kind] = (args, others)
-            if index == max(first_of_kind.values()):
-                raise _StopForward
-
-        return pre_hook
-
-    handles = [
-        blocks[index].register_forward_pre_hook(store(index, kind), with_kwargs=True)
-        for kind, index in first_of_kind.items()
-    ]
-    try:
-        for batch in batches:
-            try:
-                model(input_ids=batch.to(device), use_cache=False)
-            except _StopForward:
-                continue
-    finally:
-        for handle in handles:
-            handle.remove()
-    return captured
-
-
-def _block_kinds(model: nn.Module, count: int) -> list[str]:
-    """Labels blocks that are called with different masks (sliding and full attention); usually all alike."""
-    kinds = getattr(getattr(model, "config", None), "layer_types", None)
-    return list(kinds) if kinds and len(kinds) == count else ["block"] * count
-
-
-def _first(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple | list) else output
 
 
 _DENSE = LayerPlan("", 0, 0, 0, False, None, False, 0, 0)

@@ -98,3 +98,88 @@ def thin_qr(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Factors a tall matrix (m, n), m ≥ n, into orthonormal Q (m, n) and upper triangular R (n, n), W = Q R."""
     result = torch.linalg.qr(weight, mode="reduced")
     return result.Q, result.R
+
+
+def random_orthogonal(size: int, seed: int, like: torch.Tensor) -> torch.Tensor:
+    """Draws an orthogonal matrix (size, size) uniformly (Haar), in the dtype and on the device of `like`.
+
+    Drawn from an own generator on the CPU in float64, so that a seed means the same matrix everywhere. The signs of R's
+    diagonal are moved into Q, without which QR does not draw uniformly (Mezzadri, Notices of the AMS 54, 2007).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    return (q * r.diagonal().sign()).to(like)
+
+
+def damped_right_solve(right: torch.Tensor, matrix: torch.Tensor, fraction: float) -> torch.Tensor:
+    """Solves X (M + λ I) = R for X, with λ = fraction · mean(diag M).
+
+    Args:
+        right: R with shape (m, k).
+        matrix: M, symmetric positive semidefinite, with shape (k, k).
+        fraction: Damping; raised tenfold until a Cholesky factor exists.
+
+    Returns:
+        X with shape (m, k), in the dtype of `matrix`; zero where M is zero.
+
+    Raises:
+        NumericsError: Either holds NaN or inf, or no damping up to 1 helped.
+    """
+    require_finite(right, "right-hand side of a solve")
+    require_finite(matrix, "matrix of a solve")
+    mean = matrix.diagonal().mean()
+    if mean <= 0:
+        return torch.zeros_like(right)
+    while fraction <= 1:
+        damped = matrix / mean  # unit scale: squares of loud channels overflow float32 inside the factorization
+        damped.diagonal().add_(fraction)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            return torch.cholesky_solve(right.to(matrix).T / mean, factor).T
+        fraction = max(10 * fraction, 1e-7)
+    raise NumericsError(
+        f"a {tuple(matrix.shape)} matrix stayed indefinite with its mean diagonal added; wanted a covariance"
+    )
+
+
+def choose_pivots(basis: torch.Tensor, bound: float = 1.05) -> torch.Tensor:
+    """Chooses r rows of an orthonormal basis from which all its rows can be predicted with bounded coefficients.
+
+    Greedy pivoted QR picks rows of large volume; rows are then swapped while any coefficient of the predictor
+    U U_P⁻¹ exceeds `bound` (each swap multiplies the volume by that coefficient, so this ends). At bound 1 the chosen rows
+    have locally maximal volume, which also keeps det (I + AᵀA) = 1/vol², hence the amplification of rounding errors, small.
+
+    Sources: Gu & Eisenstat, SIAM J. Sci. Comput. 17(4), 1996 (strong rank-revealing QR); Goreinov et al., *How to find a
+    good submatrix*, 2010 (maxvol).
+
+    Args:
+        basis: U with orthonormal columns, with shape (m, r), m ≥ r.
+        bound: Largest magnitude allowed in the predictor, above 1.
+
+    Returns:
+        Indices of the pivot rows, ascending, int64, with shape (r,).
+    """
+    u = basis.double()
+    rank = u.shape[1]
+    left, size = u.clone(), (u * u).sum(dim=1)
+    chosen = []
+    for _ in range(rank):
+        pivot = int(size.argmax())
+        chosen.append(pivot)
+        direction = left[pivot] / left[pivot].norm()
+        along = left @ direction
+        left -= along[:, None] * direction
+        size = (size - along * along).clamp_min(0)
+        size[chosen] = -1.0
+    pivots = torch.tensor(chosen, device=u.device)
+    predictor = torch.linalg.solve(u[pivots].T, u.T).T
+    for _ in range(8 * rank):
+        row, column = divmod(int(predictor.abs().argmax()), rank)
+        if predictor[row, column].abs() <= bound:
+            break
+        pivots[column] = row
+        ratio = predictor[:, column] / predictor[row, column]
+        change = predictor[row].clone()
+        change[column] -= 1
+        predictor -= ratio[:, None] * change
+    return pivots.sort().values

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streaming mean and covariance of activations.
+"""Streaming mean and covariance of activations, of one stream or of two side by side.
 
 The sum of squares E[x xᵀ] − μ μᵀ cancels badly when means are large against deviations, as transformer activations
 are. So each batch is centred on its own mean and two sets of statistics are merged exactly (Chan, Golub & LeVeque 1979):
@@ -85,3 +85,66 @@ class MomentAccumulator:
         if not self.num_tokens:
             raise RuntimeError("no token was seen: moments are undefined")
         return Moments(self.mean.clone(), self.scatter / self.num_tokens, self.num_tokens)
+
+
+class PairedMoments(NamedTuple):
+    """Moments of one layer's inputs in two streams: x of the dense model and x′ of the compressed one, n features.
+
+    Attributes:
+        dense_mean: μ = E[x], with shape (n,).
+        mean: μ′ = E[x′], with shape (n,).
+        covariance: H = E[(x′ − μ′)(x′ − μ′)ᵀ], with shape (n, n).
+        cross: C = E[(x − μ)(x′ − μ′)ᵀ], with shape (n, n).
+        num_tokens: How many pairs were seen.
+    """
+
+    dense_mean: torch.Tensor
+    mean: torch.Tensor
+    covariance: torch.Tensor
+    cross: torch.Tensor
+    num_tokens: int
+
+    def raw(self) -> PairedMoments:
+        """Returns the same with second moments about zero; for layers whose bias may not absorb a mean."""
+        return self._replace(
+            covariance=self.covariance + torch.outer(self.mean, self.mean),
+            cross=self.cross + torch.outer(self.dense_mean, self.mean),
+        )
+
+
+class PairedAccumulator:
+    """Accumulates the moments of paired inputs batch by batch; the formula above, with another vector on the left for C.
+
+    Args:
+        features: Number of features n.
+        dtype: dtype of the statistics, float32 or float64.
+        device: Where they live.
+    """
+
+    def __init__(self, features: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
+        self.ours = MomentAccumulator(features, dtype, device)
+        self.dense_mean = torch.zeros_like(self.ours.mean)
+        self.cross = torch.zeros_like(self.ours.scatter)
+
+    def update(self, dense: torch.Tensor, ours: torch.Tensor) -> None:
+        """Adds pairs: `dense` and `ours` with shape (..., n), any float dtype, row by row of the same tokens."""
+        x, y = (batch.detach().reshape(-1, batch.shape[-1]).to(self.cross) for batch in (dense, ours))
+        if not len(x):
+            return
+        before, total = self.ours.num_tokens, self.ours.num_tokens + len(x)
+        shift = x.mean(dim=0) - self.dense_mean
+        delta = y.mean(dim=0) - self.ours.mean
+        self.cross += (x - x.mean(dim=0)).T @ (y - y.mean(dim=0))
+        if before:
+            self.cross.addr_(shift, delta, alpha=before * len(x) / total)
+        self.dense_mean = self.dense_mean + shift * (len(x) / total)
+        self.ours.update(y)
+
+    def result(self) -> PairedMoments:
+        """Returns the moments seen so far.
+
+        Raises:
+            RuntimeError: Nothing was seen yet.
+        """
+        mean, covariance, count = self.ours.result()
+        return PairedMoments(self.dense_mean.clone(), mean, covariance, self.cross / count, count)

@@ -36,6 +36,7 @@ from lord_quant.corpus import Corpus, load_corpus
 from lord_quant.engine import DecompositionRecord, decompose_model
 from lord_quant.errors import CalibrationError, ModelError
 from lord_quant.estimate import Estimate, estimate
+from lord_quant.joint import StackRecord, stack_model
 from lord_quant.linalg import require_finite
 from lord_quant.plan import Plan, build_plan
 from lord_quant.report import build_report, model_card, to_json
@@ -106,12 +107,12 @@ class Compressed:
     """What a run did to a model.
 
     Attributes:
-        decomposed: One record per decomposed layer.
+        decomposed: One record per decomposed layer; of a joint run, one per layer.
         quantized: One record per packed linear layer.
         seconds: Wall time per phase.
     """
 
-    decomposed: list[DecompositionRecord]
+    decomposed: list[DecompositionRecord] | list[StackRecord]
     quantized: list[backend.GptqRecord]
     seconds: dict[str, float]
 
@@ -190,7 +191,7 @@ def compress_model(
     quantizer: Any = None,
     run: Callable[[], Any] | None = None,
 ) -> Compressed:
-    """Runs a plan on a loaded dense model, in place: decompose, then quantize.
+    """Runs a plan on a loaded dense model, in place: decompose and quantize, jointly or one after the other.
 
     Args:
         model: The dense model.
@@ -198,30 +199,65 @@ def compress_model(
         windows: Calibration tokens.
         config: The run.
         quantizer: The host quantizer to use; None makes Optimum's own.
-        run: How to start it; None calls its `quantize_model`.
+        run: How to start it in the naive stack; None calls its `quantize_model`.
 
     Afterwards `model.config.quantization_config` says what was done, and `save_pretrained` writes a checkpoint that
     `from_pretrained` loads. Save before the first forward pass: 4-bit CPU kernels rewrite their weights in place.
     """
-    phases = Phases()
-    quantized: list[backend.GptqRecord] = []
-    host_format = ""
     for name, parameter in model.named_parameters():
         require_finite(parameter.detach(), f"weight {name!r}")
     model.eval()
+    packed = plan.bits != FLOAT_BITS
+    if packed and quantizer is None:
+        quantizer = backend.make_quantizer(**host_arguments(config, plan, model, windows))
+    steps = _compress_jointly if config.stack == "joint" else functools.partial(_compress_naively, run=run)
+    done = steps(model, plan, windows, config, quantizer)
+    model.config.quantization_config = quantization_config(plan, config.gptq, quantizer.format if packed else "")
+    return done
+
+
+def _compress_jointly(
+    model: PreTrainedModel, plan: Plan, windows: TokenWindows, config: LordConfig, quantizer: Any
+) -> Compressed:
+    phases, quantized = Phases(), list[backend.GptqRecord]()
+    solve = None
+    if plan.bits != FLOAT_BITS:
+        solve = backend.make_solver(config.gptq, plan.group_size, windows.num_tokens)
+    with phases.measure("stack"):
+        stacked = stack_model(
+            model,
+            plan,
+            windows.batches(config.calibration.batch_size),
+            solve,
+            config.joint,
+            true_sequential=config.gptq.true_sequential,
+            seed=config.calibration.seed,
+            dtype=torch.float64 if config.lowrank.float64 else torch.float32,
+        )
+    if solve is not None:
+        with phases.measure("pack"):
+            quantized = backend.pack_model(model, quantizer, stacked.quantized)
+    return Compressed(stacked.records, quantized, phases.seconds)
+
+
+def _compress_naively(
+    model: PreTrainedModel,
+    plan: Plan,
+    windows: TokenWindows,
+    config: LordConfig,
+    quantizer: Any,
+    run: Callable[[], Any] | None = None,
+) -> Compressed:
+    phases, quantized = Phases(), list[backend.GptqRecord]()
     with phases.measure("decompose"):
         dtype = torch.float64 if config.lowrank.float64 else torch.float32
         decomposed = decompose_model(model, plan, windows.batches(config.calibration.batch_size), dtype=dtype)
     if plan.bits != FLOAT_BITS:
+        quantizer.quantizeConfig.mse = config.gptq.mse  # Optimum has no argument for it
         with phases.measure("quantize"):
-            if quantizer is None:
-                quantizer = backend.make_quantizer(**host_arguments(config, plan, model, windows))
             expected = sum(len(layer.factor_shapes()) for layer in plan.layers)
-            quantized = backend.quantize_model(
-                model, quantizer, expected, run or functools.partial(quantizer.quantize_model, model)
-            )
-            host_format = quantizer.format
-    model.config.quantization_config = quantization_config(plan, config.gptq, host_format)
+            run = run or functools.partial(quantizer.quantize_model, model)
+            quantized = backend.quantize_model(model, quantizer, expected, run)
     return Compressed(decomposed, quantized, phases.seconds)
 
 

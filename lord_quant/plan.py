@@ -8,6 +8,8 @@ ranks to be comparable. A layer whose two factors would not be smaller than itse
 Stored bytes of a packed layer with n inputs and m outputs, at b bits and group size g (the GPTQ checkpoint format):
 
     qweight  n·m·b/8      scales  2·m·⌈n/g⌉ (float16)      qzeros  m·⌈n/g⌉·b/8      g_idx  4·n (int32)      bias  2·m
+
+In the pivoted form the second factor has m − r outputs, and the order of outputs takes 2·m (int16; int32 above 32768).
 """
 
 from __future__ import annotations
@@ -17,12 +19,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lord_quant.config import FLOAT_BITS, GROUP_SIZES, GptqConfig, LowrankConfig
+from lord_quant.config import FLOAT_BITS, FORMS, GROUP_SIZES, GptqConfig, LowrankConfig
 from lord_quant.errors import GroupSizeError, RankError
+from lord_quant.modules import order_dtype
 from lord_quant.targets import LinearSite, find_matching, select
 
 
 PACK_MULTIPLE = 32
+TWO_FACTOR, PIVOTED = FORMS
 
 
 class LinearBytes(NamedTuple):
@@ -42,6 +46,17 @@ def linear_bytes(in_features: int, out_features: int, bias: bool, bits: int, gro
     return LinearBytes(packed + scales + zeros + 4 * in_features, bias * 2 * out_features)
 
 
+def factor_shapes(in_features: int, out_features: int, rank: int, form: str) -> dict[str, tuple[int, int]]:
+    """Returns (in_features, out_features) of both factors of a layer, by suffix."""
+    predicted = out_features - rank if form == PIVOTED else out_features
+    return {".down": (in_features, rank), ".up": (rank, predicted)}
+
+
+def order_bytes(out_features: int) -> int:
+    """Returns the bytes of a pivoted layer's order of outputs."""
+    return order_dtype(out_features).itemsize * out_features
+
+
 @dataclass(frozen=True)
 class LayerPlan:
     """The fate of one linear layer.
@@ -57,6 +72,7 @@ class LayerPlan:
         weight_bytes: Stored bytes of weights, scales, zeros and indices.
         bias_bytes: Stored bytes of the bias.
         note: Why a targeted layer stays dense; empty otherwise.
+        form: How a decomposed layer is stored: `two_factor` or `pivoted`.
     """
 
     name: str
@@ -69,6 +85,7 @@ class LayerPlan:
     weight_bytes: int
     bias_bytes: int
     note: str = ""
+    form: str = TWO_FACTOR
 
     @property
     def dense_weights(self) -> int:
@@ -78,7 +95,7 @@ class LayerPlan:
     @property
     def weights(self) -> int:
         """Number of weights after decomposition."""
-        return self.dense_weights if self.rank is None else self.rank * (self.in_features + self.out_features)
+        return sum(inputs * outputs for inputs, outputs in self.factor_shapes().values())
 
     @property
     def counted_bytes(self) -> int:
@@ -94,7 +111,7 @@ class LayerPlan:
         """Returns (in_features, out_features) of each linear layer this one becomes, by suffix."""
         if self.rank is None:
             return {"": (self.in_features, self.out_features)}
-        return {".down": (self.in_features, self.rank), ".up": (self.rank, self.out_features)}
+        return factor_shapes(self.in_features, self.out_features, self.rank, self.form)
 
 
 @dataclass(frozen=True)
@@ -121,6 +138,11 @@ class Plan:
         return {layer.name: layer.rank for layer in self.layers if layer.rank is not None}
 
     @property
+    def form_pattern(self) -> dict[str, str]:
+        """Form of every decomposed layer that is not `two_factor`, by full module path; what the checkpoint records."""
+        return {layer.name: layer.form for layer in self.layers if layer.rank is not None and layer.form != TWO_FACTOR}
+
+    @property
     def block_path(self) -> str:
         """Module path of the list of transformer blocks."""
         first = self.layers[0]
@@ -144,7 +166,8 @@ class Plan:
     @property
     def scheme(self) -> str:
         """Short label such as ``lord-0.80-w4g64``."""
-        kept = f"lord-{self.param_ratio:.2f}" if self.rank_pattern else "dense"
+        form = "-pivoted" if self.form_pattern else ""
+        kept = f"lord-{self.param_ratio:.2f}{form}" if self.rank_pattern else "dense"
         return f"{kept}-float" if self.bits == FLOAT_BITS else f"{kept}-w{self.bits}g{self.group_size}"
 
 
@@ -223,7 +246,7 @@ def build_plan(
         rank, note = None, ""
         if site.name in targeted:
             rank, note = _rank(site, lowrank, explicit, rank_step(group_size))
-        layers.append(_layer_plan(site, rank, note, lowrank.mean_correction, gptq.bits, group_size, itemsize))
+        layers.append(_layer_plan(site, rank, note, lowrank, gptq.bits, group_size, itemsize))
     plan = Plan(tuple(layers), gptq.bits, group_size, lowrank.mean_correction, other_bytes)
     asked = lowrank.rank_pattern or min(lowrank.rank_ratio or 1, lowrank.param_ratio or 1) < 1
     if asked and not plan.rank_pattern:
@@ -232,19 +255,23 @@ def build_plan(
 
 
 def _layer_plan(
-    site: LinearSite, rank: int | None, note: str, mean_correction: bool, bits: int, group_size: int, itemsize: int
+    site: LinearSite, rank: int | None, note: str, lowrank: LowrankConfig, bits: int, group_size: int, itemsize: int
 ) -> LayerPlan:
-    adds_bias = rank is not None and mean_correction and not site.has_bias
+    adds_bias = rank is not None and lowrank.mean_correction and not site.has_bias
     has_bias = site.has_bias or adds_bias
     if rank is None:
         parts = [linear_bytes(site.in_features, site.out_features, has_bias, bits, group_size, itemsize)]
     else:
-        parts = [
-            linear_bytes(site.in_features, rank, False, bits, group_size, itemsize),
-            linear_bytes(rank, site.out_features, has_bias, bits, group_size, itemsize),
-        ]
+        shapes = factor_shapes(site.in_features, site.out_features, rank, lowrank.form)
+        pivoted = lowrank.form == PIVOTED
+        biased = {".down": has_bias and pivoted, ".up": has_bias}
+        parts = [linear_bytes(*shapes[part], biased[part], bits, group_size, itemsize) for part in shapes]
+        if pivoted:
+            parts.append(LinearBytes(order_bytes(site.out_features), 0))
     weight, bias = sum(part.weight for part in parts), sum(part.bias for part in parts)
-    return LayerPlan(*site, rank=rank, adds_bias=adds_bias, weight_bytes=weight, bias_bytes=bias, note=note)
+    return LayerPlan(
+        *site, rank=rank, adds_bias=adds_bias, weight_bytes=weight, bias_bytes=bias, note=note, form=lowrank.form
+    )
 
 
 def _rank(site: LinearSite, lowrank: LowrankConfig, explicit: dict[str, int], step: int) -> tuple[int | None, str]:
@@ -269,7 +296,10 @@ def _rank(site: LinearSite, lowrank: LowrankConfig, explicit: dict[str, int], st
         rank = smaller // step * step
         if not rank or not lowrank.force_rank:
             return None, f"dense: rank {wanted:.0f} snaps up past the full rank {smaller}"
-    if rank * (site.in_features + site.out_features) >= dense and not lowrank.force_rank:
+    if lowrank.form == PIVOTED and rank >= site.out_features:
+        return None, f"dense: the pivoted form at rank {rank} is the layer itself"
+    shapes = factor_shapes(site.in_features, site.out_features, rank, lowrank.form)
+    if sum(math.prod(shape) for shape in shapes.values()) >= dense and not lowrank.force_rank:
         return None, f"dense: rank {rank} would not make it smaller"
     return rank, ""
 

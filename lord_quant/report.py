@@ -22,7 +22,10 @@ from lord_quant.version import FORMAT_VERSION, __version__
 if TYPE_CHECKING:
     from lord_quant.backends.gptq import GptqRecord
     from lord_quant.engine import DecompositionRecord
+    from lord_quant.joint import StackRecord
 
+MEASURES = ("rel_output_error", "rel_stacked_error", "effective_rank", "largest_coefficient")
+"""What a layer's record may say of it, besides its cost."""
 PACKAGES = ("torch", "transformers", "optimum", "gptqmodel", "safetensors", "accelerate")
 INSTALL_LINE = "pip install lord-quant"
 
@@ -88,6 +91,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "group_size": plan.group_size,
         "mean_correction": plan.mean_correction,
         "rank_pattern": plan.rank_pattern,
+        "form_pattern": plan.form_pattern,
         "totals": _totals(plan),
         "layers": [_layer_dict(layer) for layer in plan.layers],
     }
@@ -97,7 +101,7 @@ def build_report(
     config: LordConfig,
     plan: Plan,
     windows: TokenWindows,
-    decomposed: Sequence[DecompositionRecord],
+    decomposed: Sequence[DecompositionRecord] | Sequence[StackRecord],
     quantized: Sequence[GptqRecord],
     seconds: dict[str, float],
     warnings: Sequence[str] = (),
@@ -110,12 +114,9 @@ def build_report(
         entry = _layer_dict(layer)
         record = lowrank.get(layer.name)
         if record is not None:
-            entry |= {
-                "rel_output_error": record.rel_output_error,
-                "effective_rank": record.effective_rank,
-                "decompose_seconds": round(record.seconds, 4),
-                "remedies": list(record.remedies),
-            }
+            known = {key: getattr(record, key, None) for key in MEASURES}
+            entry |= {key: value for key, value in known.items() if value is not None}
+            entry |= {"decompose_seconds": round(record.seconds, 4), "remedies": list(record.remedies)}
         parts = {suffix: solved.get(layer.name + suffix) for suffix in layer.factor_shapes()}
         entry["gptq"] = {
             suffix.removeprefix(".") or "weight": {
@@ -164,18 +165,22 @@ def report_table(report: dict[str, Any], longest: int = 64) -> str:
                 f"{row['out_features']}x{row['in_features']}",
                 row["rank"] or "dense",
                 _number(row.get("rel_output_error")),
+                _number(row.get("rel_stacked_error")),
                 " / ".join(_number(loss) for loss in losses) or "-",
                 _number(max(damps)) if damps else "-",
                 f"{row['bpw']:.2f}",
                 f"{row.get('decompose_seconds', 0) + sum(part['seconds'] for part in row['gptq'].values()):.2f}",
             ]
         )
-    headers = ["layer", "out x in", "rank", "rel output error", "GPTQ loss (down / up)", "damp", "bpw", "s"]
+    headers = ["layer", "out x in", "rank", "truncation", "all in", "GPTQ loss (down / up)", "damp", "bpw", "s"]
+    if all(row[4] == "-" for row in table):  # the naive stack does not measure what rounding adds
+        headers, table = headers[:4] + headers[5:], [row[:4] + row[5:] for row in table]
     totals, seconds = report["totals"], report["seconds"]
     on_disk = totals.get("file_bytes_on_disk")
     return (
-        tabulate(table, headers, disable_numparse=True, colalign=("left", *["right"] * 7))
-        + f"\n\nscheme {report['scheme']}: {totals['bpw']:.3f} bits per weight all in, "
+        tabulate(table, headers, disable_numparse=True, colalign=("left", *["right"] * (len(headers) - 1)))
+        + "\ntruncation, all in: share of a layer's output energy lost to decomposition; with rounding\n"
+        + f"\nscheme {report['scheme']}: {totals['bpw']:.3f} bits per weight all in, "
         + f"{totals['param_ratio']:.3f} of weights kept{f', {human_bytes(on_disk)} on disk' if on_disk else ''}; "
         + ", ".join(f"{name} {human_seconds(value)}" for name, value in seconds.items())
         + _remarks(report["layers"])
@@ -249,6 +254,7 @@ def _layer_dict(layer: LayerPlan) -> dict[str, Any]:
         "out_features": layer.out_features,
         "in_features": layer.in_features,
         "rank": layer.rank,
+        "form": layer.form if layer.rank is not None else "dense",
         "weights": layer.weights,
         "bytes": layer.weight_bytes + layer.bias_bytes,
         "bpw": layer.bpw,
@@ -279,9 +285,11 @@ def _by_kind(layers: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
         merged = dict(members[0], name=f"{kind} (x{len(members)})")
         merged["rank"] = ranks.pop() if len(ranks) == 1 else "mixed"
         merged["bpw"] = sum(member["bpw"] for member in members) / len(members)
-        errors = [member["rel_output_error"] for member in members if "rel_output_error" in member]
-        if errors:
-            merged["rel_output_error"] = sum(errors) / len(errors)
+        for measure in ("rel_output_error", "rel_stacked_error"):
+            errors = [member[measure] for member in members if measure in member]
+            if errors:
+                merged[measure] = sum(errors) / len(errors)
+        if any("decompose_seconds" in member for member in members):
             merged["decompose_seconds"] = sum(member.get("decompose_seconds", 0) for member in members)
         merged["gptq"] = {}
         for part in members[0]["gptq"]:

@@ -24,7 +24,7 @@ class StoredLayer(NamedTuple):
 
     Attributes:
         site: Name and dense shape.
-        form: `dense`, `dense packed`, `two_factor` or `two_factor packed`.
+        form: `dense`, `two_factor` or `pivoted`, with ` packed` after it where it is.
         rank: Rank of its factors, or None.
         weight_bytes: Bytes of weights, scales, zeros and indices, and of a bias the dense layer did not have.
         bias_bytes: Bytes of a bias the dense layer had.
@@ -130,7 +130,8 @@ def _stored_layer(site: LinearSite, mine: Headers) -> StoredLayer:
     rank = None
     if any(name.startswith("down.") for name in mine):
         rank = mine["down.scales"][0][-1] if "down.scales" in mine else mine["down.weight"][0][0]
-    form = ("dense" if rank is None else "two_factor") + (" packed" if packed else "")
+    form = "dense" if rank is None else "pivoted" if "order" in mine else "two_factor"
+    form += " packed" if packed else ""
     return StoredLayer(
         site=site,
         form=form,

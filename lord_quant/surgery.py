@@ -8,6 +8,7 @@ inside `from_pretrained`), to be filled from the checkpoint.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,46 +16,93 @@ from torch import nn
 from lord_quant.decompose import Factors
 from lord_quant.errors import CheckpointError, RankError
 from lord_quant.linalg import require_finite
-from lord_quant.modules import LowRankLinear
+from lord_quant.modules import LowRankLinear, PivotedLinear
 from lord_quant.targets import dense_weight, is_linear
+
+
+FORM_MODULES: dict[str, type[LowRankLinear] | type[PivotedLinear]] = {
+    "two_factor": LowRankLinear,
+    "pivoted": PivotedLinear,
+}
+"""The module of each form."""
+
+
+def is_low_rank(module: nn.Module) -> bool:
+    """Tells whether a module is one of ours, in any form."""
+    return isinstance(module, LowRankLinear | PivotedLinear)
 
 
 def is_compressed(module: nn.Module) -> bool:
     """Tells whether a module is the work of an earlier run: low-rank, or packed by a host."""
-    return isinstance(module, LowRankLinear) or isinstance(getattr(module, "qweight", None), torch.Tensor)
+    return is_low_rank(module) or isinstance(getattr(module, "qweight", None), torch.Tensor)
 
 
-def replace_layer(model: nn.Module, name: str, factors: Factors) -> LowRankLinear:
+def replace_layer(model: nn.Module, name: str, factors: Factors) -> LowRankLinear | PivotedLinear:
     """Replaces the linear layer at path `name` by its factors, in that layer's dtype and on its device.
 
     Raises:
         NumericsError: A factor is not finite in the layer's dtype; the layer is named.
     """
     dense = model.get_submodule(name)
-    rank = factors.down.shape[0]
-    module = _low_rank_like(dense, rank, factors.bias is not None)
+    form = "two_factor" if factors.pivots is None else "pivoted"
+    module: Any = _low_rank_like(dense, form, factors.down.shape[0], factors.bias is not None)
     with torch.no_grad():
         module.down.weight.copy_(factors.down)
         module.up.weight.copy_(factors.up)
         if factors.bias is not None:
-            module.up.bias.copy_(factors.bias)
-            require_finite(module.up.bias, f"bias of {name!r} in {module.up.bias.dtype}")
-        require_finite(module.down.weight, f"factor down of {name!r} in {module.down.weight.dtype}")
-        require_finite(module.up.weight, f"factor up of {name!r} in {module.up.weight.dtype}")
+            _set_bias(module, factors)
+        if factors.pivots is not None:
+            # The output at pivots[i] is z[i], the output at others[j] is up(z)[j].
+            places = torch.cat((factors.pivots, factors.others()))
+            module.order.copy_(torch.argsort(places))
+    for part, parameter in module.named_parameters():
+        require_finite(parameter, f"factor {part} of {name!r} in {parameter.dtype}")
     model.set_submodule(name, module)
     return module
 
 
-def apply_rank_pattern(model: nn.Module, rank_pattern: Mapping[str, int], mean_correction: bool) -> None:
+def _set_bias(module: LowRankLinear | PivotedLinear, factors: Factors) -> None:
+    assert factors.bias is not None
+    if factors.pivots is None:
+        module.up.bias.copy_(factors.bias)
+        return
+    # A pivot's bias goes on with z into the outputs predicted from it; theirs makes up for it.
+    pivot_bias, other_bias = factors.bias[factors.pivots], factors.bias[factors.others()]
+    module.down.bias.copy_(pivot_bias)
+    module.up.bias.copy_(other_bias - factors.up @ pivot_bias)
+
+
+def set_dense(model: nn.Module, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Gives the linear layer at path `name` another weight (out, in), and bias if it has one.
+
+    Raises:
+        NumericsError: They are not finite in the layer's dtype; the layer is named.
+    """
+    module: Any = model.get_submodule(name)
+    with torch.no_grad():
+        dense_weight(module).copy_(weight)
+        if bias is not None and module.bias is not None:
+            module.bias.copy_(bias)
+    for part, parameter in module.named_parameters():
+        require_finite(parameter, f"{part} of {name!r} in {parameter.dtype}")
+
+
+def apply_rank_pattern(
+    model: nn.Module,
+    rank_pattern: Mapping[str, int],
+    mean_correction: bool,
+    form_pattern: Mapping[str, str] | None = None,
+) -> None:
     """Replaces every layer of `rank_pattern` by empty low-rank layers of those ranks.
 
     Args:
         model: The dense skeleton; changed in place.
         rank_pattern: Rank by full module path.
         mean_correction: Whether every low-rank layer has a bias, or only those whose dense layer has one.
+        form_pattern: Form by full module path, of those that are not `two_factor`.
 
     Raises:
-        CheckpointError: The pattern names layers the model does not have (all are named).
+        CheckpointError: A pattern names layers the model does not have, or an unknown form (all are named).
         RankError: A rank exceeds what the layer's shape allows (all are named).
     """
     modules = dict(model.named_modules())
@@ -64,20 +112,28 @@ def apply_rank_pattern(model: nn.Module, rank_pattern: Mapping[str, int], mean_c
             f"rank_pattern names layers that {type(model).__name__} does not have: {', '.join(missing)}; was the "
             "configuration edited, or is it another model's?"
         )
+    forms = form_pattern or {}
+    odd = [f"{name}: {form!r}" for name, form in forms.items() if form not in FORM_MODULES or name not in rank_pattern]
+    if odd:
+        raise CheckpointError(
+            f"form_pattern holds {', '.join(odd)}; wanted {' or '.join(FORM_MODULES)}, for layers of rank_pattern"
+        )
     problems = []
     for name, rank in rank_pattern.items():
-        limit = min(dense_weight(modules[name]).shape)
+        outputs, inputs = dense_weight(modules[name]).shape
+        limit = min(outputs - 1, inputs) if forms.get(name) == "pivoted" else min(outputs, inputs)
         if not isinstance(rank, int) or not 1 <= rank <= limit:
             problems.append(f"{name}: rank {rank!r}, wanted 1 to {limit}")
     if problems:
         raise RankError("illegal ranks in the checkpoint's rank_pattern: " + "; ".join(problems))
     for name, rank in rank_pattern.items():
         dense = modules[name]
-        model.set_submodule(name, _low_rank_like(dense, rank, mean_correction or dense.bias is not None))
+        form = forms.get(name, "two_factor")
+        model.set_submodule(name, _low_rank_like(dense, form, rank, mean_correction or dense.bias is not None))
 
 
-def _low_rank_like(dense: nn.Module, rank: int, bias: bool) -> LowRankLinear:
+def _low_rank_like(dense: nn.Module, form: str, rank: int, bias: bool) -> LowRankLinear | PivotedLinear:
     weight = dense_weight(dense)
     out_features, in_features = weight.shape
-    module = LowRankLinear(in_features, rank, out_features, bias, device=weight.device, dtype=weight.dtype)
+    module = FORM_MODULES[form](in_features, rank, out_features, bias, device=weight.device, dtype=weight.dtype)
     return module.train(dense.training)

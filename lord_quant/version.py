@@ -3,5 +3,5 @@
 
 __version__ = "0.1.0"
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised whenever a checkpoint written now could not be read by an older release."""

@@ -2,8 +2,8 @@
 """The only place that imports Optimum's GPTQ and GPTQModel.
 
 Importing GPTQModel prints a banner, turns the root logger to INFO and redirects the Hugging Face cache through
-environment variables; `host` contains all that. Everything else here runs the *unmodified* quantizer and reads what its
-solver reports.
+environment variables; `host` contains all that. Everything else here either runs the *unmodified* quantizer and reads what
+its solver reports, or hands the host's solver a Hessian and the host's packer a solution.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from lord_quant.config import GptqConfig
 from lord_quant.errors import HostError
 from lord_quant.linalg import require_finite
+from lord_quant.refine import Quantized
 from lord_quant.silence import hush, silence
 
 
@@ -58,6 +60,94 @@ def host() -> Any:
 def make_quantizer(**arguments: Any) -> Any:
     """Builds Optimum's `GPTQQuantizer` with the given arguments."""
     return host().GPTQQuantizer(**arguments)
+
+
+def make_solver(gptq: GptqConfig, group_size: int, num_tokens: int) -> Callable[[torch.Tensor, torch.Tensor], Quantized]:
+    """Returns GPTQModel's solver as a function of a weight (m, n) and a Hessian (n, n).
+
+    Args:
+        gptq: How to quantize.
+        group_size: Inputs per scale.
+        num_tokens: Tokens behind the Hessians; the solver divides its loss by them.
+    """
+    module = host()
+
+    def solve(weight: torch.Tensor, hessian: torch.Tensor) -> Quantized:
+        rows, columns = weight.shape
+        layer = nn.Linear(columns, rows, bias=False, device="meta")
+        layer.weight = nn.Parameter(weight.detach().float().clone(), requires_grad=False)
+        settings = module.QuantizeConfig(
+            bits=gptq.bits,
+            group_size=group_size,
+            sym=gptq.sym,
+            desc_act=gptq.desc_act,
+            act_group_aware=gptq.act_group_aware and not gptq.desc_act,
+            damp_percent=gptq.damp_percent,
+            mse=gptq.mse,
+            offload_to_disk=False,
+        )
+        solver = module.GPTQ(layer, settings)
+        # A coarser search than the host's 80 steps: `refine` fits the scales afterwards.
+        solver.quantizer.configure(bits=gptq.bits, sym=gptq.sym, perchannel=True, grid=20, maxshrink=0.6)
+        # The host accumulates 2/n Σ x xᵀ; a factor in the Hessian changes its loss only.
+        solver.H = 2 * hessian.detach().float()
+        solver.nsamples = solver._hessian_total_samples = num_tokens
+        scales, zeros, g_idx, seconds, loss, damp = solver.fasterquant(
+            percdamp=gptq.damp_percent, group_size=group_size, actorder=gptq.desc_act
+        )
+        require_finite(scales, "scales")
+        # Codes come from the solver's own scales; from here on scales have the precision they are stored in.
+        groups, solved = g_idx.long(), layer.weight.detach()
+        codes = (solved / scales[:, groups]).round_().add_(zeros[:, groups]).clamp_(0, 2**gptq.bits - 1)
+        stored = scales.half().float()
+        require_finite(stored, "scales stored as float16")
+        # A scale below float16 belongs to a group of weights that are zero for every purpose.
+        stored = torch.where(stored > 0, stored, torch.full_like(stored, torch.finfo(torch.float16).tiny))
+        loss = float(loss) if isinstance(loss, int | float) else None
+        return Quantized(codes, stored, zeros, g_idx, gptq.bits, loss, float(damp), float(seconds))
+
+    return solve
+
+
+def pack_model(model: nn.Module, quantizer: Any, quantized: Mapping[str, Quantized]) -> list[GptqRecord]:
+    """Replaces linear layers by packed ones that hold given codes, with the host's packer.
+
+    Args:
+        model: The model, whose layers hold the biases to keep; changed in place, left in evaluation mode.
+        quantizer: An Optimum `GPTQQuantizer` with the same bits and group size.
+        quantized: What to pack, by full module path of the linear layer (or factor).
+
+    Returns:
+        One record per packed layer, in the order of `quantized`.
+
+    Raises:
+        HostError: The host replaced other layers than asked for.
+    """
+    layers = dict(model.named_modules())
+    biases = {name: layers[name].bias for name in quantized}
+    quantizer.format = "gptq_v2"  # zeros as they are, which asymmetric grids need
+    with _without_packing_extension(), hush("transformers"):
+        quantizer.select_quant_linear(device_map={"": next(model.parameters()).device}, pack=True)
+        quantizer._replace_by_quant_layers(model, dict.fromkeys(quantized))
+        packed = {name: module for name, module in model.named_modules() if isinstance(module, quantizer.quant_linear)}
+        if packed.keys() != quantized.keys():
+            raise HostError(f"Optimum made {len(packed)} packed layers; wanted {len(quantized)}")
+        for name, solution in quantized.items():
+            module, device = packed[name], packed[name].device
+            weight = solution.weight().cpu()
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=biases[name] is not None, device="meta")
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+            if biases[name] is not None:
+                linear.bias = nn.Parameter(biases[name].detach().float().cpu(), requires_grad=False)
+            module.to("cpu")
+            module.pack(linear, solution.scales.cpu(), solution.zeros.cpu(), solution.g_idx.cpu())
+            module.to(device)
+            for part in ("scales", "bias"):
+                if isinstance(getattr(module, part, None), torch.Tensor):
+                    require_finite(getattr(module, part), f"{part} of layer {name!r} after quantization")
+        post_init(quantizer, model)
+    model.eval()
+    return [GptqRecord(name, item.loss, item.damp_percent, item.seconds) for name, item in quantized.items()]
 
 
 def quantize_model(model: nn.Module, quantizer: Any, expected: int, run: Callable[[], Any]) -> list[GptqRecord]:

@@ -24,6 +24,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "rank_pattern": ("lowrank", "rank_pattern"),
     "targets": ("lowrank", "targets"),
     "ignore": ("lowrank", "ignore"),
+    "form": ("lowrank", "form"),
     "force_rank": ("lowrank", "force_rank"),
     "float64": ("lowrank", "float64"),
     "bits": ("gptq", "bits"),
@@ -31,6 +32,13 @@ PLACES: dict[str, tuple[str, ...]] = {
     "sym": ("gptq", "sym"),
     "desc_act": ("gptq", "desc_act"),
     "damp_percent": ("gptq", "damp_percent"),
+    "mse": ("gptq", "mse"),
+    "anchor": ("joint", "anchor"),
+    "rotate": ("joint", "rotate"),
+    "refit": ("joint", "refit"),
+    "order": ("joint", "order"),
+    "deflate": ("joint", "deflate"),
+    "refine": ("joint", "refine"),
     "dataset": ("calibration", "dataset"),
     "text_key": ("calibration", "text_key"),
     "num_samples": ("calibration", "num_samples"),
@@ -58,6 +66,7 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
         help="layers to decompose: all (default), attention, mlp, a name's end, a shell pattern, re:REGEX",
     )  # fmt: skip
     ranks.add_argument("--ignore", default=unset, nargs="+", metavar="PATTERN", help="patterns taken away from the targets")
+    ranks.add_argument("--form", default=unset, help="two_factor (default), or pivoted: rank² weights fewer")
     ranks.add_argument(
         "--force-rank", default=unset, action=argparse.BooleanOptionalAction, help="decompose even where that enlarges"
     )
@@ -67,7 +76,7 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
         "--group-size", default=unset, type=int, metavar="G",
         help="inputs per scale: 32, 64, 128 or 256 (default: the largest up to 128 that suits the shapes)",
     )  # fmt: skip
-    bits.add_argument("--sym", default=unset, action=argparse.BooleanOptionalAction, help="symmetric (default)")
+    bits.add_argument("--sym", default=unset, action=argparse.BooleanOptionalAction, help="symmetric grids (--no-sym)")
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
@@ -77,14 +86,30 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     bits.add_argument(
         "--desc-act", default=unset, action=argparse.BooleanOptionalAction, help="quantize by decreasing activation"
     )
-    bits.add_argument("--damp-percent", default=unset, type=float, metavar="D", help="Hessian damping, a fraction (0.1)")
-    bits.add_argument("--stack", default=unset, help="how the two passes are stacked: naive (default)")
+    bits.add_argument("--damp-percent", default=unset, type=float, metavar="D", help="Hessian damping, a fraction (0.01)")
+    bits.add_argument(
+        "--mse", default=unset, type=float, metavar="P", help="exponent of the search for scales (2); 0: none"
+    )
     bits.add_argument(
         "--float64",
         default=unset,
         action=argparse.BooleanOptionalAction,
         help="statistics and eigendecompositions in float64",
     )
+    stack = parser.add_argument_group("stack (the switches are the joint stack's ideas, all on; for studies)")
+    stack.add_argument(
+        "--stack", default=unset, help="joint (default), or naive: decompose in float, then Optimum's GPTQ unmodified"
+    )
+    ideas = {
+        "anchor": "aim at the dense model's outputs from the compressed model's inputs",
+        "rotate": "rotate the bottleneck",
+        "refit": "give the second factor its optimum for the quantized first",
+        "deflate": "quantize down modulo what the refit absorbs",
+    }
+    for idea, meaning in ideas.items():
+        stack.add_argument(f"--{idea}", default=unset, action=argparse.BooleanOptionalAction, help=meaning)
+    stack.add_argument("--order", default=unset, help="first factor: auto (default), down_first, up_first")
+    stack.add_argument("--refine", default=unset, type=int, metavar="N", help="sweeps over scales and codes (2); 0: none")
     data = parser.add_argument_group("calibration")
     data.add_argument(
         "--dataset", default=unset, metavar="DATA",

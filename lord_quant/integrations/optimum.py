@@ -22,6 +22,7 @@ from lord_quant.config import LordConfig
 from lord_quant.corpus import STDLIB, Corpus
 from lord_quant.engine import DecompositionRecord
 from lord_quant.errors import CalibrationError, ConfigError, unknown_keys
+from lord_quant.joint import StackRecord
 from lord_quant.pipeline import (
     DEFAULT_SEQ_LEN,
     calibrate,
@@ -59,7 +60,10 @@ class LordGPTQQuantizer(_GPTQQuantizer):
         force_rank: Decompose also where that makes a layer larger.
         mean_correction: Correct biases for the mean input.
         float64: Run statistics in float64.
-        stack: `naive`.
+        form: `two_factor` or `pivoted`.
+        stack: `joint`, or `naive`: Optimum's own GPTQ after the decomposition.
+        joint: Switches of the joint stack by name, see `JointConfig`.
+        mse: Exponent of the search for scales; 0 for none.
         num_samples: Calibration windows, when `dataset` is text; at most, when it is a list of texts.
         seed: Seed of the sampling generator.
         *args: Further arguments of `GPTQQuantizer`, in its order.
@@ -88,25 +92,31 @@ class LordGPTQQuantizer(_GPTQQuantizer):
         force_rank: bool = False,
         mean_correction: bool = True,
         float64: bool = False,
-        stack: str = "naive",
+        form: str = "two_factor",
+        stack: str = "joint",
+        joint: Mapping[str, Any] | None = None,
+        mse: float = 2.0,
         num_samples: int = 128,
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
         kwargs = _host_arguments(args, kwargs)
-        gptq = {"bits": bits, "group_size": group_size}
+        kwargs = {"sym": False, "damp_percent": 0.01} | kwargs
+        gptq = {"bits": bits, "group_size": group_size, "mse": mse}
         gptq |= {key: kwargs[key] for key in _GPTQ_KEYS if key in kwargs}
         self.lord_config = LordConfig.from_dict(
             {
                 "model": "model",
                 "stack": stack,
                 "gptq": gptq,
+                "joint": dict(joint or {}),
                 "lowrank": {
                     "rank_ratio": rank_ratio,
                     "param_ratio": param_ratio,
                     "rank_pattern": rank_pattern,
                     "targets": list(targets),
                     "ignore": list(ignore),
+                    "form": form,
                     "force_rank": force_rank,
                     "mean_correction": mean_correction,
                     "float64": float64,
@@ -123,7 +133,7 @@ class LordGPTQQuantizer(_GPTQQuantizer):
             kwargs["act_group_aware"] = False  # the host refuses both at once
         super().__init__(bits, dataset=dataset, group_size=group_size or -1, **kwargs)
         self.dataset: Any = dataset
-        self.decomposed: list[DecompositionRecord] = []
+        self.decomposed: list[DecompositionRecord] | list[StackRecord] = []
         self.quantized: list[backend.GptqRecord] = []
         self._tokenizer: Any = None
         self._report: dict[str, Any] | None = None

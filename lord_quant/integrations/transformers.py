@@ -22,7 +22,7 @@ from lord_quant.backends import gptq as backend
 from lord_quant.checkpoint import METHOD_FLOAT, METHOD_GPTQ, check_tensors, check_version
 from lord_quant.errors import ConfigError, unknown_keys
 from lord_quant.silence import hush
-from lord_quant.surgery import apply_rank_pattern
+from lord_quant.surgery import apply_rank_pattern, is_compressed
 from lord_quant.version import FORMAT_VERSION, __version__
 
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _RUN_KEYS = {
-    "lowrank": ("rank_ratio", "param_ratio", "targets", "ignore", "force_rank", "float64"),
+    "lowrank": ("rank_ratio", "param_ratio", "targets", "ignore", "form", "force_rank", "float64"),
     "calibration": ("dataset", "text_key", "num_samples", "seq_len", "seed"),
 }
 _FIXED = {
@@ -41,6 +41,7 @@ _FIXED = {
     "module_name_preceding_first_block": None,
     "modules_in_block_to_quantize": None,
 }
+_JOINT_KEYS = ("anchor", "rotate", "refit", "order", "deflate", "refine")
 _HOST_KEYS = ("bits", "group_size", "sym", "desc_act", "act_group_aware", "damp_percent", "true_sequential")
 
 
@@ -55,10 +56,13 @@ class LordGPTQConfig(GPTQConfig):
         rank_pattern: Ranks by layer pattern; in a saved checkpoint, by full module path.
         targets: Presets and patterns of layers to decompose.
         ignore: Patterns taken away from the targets.
+        form: `two_factor` or `pivoted`.
         force_rank: Decompose also where that makes a layer larger.
         mean_correction: Correct biases for the mean input.
         float64: Run statistics in float64.
-        stack: `naive`.
+        stack: `joint`, or `naive`: Optimum's GPTQ after the decomposition.
+        anchor, rotate, refit, order, deflate, refine: The ideas of the joint stack, see `JointConfig`.
+        mse: Exponent of the search for scales; 0 for none.
         dataset: What `load_corpus` takes: a path, a hub name or `python-stdlib`.
         text_key: Field of the text in jsonl, parquet and hub datasets.
         num_samples: Calibration windows.
@@ -83,10 +87,20 @@ class LordGPTQConfig(GPTQConfig):
         rank_pattern: Mapping[str, int] | None = None,
         targets: str | list[str] = "all",
         ignore: str | list[str] | None = None,
+        form: str = "two_factor",
         force_rank: bool = False,
         mean_correction: bool = True,
         float64: bool = False,
-        stack: str = "naive",
+        stack: str = "joint",
+        anchor: bool = True,
+        rotate: bool = True,
+        refit: bool = True,
+        order: str = "auto",
+        deflate: bool = True,
+        refine: int = 2,
+        mse: float = 2.0,
+        sym: bool = False,
+        damp_percent: float = 0.01,
         dataset: str = "python-stdlib",
         text_key: str = "text",
         num_samples: int = 128,
@@ -94,11 +108,12 @@ class LordGPTQConfig(GPTQConfig):
         seed: int = 0,
         tokenizer: Any = None,
         group_size: int | None = None,
+        form_pattern: Mapping[str, str] | None = None,
         format_version: int = FORMAT_VERSION,
         lord_quant_version: str = __version__,
         **kwargs: Any,
     ) -> None:
-        check_version({"format_version": format_version, "rank_pattern": rank_pattern})
+        check_version({"format_version": format_version, "rank_pattern": rank_pattern, "form_pattern": form_pattern})
         kwargs.pop("quant_method", None)
         unknown = unknown_keys(
             kwargs, (*_own_arguments(type(self)), *_gptq_arguments(), "checkpoint_format"), "LordGPTQConfig"
@@ -106,7 +121,9 @@ class LordGPTQConfig(GPTQConfig):
         if unknown:
             raise unknown
         try:
-            super().__init__(bits, tokenizer=tokenizer, group_size=group_size or -1, **kwargs)
+            super().__init__(
+                bits, tokenizer=tokenizer, group_size=group_size or -1, sym=sym, damp_percent=damp_percent, **kwargs
+            )
         except ValueError as error:
             raise ConfigError(str(error)) from error
         self.quant_method: Any = METHOD_GPTQ
@@ -115,7 +132,11 @@ class LordGPTQConfig(GPTQConfig):
         self.rank_pattern = dict(rank_pattern) if rank_pattern is not None else None
         self.targets = [targets] if isinstance(targets, str) else list(targets)
         self.ignore = [ignore] if isinstance(ignore, str) else list(ignore or [])
-        self.force_rank, self.mean_correction, self.float64, self.stack = force_rank, mean_correction, float64, stack
+        self.form, self.force_rank, self.mean_correction, self.float64 = form, force_rank, mean_correction, float64
+        self.stack, self.mse = stack, mse
+        self.anchor, self.rotate, self.refit, self.order = anchor, rotate, refit, order
+        self.deflate, self.refine = deflate, refine
+        self.form_pattern = dict(form_pattern) if form_pattern else None
         self.dataset, self.text_key = dataset, text_key
         self.num_samples, self.seq_len, self.seed = num_samples, seq_len, seed
         self.format_version, self.lord_quant_version = format_version, lord_quant_version
@@ -139,7 +160,8 @@ class LordGPTQConfig(GPTQConfig):
             "stack": self.stack,
             "lowrank": lowrank,
             "calibration": section(_RUN_KEYS["calibration"]),
-            "gptq": section(_HOST_KEYS),
+            "gptq": section((*_HOST_KEYS, "mse")),
+            "joint": section(_JOINT_KEYS),
         }
         return LordConfig.from_dict(values)
 
@@ -147,7 +169,7 @@ class LordGPTQConfig(GPTQConfig):
         """Returns what is saved: for a checkpoint's own configuration, nothing of how it was calibrated."""
         values = super().to_dict()
         if self.rank_ratio is None and self.param_ratio is None:
-            run_only = {key for keys in _RUN_KEYS.values() for key in keys} | {"stack", "tokenizer"}
+            run_only = {key for keys in _RUN_KEYS.values() for key in keys} | {*_JOINT_KEYS, "stack", "mse", "tokenizer"}
             values = {key: value for key, value in values.items() if key not in run_only and value is not None}
         return values
 
@@ -175,6 +197,7 @@ class LordConfigFloat(QuantizationConfigMixin):
     Args:
         rank_pattern: Rank by full module path.
         mean_correction: Whether every low-rank layer has a bias.
+        form_pattern: Form by full module path, of those that are not `two_factor`.
         format_version: Version of the checkpoint format.
         lord_quant_version: Version that wrote it.
     """
@@ -183,11 +206,12 @@ class LordConfigFloat(QuantizationConfigMixin):
         self,
         rank_pattern: Mapping[str, int] | None = None,
         mean_correction: bool = True,
+        form_pattern: Mapping[str, str] | None = None,
         format_version: int = FORMAT_VERSION,
         lord_quant_version: str = __version__,
         **kwargs: Any,
     ) -> None:
-        check_version({"format_version": format_version, "rank_pattern": rank_pattern})
+        check_version({"format_version": format_version, "rank_pattern": rank_pattern, "form_pattern": form_pattern})
         kwargs.pop("quant_method", None)
         unknown = unknown_keys(kwargs, _own_arguments(type(self)), "quantization_config")
         if unknown:
@@ -195,6 +219,7 @@ class LordConfigFloat(QuantizationConfigMixin):
         self.quant_method: Any = METHOD_FLOAT
         self.rank_pattern = dict(rank_pattern or {})
         self.mean_correction = mean_correction
+        self.form_pattern = dict(form_pattern or {})
         self.format_version, self.lord_quant_version = format_version, lord_quant_version
 
 
@@ -216,7 +241,8 @@ class LordGptqHfQuantizer(GptqHfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if self.pre_quantized:
-            apply_rank_pattern(model, self.quantization_config.rank_pattern or {}, self.quantization_config.mean_correction)
+            ours = self.quantization_config
+            apply_rank_pattern(model, ours.rank_pattern or {}, ours.mean_correction, ours.form_pattern)
         with hush("transformers"):  # the host reads every attribute of every module
             super()._process_model_before_weight_loading(model, **kwargs)
         if self.pre_quantized:
@@ -245,7 +271,8 @@ class LordHfQuantizer(HfQuantizer):
     quantization_config: LordConfigFloat
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        apply_rank_pattern(model, self.quantization_config.rank_pattern, self.quantization_config.mean_correction)
+        ours = self.quantization_config
+        apply_rank_pattern(model, ours.rank_pattern, ours.mean_correction, ours.form_pattern)
         _check_files(model, _block_path(model), kwargs.get("checkpoint_files"))
         _protect_from_initialization(model)
 
@@ -305,10 +332,8 @@ def _protect_from_initialization(model: torch.nn.Module) -> None:
     Their `_init_weights` draws `c_proj.weight` anew on modules that were not marked as loaded. Only modules without
     tensors of their own are marked, so that computed buffers (CodeGen's position table) are still filled.
     """
-    from lord_quant.modules import LowRankLinear
-
     for module in model.modules():
         if module._parameters or module._buffers:
             continue
-        if any(isinstance(child, LowRankLinear) or hasattr(child, "qweight") for child in module.children()):
+        if any(is_compressed(child) for child in module.children()):
             module._is_hf_initialized = True  # type: ignore[assignment]

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Perplexity against true bits per weight: the joint stack's schemes beside plain GPTQ of the dense model.
+
+A scheme is FORM:RANK:BITS:GROUP, such as pivoted:0.5:3:64; a plain point is BITS:GROUP. Ranks snap *up* to multiples of
+lcm(32, group size), so two ratios may give one checkpoint: what counts is the bits per weight that the files show. Plain
+GPTQ is Optimum's quantizer at its best settings, drawn as a line: its non-dominated points, joined. Beyond its largest
+point the line goes on flat, below its smallest there is none.
+
+    python eval/pareto.py --model DIR --calibration code.jsonl --heldout other.jsonl --output pareto.json
+
+The table lies beside the JSON as Markdown, the plot as PNG.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from provenance import model_name
+from reference import DENSE
+from rows import Results, Row, Settings, add_arguments, run_rows
+from tables import grid, spread, summary_line
+
+
+SCHEMES = (
+    "two_factor:0.375:4:32", "two_factor:0.5:3:128", "two_factor:0.5:3:64", "two_factor:0.5:4:64",
+    "two_factor:0.75:3:64", "two_factor:0.75:4:64",
+    "pivoted:0.5:3:64", "pivoted:0.5:4:64", "pivoted:0.75:3:64", "pivoted:0.75:4:64",
+)  # fmt: skip
+PLAIN = ("2:128", "2:64", "2:32", "3:128", "3:64", "4:128", "4:64")
+BUDGETS = (2.25, 2.5, 2.75, 3.0, 3.5, 4.0)
+OFF_SCALE = 1.6
+"""The plot ends at so many times the dense model's perplexity."""
+NOTE = (
+    "bpw counts every stored bit of the linear layers. Plain line: the non-dominated points of plain GPTQ, joined, read at "
+    "the same bpw; n/a where plain GPTQ has nothing so small. Difference: perplexity over the line's, minus one; negative "
+    "is better than plain GPTQ at equal bytes."
+)
+BUDGET_NOTE = (
+    "Best of each with at most so many bits per weight. The line is read at the whole budget, although our best point may "
+    "need less."
+)
+
+
+class Point(NamedTuple):
+    """One scheme, averaged over seeds."""
+
+    label: str
+    bpw: float
+    perplexity: float
+
+
+def main() -> None:
+    """Runs all rows, prints the tables, writes JSON, Markdown and PNG."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, metavar="DIR", help="folder of the dense model")
+    add_arguments(parser, seeds=(0,))
+    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), metavar="FORM:RANK:BITS:GROUP")
+    parser.add_argument("--plain", nargs="+", default=list(PLAIN), metavar="BITS:GROUP")
+    parser.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS), metavar="BPW")
+    parser.add_argument(
+        "--force-rank", action=argparse.BooleanOptionalAction, default=True,
+        help="decompose also layers that get no smaller by it (default: yes)",
+    )  # fmt: skip
+    args = parser.parse_args()
+    dense = Row(args.model, DENSE, None, 0)
+    force = ("--force-rank",) if args.force_rank else ()
+    ours = [Row(args.model, text, (*scheme_flags(text), *force), seed) for text in args.schemes for seed in args.seeds]
+    plain = [Row(args.model, f"GPTQ {text}", plain_flags(text), seed) for text in args.plain for seed in args.seeds]
+    results = run_rows([dense, *plain, *ours], Settings.from_args(args), args.output, args.workers)
+    summary, tables = summarise(results, dense, ours, plain, args.budgets)
+    picture = args.output.with_suffix(".png")
+    draw(summary, f"{model_name(args.model)}, {len(args.seeds)} seed{'s' * (len(args.seeds) > 1)}", picture)
+    results.finish([dense, *plain, *ours], summary, tables)
+    print(f"plot in {picture}")
+
+
+def scheme_flags(text: str) -> tuple[str, ...]:
+    """Turns FORM:RANK:BITS:GROUP into flags.
+
+    Raises:
+        SystemExit: It is no such thing.
+    """
+    parts = text.split(":")
+    if len(parts) != 4:
+        raise SystemExit(f"scheme {text!r}; wanted FORM:RANK:BITS:GROUP, such as two_factor:0.5:4:64")
+    form, rank, bits, group = parts
+    return ("--stack", "joint", "--form", form, "--rank-ratio", rank, "--bits", bits, "--group-size", group)
+
+
+def plain_flags(text: str) -> tuple[str, ...]:
+    """Turns BITS:GROUP into flags.
+
+    Raises:
+        SystemExit: It is no such thing.
+    """
+    parts = text.split(":")
+    if len(parts) != 2:
+        raise SystemExit(f"plain point {text!r}; wanted BITS:GROUP, such as 3:64")
+    return ("--stack", "naive", "--rank-ratio", "1", "--bits", parts[0], "--group-size", parts[1])
+
+
+def frontier(points: Sequence[Point]) -> list[Point]:
+    """Returns the points that no other beats in both ways, by rising bits per weight; broken models are left out."""
+    kept: list[Point] = []
+    finite = [point for point in points if math.isfinite(point.perplexity)]
+    for point in sorted(finite, key=lambda point: (point.bpw, point.perplexity)):
+        if not kept or point.perplexity < kept[-1].perplexity:
+            kept.append(point)
+    return kept
+
+
+def read_line(line: Sequence[Point], bpw: float) -> float | None:
+    """Returns a frontier's perplexity at so many bits per weight: linear between points, flat beyond the last one."""
+    if not line or bpw < line[0].bpw:
+        return None
+    for left, right in pairwise(line):
+        if bpw < right.bpw:
+            share = (bpw - left.bpw) / (right.bpw - left.bpw)
+            return left.perplexity + share * (right.perplexity - left.perplexity)
+    return line[-1].perplexity
+
+
+def best_within(points: Sequence[Point], budget: float) -> Point | None:
+    """Returns the point of lowest perplexity with at most so many bits per weight."""
+    return min((point for point in points if point.bpw <= budget), key=lambda point: point.perplexity, default=None)
+
+
+def summarise(
+    results: Results, dense: Row, ours: list[Row], plain: list[Row], budgets: list[float]
+) -> tuple[dict[str, Any], str]:
+    """Returns the summary for the results file, and the tables."""
+    base = results.by_seed([dense], DENSE)
+    lines = {
+        kind: [
+            summary_line(label, results.by_seed(rows, label), base) for label in dict.fromkeys(row.label for row in rows)
+        ]
+        for kind, rows in (("ours", ours), ("plain", plain))
+    }
+    points = {kind: [Point(x["label"], x["bpw"], x["perplexity"]) for x in found] for kind, found in lines.items()}
+    line = frontier(points["plain"])
+    for found in lines["ours"]:
+        found["plain_line"] = read_line(line, found["bpw"])
+        found["over_plain_line"] = excess(found["perplexity"], found["plain_line"])
+    for found in lines["plain"]:
+        found["on_line"] = found["label"] in {point.label for point in line}
+    by_budget = [budget_line(budget, points["ours"], points["plain"], line) for budget in budgets]
+    summary = {"dense": base[0]["perplexity"], **lines, "budgets": by_budget}
+    return summary, "\n\n".join(
+        [
+            f"### Schemes (dense: perplexity {base[0]['perplexity']:.3f})\n\n{scheme_table(lines['ours'])}\n\n{NOTE}",
+            f"### Plain GPTQ\n\n{plain_table(lines['plain'])}",
+            f"### Budgets\n\n{budget_table(by_budget)}\n\n{BUDGET_NOTE}",
+        ]
+    )
+
+
+def budget_line(budget: float, ours: list[Point], plain: list[Point], line: list[Point]) -> dict[str, Any]:
+    """Compares the best of each within a budget."""
+    mine, theirs, read = best_within(ours, budget), best_within(plain, budget), read_line(line, budget)
+    return {
+        "budget": budget,
+        "ours": mine and mine._asdict(),
+        "plain": theirs and theirs._asdict(),
+        "plain_line": read,
+        "over_plain": excess(mine and mine.perplexity, theirs and theirs.perplexity),
+        "over_plain_line": excess(mine and mine.perplexity, read),
+    }
+
+
+def excess(value: float | None, base: float | None) -> float | None:
+    """Returns how far a value lies over another, as a fraction; None if one is not there."""
+    return None if value is None or base is None else value / base - 1
+
+
+def scheme_table(lines: list[dict[str, Any]]) -> str:
+    """Renders our points, by rising bits per weight."""
+    scored = "pass@1" in lines[0]
+    headers = ["scheme", "bpw", "perplexity", "over dense", "plain line at this bpw", "difference"]
+    cells = [
+        [
+            *_start(line),
+            _number(line["plain_line"], ".3f"),
+            _number(line["over_plain_line"], "+.2%"),
+            *([spread(line["pass@1"], ".3f")] if scored else []),
+        ]
+        for line in sorted(lines, key=lambda line: line["bpw"])
+    ]
+    return grid([*headers, "HumanEval pass@1"] if scored else headers, cells)
+
+
+def plain_table(lines: list[dict[str, Any]]) -> str:
+    """Renders the points of plain GPTQ, by rising bits per weight."""
+    scored = "pass@1" in lines[0]
+    cells = [
+        [*_start(line), "yes" if line["on_line"] else "no", *([spread(line["pass@1"], ".3f")] if scored else [])]
+        for line in sorted(lines, key=lambda line: line["bpw"])
+    ]
+    headers = ["BITS:GROUP", "bpw", "perplexity", "over dense", "on the line"]
+    return grid([*headers, "HumanEval pass@1"] if scored else headers, cells)
+
+
+def budget_table(lines: list[dict[str, Any]]) -> str:
+    """Renders the comparison within budgets."""
+    headers = ["bpw at most", "best of ours", "perplexity", "best plain GPTQ", "perplexity", "ours over it"]
+    cells = [
+        [
+            f"{line['budget']:.2f}",
+            *_best(line["ours"]),
+            *_best(line["plain"]),
+            _number(line["over_plain"], "+.2%"),
+            _number(line["plain_line"], ".3f"),
+            _number(line["over_plain_line"], "+.2%"),
+        ]
+        for line in lines
+    ]
+    return grid([*headers, "plain line there", "ours over it"], cells)
+
+
+def _start(line: dict[str, Any]) -> list[str]:
+    return [line["label"], f"{line['bpw']:.3f}", f"{line['perplexity']:.3f}", spread(line["over_dense"])]
+
+
+def _best(point: dict[str, Any] | None) -> list[str]:
+    return ["n/a", "n/a"] if point is None else [f"{point['label']} ({point['bpw']:.2f})", f"{point['perplexity']:.3f}"]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "n/a" if value is None else format(value, form)
+
+
+def draw(summary: dict[str, Any], title: str, path: Path) -> None:
+    """Draws perplexity over bits per weight; what is far above the dense model stands at the upper edge, with its value."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    dense, ours, plain = summary["dense"], summary["ours"], summary["plain"]
+    highest = max(line["perplexity"] for line in [*ours, *plain])
+    top = dense + 1.08 * (min(max(highest, 1.02 * dense), OFF_SCALE * dense) - dense)
+    figure, axes = plt.subplots(figsize=(10, 6.4), layout="constrained")
+    axes.set(
+        xlabel="stored bits per weight of the linear layers, all in", ylabel="perplexity (lower is better)", title=title
+    )
+    axes.set_ylim(dense - 0.06 * (top - dense), top)
+    axes.axhline(dense, color="0.6", linewidth=1, linestyle=":", label=f"dense, 16 bits ({dense:.2f})")
+    for lines, colour, style, label in ((plain, "0.25", "-", "plain GPTQ"), (ours, "C3", "--", "joint, lower envelope")):
+        edge = frontier([Point(line["label"], line["bpw"], line["perplexity"]) for line in lines])
+        bpw, perplexity = [point.bpw for point in edge], [point.perplexity for point in edge]
+        axes.plot(bpw, perplexity, color=colour, linewidth=1.3, linestyle=style, zorder=2, label=label)
+    _scatter(axes, plain, "0.25", "s", None, below=True)
+    for index, form in enumerate(dict.fromkeys(line["label"].split(":")[0] for line in ours)):
+        mine = [line for line in ours if line["label"].split(":")[0] == form]
+        _scatter(axes, mine, f"C{index}", "oDv^"[index % 4], f"joint, {form.replace('_', '-')}")
+    axes.margins(x=0.1)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, title="points: rank ratio, bits, group size", alignment="left")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _scatter(
+    axes: Any, lines: list[dict[str, Any]], colour: str, marker: str, label: str | None, *, below: bool = False
+) -> None:
+    """Draws points with their names; those above the plot as triangles at its upper edge, with their values."""
+    low, top = axes.get_ylim()
+    inside = [line for line in lines if line["perplexity"] <= top]
+    bpw, perplexity = [line["bpw"] for line in inside], [line["perplexity"] for line in inside]
+    axes.scatter(bpw, perplexity, color=colour, marker=marker, s=42, zorder=3, label=label)
+    for line in lines:
+        *rank, bits, group = line["label"].removeprefix("GPTQ ").split(":")[-3:]
+        name = " ".join([*rank, f"{bits}b", f"g{group}"])
+        height = line["perplexity"]
+        style: dict[str, Any] = {"xytext": (5, -11) if below else (5, 4)}
+        if height > top:
+            name, height = f"{name}: {height:.0f}", top - 0.015 * (top - low)
+            style = {"xytext": (-3, -7), "rotation": -90, "verticalalignment": "top"}
+            axes.scatter(line["bpw"], height, color=colour, marker="^", s=42, zorder=3)
+        axes.annotate(name, (line["bpw"], height), textcoords="offset points", color=colour, fontsize=7.5, **style)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The joint stack over a whole model: two streams side by side, one transformer block at a time.
+
+The dense stream carries what the dense model computes, the other what the compressed model computes so far. In every
+block the dense stream runs once and leaves each layer's input behind. Then the layers are compressed in the order in which
+they are called, those fed the same tensor (q, k and v) together: the compressed stream runs as far as their input, the
+moments of both inputs are taken in one pass over the batches, and `stack.stack_layer` does the rest. Parts of the block
+whose layers are all compressed (the attention, say) run once and are replayed. Only one block's inputs and one layer's
+moments exist at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import time
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from lord_quant.config import JointConfig
+from lord_quant.errors import CalibrationError, NumericsError
+from lord_quant.moments import PairedAccumulator, PairedMoments
+from lord_quant.plan import LayerPlan, Plan
+from lord_quant.refine import Quantized
+from lord_quant.stack import Solver, Stacked, stack_layer
+from lord_quant.stream import BlockCall, Replay, StopForward, block_kinds, capture
+from lord_quant.surgery import replace_layer, set_dense
+from lord_quant.targets import dense_weight, find_blocks
+
+
+class StackRecord(NamedTuple):
+    """What happened to one layer.
+
+    Attributes:
+        name: Full module path.
+        rank: Rank of its factors, or None.
+        rel_output_error: Share of the output energy lost by truncation alone; None for a layer that stays dense.
+        rel_stacked_error: Share lost by truncation and rounding together.
+        effective_rank: Numerical rank of the output covariance, or None.
+        num_tokens: Tokens its statistics were taken from.
+        seconds: Wall time of its algebra and solves.
+        remedies: What the numerics needed; empty when nothing.
+        largest_coefficient: Largest magnitude in a pivoted layer's predictor, before quantization, or None.
+    """
+
+    name: str
+    rank: int | None
+    rel_output_error: float | None
+    rel_stacked_error: float
+    effective_rank: int | None
+    num_tokens: int
+    seconds: float
+    remedies: tuple[str, ...]
+    largest_coefficient: float | None
+
+
+@dataclass
+class StackedModel:
+    """What a run did: a record per layer, and what is to be packed, by full module path."""
+
+    records: list[StackRecord] = field(default_factory=list)
+    quantized: dict[str, Quantized] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def stack_model(
+    model: nn.Module,
+    plan: Plan,
+    batches: Sequence[torch.Tensor],
+    solve: Solver | None,
+    options: JointConfig,
+    *,
+    true_sequential: bool = True,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> StackedModel:
+    """Compresses the layers of `plan` in place; quantized layers hold their weights in float, ready to be packed.
+
+    Args:
+        model: A loaded dense model in evaluation mode; changed in place.
+        plan: What becomes of every layer.
+        batches: Token windows with shape (batch, seq_len), all without padding.
+        solve: Quantizes a weight in a metric; None leaves factors in float and other layers alone.
+        options: Which ideas are on.
+        true_sequential: Whether later layers of a block see what was done to earlier ones, or only later blocks do.
+        seed: Of the rotations.
+        dtype: dtype of statistics and algebra.
+
+    Raises:
+        NumericsError: Activations, moments or factors hold NaN or inf; the layer is named.
+        CalibrationError: No token reached a layer, or the streams differ in tokens.
+    """
+    done = StackedModel()
+    planned = {layer.name: layer for layer in plan.layers if solve is not None or layer.rank is not None}
+    if not planned:
+        return done
+    compress = functools.partial(stack_layer, solve=solve, options=options, mean_correction=plan.mean_correction)
+    blocks = find_blocks(model)
+    kinds = block_kinds(model, len(blocks.modules))
+    stream = capture(model, blocks.modules, kinds, batches)
+    ours = [batch.hidden for batch in stream]
+    last = max(layer.block for layer in planned.values())
+    for index, block in enumerate(tqdm(blocks.modules[: last + 1], desc="stack", unit="block", disable=None)):
+        prefix = f"{blocks.path}.{index}."
+        layers = {name: planned[prefix + name] for name, _ in block.named_modules() if prefix + name in planned}
+        dense = copy.deepcopy(block)
+        run = _Runner(stream, kinds[index], Replay(block))
+        inputs = _record_inputs(dense, run, list(layers), prefix)
+        open_layers = set(layers)
+        for stage in inputs.stages(true_sequential):
+            with run.replay.of(_finished_children(layers, open_layers)):
+                moments = _gather(block, run, ours, inputs, stage, dtype, options.anchor)
+            for leader in stage:
+                _require_finite(moments[leader], prefix + leader)
+                for name in inputs.members(leader):
+                    source = dense.get_submodule(name)
+                    rotation_seed = seed * len(plan.layers) + len(done.records)
+                    _compress(model, layers[name], source, moments[leader], compress, rotation_seed, done)
+                    open_layers.remove(name)
+                inputs.forget(leader)
+        if index < last:
+            with run.replay.of(_finished_children(layers, inputs.of_last(true_sequential))):
+                ours = list(run(block, ours))
+    return done
+
+
+def _finished_children(layers: Iterable[str], still_open: Container[str]) -> list[str]:
+    """Names the direct children of a block all of whose planned layers are compressed."""
+    children = {name.partition(".")[0] for name in layers if "." in name}
+    waiting = {name.partition(".")[0] for name in layers if name in still_open}
+    return sorted(children - waiting)
+
+
+class _Runner(NamedTuple):
+    """Runs a block on every batch of a stream."""
+
+    stream: Sequence[BlockCall]
+    kind: str
+    replay: Replay
+
+    def __call__(self, block: nn.Module, hidden: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        for position, (batch, states) in enumerate(zip(self.stream, hidden, strict=True)):
+            self.replay.at(position)
+            try:
+                yield batch.run(block, self.kind, states)
+            except StopForward:
+                continue
+
+
+class _Inputs:
+    """The distinct inputs of a block's layers in the dense stream, in the order in which layers were called."""
+
+    def __init__(self) -> None:
+        self.leader: dict[str, str] = {}
+        self.batches: dict[str, list[torch.Tensor]] = {}
+
+    def members(self, leader: str) -> list[str]:
+        """Returns the layers fed the same tensor as `leader`."""
+        return [name for name, first in self.leader.items() if first == leader]
+
+    def num_values(self, layer: str) -> int:
+        """Counts the values that reached a layer."""
+        return sum(batch.numel() for batch in self.batches.get(self.leader.get(layer, ""), []))
+
+    def stages(self, true_sequential: bool) -> list[list[str]]:
+        """Returns which inputs are handled at once."""
+        leaders = list(self.batches)
+        return [[leader] for leader in leaders] if true_sequential else [leaders]
+
+    def of_last(self, true_sequential: bool) -> list[str]:
+        """Returns the layers of the last stage, whose children ran to their end in no stage."""
+        return [name for leader in self.stages(true_sequential)[-1] for name in self.members(leader)]
+
+    def forget(self, leader: str) -> None:
+        """Frees an input that is not needed any more."""
+        self.batches[leader] = []
+
+
+def _record_inputs(dense: nn.Module, run: _Runner, layers: Sequence[str], prefix: str) -> _Inputs:
+    """Runs the dense block once, keeps every distinct input, and moves the dense stream on."""
+    inputs = _Inputs()
+    seen: list[tuple[torch.Tensor, str]] = []  # held during one forward pass, so that identity means sameness
+
+    def observe(name: str, x: torch.Tensor) -> None:
+        if name not in inputs.leader:
+            inputs.leader[name] = next((leader for other, leader in seen if other is x), name)
+            seen.append((x, inputs.leader[name]))
+        if inputs.leader[name] == name:
+            inputs.batches.setdefault(name, []).append(x)
+
+    with _watch(dense, layers, observe):
+        for batch in run.stream:
+            batch.hidden = batch.run(dense, run.kind)
+            seen.clear()
+    unseen = [prefix + name for name in layers if not inputs.num_values(name)]
+    if unseen:
+        raise CalibrationError(f"no calibration token reached {', '.join(unseen)}; use more text, or --ignore them")
+    return inputs
+
+
+def _gather(
+    block: nn.Module,
+    run: _Runner,
+    ours: Sequence[torch.Tensor],
+    inputs: _Inputs,
+    stage: Sequence[str],
+    dtype: torch.dtype,
+    paired: bool,
+) -> dict[str, PairedMoments]:
+    """Runs the compressed stream as far as the inputs of a stage and takes the moments of both streams there."""
+    accumulators: dict[str, PairedAccumulator] = {}
+    counts = dict.fromkeys(stage, 0)
+
+    def observe(name: str, x: torch.Tensor) -> None:
+        batches = inputs.batches[name]
+        dense = batches[counts[name]] if counts[name] < len(batches) else x[:0]
+        if dense.shape != x.shape:
+            raise CalibrationError(
+                f"layer {name!r} saw {tuple(dense.shape)} inputs in the dense model, now {tuple(x.shape)}"
+            )
+        if name not in accumulators:
+            accumulators[name] = PairedAccumulator(x.shape[-1], dtype, x.device)
+        accumulators[name].update(dense if paired else x, x)
+        counts[name] += 1
+        if name == stage[-1]:
+            raise StopForward
+
+    with _watch(block, stage, observe):
+        for _ in run(block, ours):
+            pass
+    return {name: accumulator.result() for name, accumulator in accumulators.items()}
+
+
+@contextmanager
+def _watch(block: nn.Module, layers: Sequence[str], observe: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+    """Calls `observe` with every input of the layers, and removes exactly those hooks again, whatever happens."""
+
+    def hook(name: str) -> Any:
+        return lambda module, args: observe(name, args[0])
+
+    handles = [block.get_submodule(name).register_forward_pre_hook(hook(name)) for name in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _compress(
+    model: nn.Module,
+    layer: LayerPlan,
+    dense: nn.Module,
+    moments: PairedMoments,
+    compress: Callable[..., Stacked],
+    seed: int,
+    done: StackedModel,
+) -> None:
+    """Compresses one layer, puts it into the model and notes what was done."""
+    start = time.perf_counter()
+    bias: Any = dense.bias
+    try:
+        stacked = compress(
+            dense_weight(dense),
+            None if bias is None else bias.detach(),
+            moments,
+            layer.rank,
+            layer.form,
+            seed=seed,
+        )
+    except NumericsError as error:
+        raise NumericsError(f"layer {layer.name!r}: {error}") from error
+    if stacked.factors is not None:
+        replace_layer(model, layer.name, stacked.factors)
+    elif stacked.weight is not None:
+        set_dense(model, layer.name, stacked.weight, stacked.bias)
+    done.quantized |= {layer.name + suffix: item for suffix, item in stacked.quantized.items()}
+    done.records.append(_record(layer, stacked, moments.num_tokens, time.perf_counter() - start))
+
+
+def _record(layer: LayerPlan, stacked: Stacked, num_tokens: int, seconds: float) -> StackRecord:
+    spectrum = stacked.spectrum
+    return StackRecord(
+        name=layer.name,
+        rank=layer.rank,
+        rel_output_error=None if spectrum is None or layer.rank is None else spectrum.discarded_share(layer.rank),
+        rel_stacked_error=stacked.error,
+        effective_rank=None if spectrum is None else spectrum.effective_rank,
+        num_tokens=num_tokens,
+        seconds=seconds,
+        remedies=() if spectrum is None else spectrum.remedies,
+        largest_coefficient=stacked.largest_coefficient,
+    )
+
+
+def _require_finite(moments: PairedMoments, name: str) -> None:
+    if not all(torch.isfinite(tensor).all() for tensor in moments[:4]):
+        raise NumericsError(f"inputs of layer {name!r} hold NaN or inf; wanted finite activations")

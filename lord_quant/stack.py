@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decomposing and quantizing one layer together, so that the second step knows the first.
+
+The problem. A layer y = W x + b, W (m, n), becomes ŷ = A B x′ + b̂ with A (m, r) and B (r, n) on integer grids, where x′
+is what the layer really sees once everything before it was compressed. From calibration we have H = E[x′x′ᵀ],
+C = E[x x′ᵀ] (centred, where a bias can absorb the means) and the means. Decomposing W and then quantizing A and B, each as
+if it were a layer of its own, loses: two rounding errors of full size, neither of which knows of the other. Everything
+below is closed form on H and C.
+
+1. Anchor. We want the *dense* model's outputs from the *compressed* model's inputs. E‖W x − T x′‖² over T is least squares
+   with solution T = W C H⁻¹, written
+
+       T = W + W (C − H)(H + λI)⁻¹
+
+   so that damping pulls towards W, not towards zero. Expanding the square around T, E‖W x − Ŵ x′‖² = ‖Ŵ − T‖²_H + const
+   with ‖D‖²_H = tr D H Dᵀ: from here on T replaces W, and H is the only metric. (Same form for a layer that stays dense.
+   Compare GPTAQ, arXiv 2504.02692.)
+
+2. Truncate. The best rank-r approximation of T in ‖·‖_H is LoRD on T: A₀ = U, the top-r eigenvectors of T H Tᵀ, and
+   B₀ = Uᵀ T.
+
+3. Gauge. A B = (A Q)(Qᵀ B) for every orthogonal Q. In the eigenbasis the bottleneck z = B x′ has a diagonal covariance:
+   a solver can compensate nothing there and rounds, worst on the few loud channels. A random rotation makes the channels
+   alike and correlated. It is merged into the factors and costs nothing afterwards; AᵀA = I stays, so errors in all rows
+   of B weigh alike, which is what GPTQ assumes. One scalar moves between the factors so that both have entries of the same
+   size (scales are stored in float16).
+
+4. Order and refit. Quantize one factor, then give the other its least-squares optimum *for the quantized one*, then
+   quantize that. The first rounding error E is then partly absorbed:
+
+       down first:  A = A₀ + (T H − A₀ B_q H) B_qᵀ (B_q H B_qᵀ + λI)⁻¹     what is lost of E x′ is uncorrelated with z
+       up first:    B = (A_qᵀ A_q)⁻¹ A_qᵀ T                                what is lost of E z is orthogonal to range(A_q)
+
+   Rounding noise spreads over all n inputs of B, or all m outputs of A, and all but n − r, or m − r, of these dimensions
+   are absorbed. So the factor with the *smaller* free dimension goes first: up where m < n, else down.
+
+5. Deflation (down first). If A will be refitted, only the part of E x′ that z cannot predict does harm. Its second moment
+   is the Schur complement H_⊥ = H − H Bᵀ (B H Bᵀ)⁻¹ B H, so B is quantized in the metric H_⊥ + μ H, with a little μ to keep
+   A near A₀: the solver moves its errors into directions that the refit takes back. In other words B only has to represent
+   its row space.
+
+6. Both solves are GPTQ in the right metric (H or H_⊥ + μH for B; B_q H B_qᵀ, or B H Bᵀ if up goes first, for A), polished
+   by `refine`. Last, b̂ = b + W μ − A_q B_q μ′.
+
+Pivoted form. Here B holds rows of the product itself, there is no gauge to choose, and an error in one pivot output also
+enters all outputs predicted from it: the metric on B's rows is G = I + AᵀA, far from I. So A is quantized first, B gets its
+optimum B = G_q⁻¹ (T_P + A_qᵀ T_N), and is quantized a few rows at a time: after rows 1 the others move to
+
+       B₂ ← B₂ − G₂₂⁻¹ G₂₁ (B̂₁ − B₁),
+
+the optimum for what was fixed. That is GPTQ's own feedback, along the outputs: rows cost the diagonal of G's Cholesky
+factorization instead of its trace, whose product is det G = 1/vol², which is why pivots of large volume are wanted.
+
+Failure cases. Singular H (few tokens, dead or duplicated channels): solves are damped, damping is raised until they exist;
+unseen directions keep W's values. Rank 1 to full are legal; at full rank with m ≤ n `up` is square and its error is
+absorbed entirely. Everything runs in the dtype of the moments; nothing given is modified.
+
+Sources: LoRD, arXiv 2309.14021; GPTQ, arXiv 2210.17323; PIFA, arXiv 2501.19090; and as named above.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from lord_quant.config import JointConfig
+from lord_quant.decompose import Factors, OutputSpectrum, output_spectrum, pivoted, two_factor
+from lord_quant.linalg import damped_right_solve, random_orthogonal
+from lord_quant.moments import PairedMoments
+from lord_quant.refine import Quantized, refine
+
+
+Solver = Callable[[torch.Tensor, torch.Tensor], Quantized]
+"""Quantizes a weight (m, n) in the metric of a Hessian (n, n)."""
+
+ANCHOR_DAMPING = 0.01
+REFIT_DAMPING = 0.01
+DEFLATED_SHARE = 0.1
+"""μ: how much of H stays in the metric of a factor whose errors will be absorbed."""
+FEEDBACK_BLOCKS = 8
+"""Row blocks of a pivoted `down`; more gain little."""
+
+
+class Stacked(NamedTuple):
+    """One compressed layer.
+
+    Attributes:
+        factors: As they will be read back; None for a layer that stays dense.
+        weight: The weight of a layer that stays dense, as it will be read back; else None.
+        bias: With shape (out_features,), or None.
+        quantized: What to pack, by suffix: ``.down`` and ``.up``, or an empty suffix; empty for float.
+        spectrum: The decomposition's spectrum, or None for a layer that stays dense.
+        error: ‖Ŵ − T‖²_H / ‖T‖²_H: share of the output energy lost to truncation and rounding together.
+        largest_coefficient: Largest magnitude in a pivoted layer's predictor before quantization, else None.
+    """
+
+    factors: Factors | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    quantized: dict[str, Quantized]
+    spectrum: OutputSpectrum | None
+    error: float
+    largest_coefficient: float | None
+
+
+def stack_layer(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    moments: PairedMoments,
+    rank: int | None,
+    form: str,
+    solve: Solver | None,
+    options: JointConfig,
+    *,
+    mean_correction: bool = True,
+    seed: int = 0,
+) -> Stacked:
+    """Compresses one layer.
+
+    Args:
+        weight: W with shape (m, n).
+        bias: With shape (m,), or None.
+        moments: Of the layer's inputs in both streams.
+        rank: Rank of the factors, or None for a layer that stays dense.
+        form: `two_factor` or `pivoted`.
+        solve: Quantizes a weight in a metric; None leaves factors in float.
+        options: Which ideas are on.
+        mean_correction: Whether factors may get a bias their layer did not have.
+        seed: Of the rotation.
+
+    Raises:
+        NumericsError: Weight or moments hold NaN or inf.
+        RankError: The rank is out of range for the form.
+    """
+    weight = weight.to(moments.covariance)
+    may_shift = bias is not None or (rank is not None and mean_correction)
+    moments = moments if may_shift else moments.raw()
+    target = anchored_target(weight, moments) if options.anchor else weight
+    quantize = None if solve is None else _refined(solve, options.refine)
+    quantized: dict[str, Quantized] = {}
+    factors, spectrum, coefficient = None, None, None
+    if rank is None:
+        quantized = {"": quantize(target, moments.covariance)} if quantize else {}
+        result = quantized[""].weight() if quantized else target
+    else:
+        spectrum = output_spectrum(target, moments.covariance)
+        factors = two_factor(target, None, spectrum, rank, None)
+        if form == "pivoted":
+            factors = pivoted(factors)
+            coefficient = float(factors.up.abs().max())
+        if quantize is not None:
+            stack = _stack_pivoted if form == "pivoted" else _stack_two_factor
+            quantized = stack(target, moments.covariance, factors, quantize, options, seed)
+            factors = factors._replace(down=quantized[".down"].weight(), up=quantized[".up"].weight())
+        result = factors.product()
+    shifted = None if bias is None else bias.to(weight)
+    if may_shift:
+        shift = weight @ moments.dense_mean - result @ moments.mean
+        shifted = shift if shifted is None else shifted + shift
+    return Stacked(
+        factors=None if factors is None else factors._replace(bias=shifted),
+        weight=result if factors is None else None,
+        bias=shifted,
+        quantized=quantized,
+        spectrum=spectrum,
+        error=_relative_error(result, target, moments.covariance),
+        largest_coefficient=coefficient,
+    )
+
+
+def anchored_target(weight: torch.Tensor, moments: PairedMoments) -> torch.Tensor:
+    """Returns T = W + W (C − H)(H + λI)⁻¹: the weight that best gives the dense outputs from the compressed inputs."""
+    drift = weight @ (moments.cross - moments.covariance)
+    return weight + damped_right_solve(drift, moments.covariance, ANCHOR_DAMPING)
+
+
+def refit_up(
+    target: torch.Tensor, covariance: torch.Tensor, down: torch.Tensor, up: torch.Tensor, damping: float = REFIT_DAMPING
+) -> torch.Tensor:
+    """Returns the `up` that minimises ‖up · down − T‖_H for this `down`; damping pulls towards the given `up`."""
+    seen = down @ covariance
+    return up + damped_right_solve((target - up @ down) @ seen.T, seen @ down.T, damping)
+
+
+def deflated(covariance: torch.Tensor, down: torch.Tensor, share: float = DEFLATED_SHARE) -> torch.Tensor:
+    """Returns H_⊥ + μ H: the second moment of what the bottleneck cannot predict of its input, and a little of H."""
+    seen = down @ covariance
+    predicted = seen.T @ damped_right_solve(seen.T, seen @ down.T, 1e-6).T
+    metric = covariance - (1 - share) * predicted
+    return (metric + metric.T) / 2
+
+
+def _stack_two_factor(
+    target: torch.Tensor,
+    covariance: torch.Tensor,
+    factors: Factors,
+    quantize: Solver,
+    options: JointConfig,
+    seed: int,
+) -> dict[str, Quantized]:
+    down, up, rank = factors.down, factors.up, len(factors.down)
+    if options.rotate:
+        rotation = random_orthogonal(rank, seed, down)
+        down, up = rotation.T @ down, up @ rotation
+    size = down.square().mean().clamp_min(torch.finfo(down.dtype).tiny)
+    balance = (up.square().mean() / size).pow(0.25).clamp(1e-3, 1e3)
+    down, up = down * balance, up / balance
+    outputs, inputs = target.shape
+    if options.order == "up_first" or (options.order == "auto" and outputs < inputs):
+        first = quantize(up, down @ covariance @ down.T)
+        if options.refit:
+            # The columns of `up` are orthonormal up to rounding, but for the balance: well conditioned.
+            grid = first.weight()
+            down = damped_right_solve(target.T @ grid, grid.T @ grid, 1e-7).T
+        return {".down": quantize(down, covariance), ".up": first}
+    metric = deflated(covariance, down) if options.deflate and options.refit else covariance
+    first = quantize(down, metric)
+    grid = first.weight()
+    if options.refit:
+        up = refit_up(target, covariance, grid, up)
+    return {".down": first, ".up": quantize(up, grid @ covariance @ grid.T)}
+
+
+def _stack_pivoted(
+    target: torch.Tensor,
+    covariance: torch.Tensor,
+    factors: Factors,
+    quantize: Solver,
+    options: JointConfig,
+    seed: int,
+) -> dict[str, Quantized]:
+    down, up, pivots, others = factors.down, factors.up, factors.pivots, factors.others()
+    if options.order == "down_first":
+        first = quantize(down, covariance)
+        grid = first.weight()
+        if options.refit:
+            up = refit_up(target[others], covariance, grid, up)
+        return {".down": first, ".up": quantize(up, grid @ covariance @ grid.T)}
+    first = quantize(up, down @ covariance @ down.T)
+    grid = first.weight()
+    metric = grid.T @ grid
+    metric.diagonal().add_(1)
+    if not options.refit:
+        return {".down": quantize(down, covariance), ".up": first}
+    down = torch.linalg.solve(metric, target[pivots] + grid.T @ target[others])
+    return {".down": _quantize_rows(down, metric, covariance, quantize), ".up": first}
+
+
+def _quantize_rows(rows: torch.Tensor, metric: torch.Tensor, covariance: torch.Tensor, quantize: Solver) -> Quantized:
+    """Quantizes rows block by block in the metric `metric` ⊗ `covariance`, the costliest first."""
+    cost = metric.diagonal() * ((rows @ covariance) * rows).sum(dim=1)
+    perm = torch.argsort(cost, descending=True)
+    back = torch.argsort(perm)
+    left, metric = rows[perm].clone(), metric[perm][:, perm]
+    parts = []
+    for chosen in torch.arange(len(rows), device=rows.device).tensor_split(min(FEEDBACK_BLOCKS, len(rows))):
+        start, stop = int(chosen[0]), int(chosen[-1]) + 1
+        part = quantize(left[start:stop], covariance)
+        parts.append(part)
+        error = part.weight() - left[start:stop]
+        left[stop:] -= torch.linalg.solve(metric[stop:, stop:], metric[stop:, start:stop] @ error)
+    losses = [part.loss for part in parts]
+    return parts[0]._replace(
+        codes=torch.cat([part.codes for part in parts])[back],
+        scales=torch.cat([part.scales for part in parts])[back],
+        zeros=torch.cat([part.zeros for part in parts])[back],
+        loss=None if None in losses else sum(loss for loss in losses if loss is not None),
+        damp_percent=max(part.damp_percent for part in parts),
+        seconds=sum(part.seconds for part in parts),
+    )
+
+
+def _refined(solve: Solver, sweeps: int) -> Solver:
+    def quantize(weight: torch.Tensor, hessian: torch.Tensor) -> Quantized:
+        return refine(weight, hessian, solve(weight, hessian), sweeps)
+
+    return quantize
+
+
+def _relative_error(result: torch.Tensor, target: torch.Tensor, covariance: torch.Tensor) -> float:
+    def energy(weight: torch.Tensor) -> float:
+        return float(((weight @ covariance).double() * weight).sum())
+
+    whole = energy(target)
+    return energy(result - target) / whole if whole > 0 else 0.0
