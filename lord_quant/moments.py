@@ -12,9 +12,14 @@ over everything and merged halves (or processes) agree. Every token counts alike
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
+
+
+SPLIT_FEATURES = 512
+"""From this width on, multiplying half a symmetric product beats multiplying all of it at once."""
 
 
 class Moments(NamedTuple):
@@ -59,8 +64,11 @@ class MomentAccumulator:
             return
         rows = rows.to(device=self.mean.device, dtype=self.mean.dtype)
         mean = rows.mean(dim=0)
-        centred = rows - mean
-        self._merge(len(rows), mean, centred.T @ centred)
+        self.merge_centred(len(rows), mean, rows - mean)
+
+    def merge_centred(self, count: int, mean: torch.Tensor, centred: torch.Tensor) -> None:
+        """Adds `count` vectors given as their mean and their deviations from it, with shape (count, n)."""
+        self._merge(count, mean, _gram(centred))
 
     def merge(self, other: MomentAccumulator) -> None:
         """Adds everything `other` has seen; `other` is left as it was."""
@@ -85,6 +93,20 @@ class MomentAccumulator:
         if not self.num_tokens:
             raise RuntimeError("no token was seen: moments are undefined")
         return Moments(self.mean.clone(), self.scatter / self.num_tokens, self.num_tokens)
+
+
+def _gram(rows: torch.Tensor, parts: int = 4) -> torch.Tensor:
+    """Returns XᵀX; of wide matrices only the blocks on and above the diagonal are multiplied, the others mirrored."""
+    features = rows.shape[1]
+    if features < SPLIT_FEATURES:
+        return rows.T @ rows
+    edges = [features * part // parts for part in range(parts + 1)]
+    gram = rows.new_empty(features, features)
+    for start, stop in itertools.pairwise(edges):
+        upper = rows[:, start:stop].T @ rows[:, start:]
+        gram[start:stop, start:] = upper
+        gram[start:, start:stop] = upper.T
+    return gram
 
 
 class PairedMoments(NamedTuple):
@@ -132,13 +154,14 @@ class PairedAccumulator:
         if not len(x):
             return
         before, total = self.ours.num_tokens, self.ours.num_tokens + len(x)
-        shift = x.mean(dim=0) - self.dense_mean
-        delta = y.mean(dim=0) - self.ours.mean
-        self.cross += (x - x.mean(dim=0)).T @ (y - y.mean(dim=0))
+        x_mean, y_mean = x.mean(dim=0), y.mean(dim=0)
+        x_centred, y_centred = x - x_mean, y - y_mean
+        self.cross.addmm_(x_centred.T, y_centred)
         if before:
-            self.cross.addr_(shift, delta, alpha=before * len(x) / total)
-        self.dense_mean = self.dense_mean + shift * (len(x) / total)
-        self.ours.update(y)
+            weight = before * len(x) / total
+            self.cross.addr_(x_mean - self.dense_mean, y_mean - self.ours.mean, alpha=weight)
+        self.dense_mean = self.dense_mean + (x_mean - self.dense_mean) * (len(x) / total)
+        self.ours.merge_centred(len(x), y_mean, y_centred)
 
     def result(self) -> PairedMoments:
         """Returns the moments seen so far.

@@ -15,6 +15,7 @@ from lord_quant.config import (
     GROUP_SIZES,
     CalibrationConfig,
     GptqConfig,
+    JointConfig,
     LordConfig,
     LowrankConfig,
     merge,
@@ -31,13 +32,26 @@ CONFIGS = [
         output="out",
         device="cuda:1",
         dtype="bfloat16",
+        stack="naive",
         lowrank=LowrankConfig(
-            rank_pattern={"mlp.c_fc": 96, "re:h\\.0\\.": 64}, targets=("mlp", "*.c_attn"), ignore=("lm_head",), float64=True
+            rank_pattern={"mlp.c_fc": 96, "re:h\\.0\\.": 64},
+            targets=("mlp", "*.c_attn"),
+            ignore=("lm_head",),
+            form="pivoted",
+            float64=True,
         ),
         calibration=CalibrationConfig(dataset="x.jsonl", text_key="code", num_samples=3, seq_len=5, seed=7, batch_size=2),
         gptq=GptqConfig(
-            bits=3, group_size=32, sym=False, desc_act=True, act_group_aware=False, damp_percent=0.01, true_sequential=False
+            bits=3,
+            group_size=32,
+            sym=True,
+            desc_act=True,
+            act_group_aware=False,
+            damp_percent=0.1,
+            mse=2.4,
+            true_sequential=False,
         ),
+        joint=JointConfig(anchor=False, rotate=False, refit=False, order="up_first", deflate=False, refine=0),
     ),
     LordConfig(model="m", lowrank=LowrankConfig(param_ratio=1, force_rank=True, mean_correction=False)),
 ]
@@ -57,7 +71,7 @@ def test_the_test_above_covers_every_field() -> None:
     changed, defaults = CONFIGS[1].to_dict(), CONFIGS[0].to_dict()
     same = {
         f"{section}.{key}"
-        for section in ("lowrank", "calibration", "gptq")
+        for section in ("lowrank", "calibration", "gptq", "joint")
         for key, value in changed[section].items()
         if value == defaults[section][key]
     }

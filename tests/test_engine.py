@@ -100,7 +100,7 @@ def test_the_test_above_notices_a_wrong_mask(
 ) -> None:
     model = tiny_model(family)
     inputs = whole_model_inputs(copy.deepcopy(model), [site.name for site in find_linears(model)])
-    monkeypatch.setattr(engine, "_block_kinds", lambda model, count: ["block"] * count)
+    monkeypatch.setattr(engine, "block_kinds", lambda model, count: ["block"] * count)
     records = decompose_model(model, plan_of(model), BATCHES, dtype=torch.float64)
     assert compare(records, seen_moments, inputs) > 1e-4
 

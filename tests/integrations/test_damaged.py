@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from lord_quant.errors import CheckpointError, ConfigError, FormatVersionError, LordError, RankError
+from lord_quant.version import FORMAT_VERSION
 
 
 LAYER = "model.layers.0.mlp.up_proj"
@@ -140,7 +141,7 @@ DAMAGE: dict[str, tuple[Edit, type[LordError], str]] = {
     "newer format": (
         lambda folder, bits: edit_config(folder, lambda c: c.update(format_version=99)),
         FormatVersionError,
-        "format_version 99.*reads up to 1.*upgrade",
+        f"format_version 99.*reads up to {FORMAT_VERSION}.*upgrade",
     ),
     "version that is none": (
         lambda folder, bits: edit_config(folder, lambda c: c.update(format_version="one")),
