@@ -17,10 +17,9 @@ from typing import Any
 from provenance import model_name
 from rows import Results, Row, Settings, add_arguments, run_rows
 from tables import markdown, summary_line
+from variants import OPTIMUM_DEFAULTS
 
 
-OPTIMUM_DEFAULTS = ("--stack", "naive", "--sym", "--mse", "0", "--damp-percent", "0.1")
-"""The naive stack as it comes: what a user of Optimum gets who changes nothing."""
 DENSE, FLOAT = "dense", "LoRD float"
 LABELS = (
     DENSE, "GPTQ 4-bit", "GPTQ 3-bit", FLOAT, "naive 4-bit",

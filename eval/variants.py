@@ -20,16 +20,21 @@ class Variant(NamedTuple):
     flags: tuple[str, ...] | None
 
 
-def variants(
-    rank_ratio: float, *, gptq_bits: tuple[int, ...] = (4,), stacked_bits: tuple[int, ...] = (8, 4)
-) -> list[Variant]:
-    """Returns the rows: dense, GPTQ alone, LoRD alone, and both stacked."""
+OPTIMUM_DEFAULTS = ("--stack", "naive", "--sym", "--mse", "0", "--damp-percent", "0.1")
+"""The naive stack as it comes: what a user of Optimum gets who changes nothing."""
+
+
+def variants(rank_ratio: float, bits: int = 4) -> list[Variant]:
+    """Returns the demo's rows: dense, plain GPTQ, LoRD alone, and the two stacked naively and jointly."""
     rank = ("--rank-ratio", str(rank_ratio))
-    rows = [Variant("dense", None)]
-    rows += [Variant(f"GPTQ {bits}-bit", ("--rank-ratio", "1", "--bits", str(bits))) for bits in gptq_bits]
-    rows += [Variant("LoRD float", (*rank, "--bits", "16"))]
-    rows += [Variant(f"LoRD + GPTQ {bits}-bit", (*rank, "--bits", str(bits))) for bits in stacked_bits]
-    return rows
+    packed = ("--bits", str(bits))
+    return [
+        Variant("dense", None),
+        Variant(f"GPTQ {bits}-bit", ("--stack", "naive", "--rank-ratio", "1", *packed)),
+        Variant("LoRD float", ("--stack", "naive", *rank, "--bits", "16")),
+        Variant(f"naive {bits}-bit", (*OPTIMUM_DEFAULTS, *rank, *packed)),
+        Variant(f"joint {bits}-bit", (*rank, *packed)),
+    ]
 
 
 def lord(*arguments: str, quiet: bool = False, environment: dict[str, str] | None = None) -> None:

@@ -19,15 +19,23 @@ LEAST_SHARE = 0.9
 """Share of the blocks' parameters that the found layers must hold, or a caution is due."""
 
 
-def log_cautions(model: torch.nn.Module, plan: Plan, windows: TokenWindows) -> None:
+def log_cautions(model: torch.nn.Module, plan: Plan, windows: TokenWindows, stack: str) -> None:
     """Logs what the command line prints before a run."""
-    for warning in run_cautions(model, plan, windows, next(model.parameters()).device):
+    for warning in run_cautions(model, plan, windows, next(model.parameters()).device, stack):
         logger.warning(warning)
 
 
-def run_cautions(model: torch.nn.Module, plan: Plan, windows: TokenWindows, device: torch.device) -> tuple[str, ...]:
-    """Returns what a user should know before a run: short calibration, idle targets, hosts' habits."""
+def run_cautions(
+    model: torch.nn.Module, plan: Plan, windows: TokenWindows, device: torch.device, stack: str
+) -> tuple[str, ...]:
+    """Returns what a user should know before a run: short calibration, idle targets, hosts' habits.
+
+    `stack` is that of the run; only the naive one lets Optimum run blocks and choose devices.
+    """
     found = [*_plan_warnings(plan, windows), *_model_warnings(model, plan)]
+    if stack != "naive":
+        return tuple(found)
+    found += _mask_warnings(model, plan)
     if plan.bits != FLOAT_BITS and torch.cuda.is_available() and (device.type == "cpu" or device.index not in (None, 0)):
         found.append(f"Optimum solves on the first GPU, not on {device}; CUDA_VISIBLE_DEVICES chooses which it sees")
     return tuple(found)
@@ -57,6 +65,9 @@ def _model_warnings(model: torch.nn.Module, plan: Plan) -> Iterator[str]:
             f"only {share:.0%} of the blocks' parameters are linear layers that can be found (mixture-of-experts weights "
             "are not): the rest stays as it is, and bits per weight do not count it"
         )
+
+
+def _mask_warnings(model: torch.nn.Module, plan: Plan) -> Iterator[str]:
     kinds = set(getattr(getattr(model, "config", None), "layer_types", None) or ())
     if plan.bits != FLOAT_BITS and len(kinds) > 1:
         listed = ", ".join(sorted(kinds))

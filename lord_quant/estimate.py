@@ -22,6 +22,8 @@ EIGEN_FLOPS = 10
 EIGEN_EFFICIENCY = 0.15
 SOLVER_EFFICIENCY = 0.02
 """The solver works column by column."""
+JOINT_PASSES = 3
+"""Passes of the compressed stream through a block of four stages, finished parts being replayed."""
 
 
 class Estimate(NamedTuple):
@@ -36,7 +38,9 @@ class Estimate(NamedTuple):
     memory_bytes: int
 
 
-def estimate(plan: Plan, num_tokens: int, window_shape: tuple[int, ...], device: torch.device, itemsize: int) -> Estimate:
+def estimate(
+    plan: Plan, num_tokens: int, window_shape: tuple[int, ...], device: torch.device, itemsize: int, joint: bool
+) -> Estimate:
     """Predicts time and memory of a run on `device`.
 
     Args:
@@ -45,6 +49,7 @@ def estimate(plan: Plan, num_tokens: int, window_shape: tuple[int, ...], device:
         window_shape: (num_samples, seq_len).
         device: Where it will run.
         itemsize: Bytes of a stored float value; the CPU computes in 4-byte floats whatever is stored.
+        joint: Whether the joint stack runs: two streams, two moment matrices, a block's inputs held.
     """
     speed = matrix_flops(device)
     dense = sum(layer.dense_weights for layer in plan.layers)
@@ -52,21 +57,30 @@ def estimate(plan: Plan, num_tokens: int, window_shape: tuple[int, ...], device:
     forward, solve, eigen = 2.0 * dense * num_tokens, 0.0, 0.0
     for layer in plan.layers:
         if layer.rank is not None:
-            forward += 2.0 * layer.in_features**2 * num_tokens
             eigen += EIGEN_FLOPS * min(layer.in_features, layer.out_features) ** 3
+        if joint or layer.rank is not None:
+            forward += 2.0 * (1 + joint) * layer.in_features**2 * num_tokens
+    per_block = len(plan.layers) / (plan.layers[-1].block + 1)
+    if joint:
+        forward += 2.0 * kept * num_tokens * JOINT_PASSES
+    elif plan.bits != FLOAT_BITS:
+        factors = sum(len(layer.factor_shapes()) for layer in plan.layers) / len(plan.layers)
+        forward += 2.0 * kept * num_tokens * (per_block * factors + 1)  # true_sequential: a block once per layer
+        forward += sum(2.0 * n * n * num_tokens for layer in plan.layers for n, _ in layer.factor_shapes().values())
     if plan.bits != FLOAT_BITS:
-        per_block = sum(len(layer.factor_shapes()) for layer in plan.layers) / (plan.layers[-1].block + 1)
-        forward += 2.0 * kept * num_tokens * (per_block + 1)  # true_sequential runs a block once per layer
         for layer in plan.layers:
             for inputs, outputs in layer.factor_shapes().values():
-                forward += 2.0 * inputs**2 * num_tokens
                 solve += 2.0 * inputs**2 * outputs + inputs**3
     seconds = forward / speed + eigen / (speed * EIGEN_EFFICIENCY) + solve / (speed * SOLVER_EFFICIENCY)
     width = min(layer.in_features for layer in plan.layers)
     widest = max(layer.in_features for layer in plan.layers)
     held = 4 if device.type == "cpu" else itemsize
     weights = plan.other_bytes // itemsize * held + dense * held
-    return Estimate(seconds, int(weights + 3 * num_tokens * width * held + 4 * 4 * widest**2))
+    activations = 3 * num_tokens * width * held
+    if joint:
+        first = plan.layers[0].block
+        activations += num_tokens * held * sum(layer.in_features for layer in plan.layers if layer.block == first)
+    return Estimate(seconds, int(weights + activations + 4 * 4 * widest**2))
 
 
 def matrix_flops(device: torch.device, size: int = 1024) -> float:

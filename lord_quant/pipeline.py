@@ -158,10 +158,11 @@ def prepare(config: LordConfig, *, overwrite: bool = False) -> Job:
     skeleton = build_skeleton(source)
     plan = plan_model(skeleton, config, source.dtype.itemsize)
     windows = calibrate(config, source.tokenizer, source.context)
-    guess = estimate(plan, windows.num_tokens, tuple(windows.input_ids.shape), device, source.dtype.itemsize)
-    return Job(
-        config, source, plan, windows, device, output, overwrite, guess, run_cautions(skeleton, plan, windows, device)
+    guess = estimate(
+        plan, windows.num_tokens, tuple(windows.input_ids.shape), device, source.dtype.itemsize, config.stack == "joint"
     )
+    cautions = run_cautions(skeleton, plan, windows, device, config.stack)
+    return Job(config, source, plan, windows, device, output, overwrite, guess, cautions)
 
 
 def calibrate(
@@ -296,7 +297,7 @@ def compress_loaded(model: PreTrainedModel, tokenizer: Any, config: LordConfig) 
             raise ModelError(f"no tokenizer at {tokenizer or config.model!r}: {error}; pass tokenizer=…") from error
     context = getattr(model.config, "max_position_embeddings", None) or DEFAULT_SEQ_LEN
     windows = calibrate(config, tokenizer, context)
-    log_cautions(model, plan, windows)
+    log_cautions(model, plan, windows, config.stack)
     return compress_model(model, plan, windows, config)
 
 

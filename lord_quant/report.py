@@ -313,6 +313,10 @@ def _remarks(layers: list[dict[str, Any]]) -> str:
             by_remark.setdefault("numerical rank below the rank kept: some kept directions are rounding noise", []).append(
                 layer["name"]
             )
+    coefficients = [layer["largest_coefficient"] for layer in layers if "largest_coefficient" in layer]
+    if coefficients:
+        largest = f"largest coefficient of a pivoted layer's predictor, before rounding: {max(coefficients):.2f}"
+        by_remark[largest] = [layer["name"] for layer in layers if layer.get("largest_coefficient") == max(coefficients)]
     return "".join(f"\nnote: {remark} ({len(names)} layers, such as {names[0]})" for remark, names in by_remark.items())
 
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 from torch import nn
 
@@ -39,21 +41,21 @@ def windows(tokens: int) -> TokenWindows:
 
 
 def test_nothing_to_say() -> None:
-    assert run_cautions(Model(), plan(Model()), windows(640), CPU) == ()
+    assert run_cautions(Model(), plan(Model()), windows(640), CPU, "naive") == ()
 
 
 def test_too_few_tokens_are_counted_against_the_widest_layer() -> None:
-    (caution,) = run_cautions(Model(), plan(Model()), windows(63), CPU)
+    (caution,) = run_cautions(Model(), plan(Model()), windows(63), CPU, "joint")
     assert "63 calibration tokens" in caution and "64 inputs" in caution
 
 
 def test_weights_that_are_no_linear_layers_are_noticed() -> None:
-    (caution,) = run_cautions(Model(hidden=1024), plan(Model(hidden=1024)), windows(640), CPU)
+    (caution,) = run_cautions(Model(hidden=1024), plan(Model(hidden=1024)), windows(640), CPU, "naive")
     assert "only 20% of the blocks' parameters" in caution  # 16384 of 16384 + 256 + 65536
 
 
 def test_enlarged_layers_are_counted() -> None:
-    (caution,) = run_cautions(Model(), plan(Model(), force=True, ratio=1 - 1e-3), windows(640), CPU)
+    (caution,) = run_cautions(Model(), plan(Model(), force=True, ratio=1 - 1e-3), windows(640), CPU, "naive")
     assert "makes 1 layers larger" in caution
 
 
@@ -65,5 +67,13 @@ def test_dense_targets_are_counted_among_the_targets_only() -> None:
 
     model = Model()
     model.layers = nn.ModuleList([Two()])
-    (caution,) = run_cautions(model, plan(model), windows(640), CPU)
+    (caution,) = run_cautions(model, plan(model), windows(640), CPU, "naive")
     assert caution.startswith("1 of 2 targeted layers stay dense")
+
+
+def test_only_the_naive_stack_lends_the_first_mask_to_every_block() -> None:
+    model = Model()
+    model.config = SimpleNamespace(layer_types=["sliding_attention", "full_attention"])  # type: ignore[assignment]
+    assert run_cautions(model, plan(model), windows(640), CPU, "joint") == ()
+    (caution,) = run_cautions(model, plan(model), windows(640), CPU, "naive")
+    assert "first block's mask" in caution and "full_attention, sliding_attention" in caution

@@ -160,7 +160,7 @@ class LordGPTQQuantizer(_GPTQQuantizer):
         dataset = self.dataset
         plan = plan_model(model, config, next(model.parameters()).element_size())
         windows = self._windows(model, tokenizer)
-        log_cautions(model, plan, windows)
+        log_cautions(model, plan, windows, config.stack)
         for key, value in host_arguments(config, plan, model, windows).items():
             setattr(self, key, value)
         self.quantizeConfig.group_size = plan.group_size

@@ -51,7 +51,8 @@ def test_plot_is_a_png_of_readable_size(demo: Any, tmp_path: Path) -> None:
 def test_rows_cover_what_the_comparison_needs(demo: Any) -> None:
     table = demo.variants(0.75)
     assert [variant.label for variant in table] == [
-        "dense", "GPTQ 4-bit", "LoRD float", "LoRD + GPTQ 8-bit", "LoRD + GPTQ 4-bit",
+        "dense", "GPTQ 4-bit", "LoRD float", "naive 4-bit", "joint 4-bit",
     ]  # fmt: skip
     assert table[0].flags is None
-    assert table[1].flags == ("--rank-ratio", "1", "--bits", "4")
+    assert table[1].flags == ("--stack", "naive", "--rank-ratio", "1", "--bits", "4")
+    assert "naive" not in table[4].flags
