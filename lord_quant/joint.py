@@ -44,7 +44,7 @@ class StackRecord(NamedTuple):
         rel_stacked_error: Share lost by truncation and rounding together.
         effective_rank: Numerical rank of the output covariance, or None.
         num_tokens: Tokens its statistics were taken from.
-        seconds: Wall time of its algebra and solves.
+        seconds: Wall time of its algebra, without the solves, whose own is in what they return.
         remedies: What the numerics needed; empty when nothing.
         largest_coefficient: Largest magnitude in a pivoted layer's predictor, before quantization, or None.
     """
@@ -171,11 +171,11 @@ class _Inputs:
     def stages(self, true_sequential: bool) -> list[list[str]]:
         """Returns which inputs are handled at once."""
         leaders = list(self.batches)
-        return [[leader] for leader in leaders] if true_sequential else [leaders]
+        return [[leader] for leader in leaders] if true_sequential or not leaders else [leaders]
 
     def of_last(self, true_sequential: bool) -> list[str]:
         """Returns the layers of the last stage, whose children ran to their end in no stage."""
-        return [name for leader in self.stages(true_sequential)[-1] for name in self.members(leader)]
+        return [name for stage in self.stages(true_sequential)[-1:] for leader in stage for name in self.members(leader)]
 
     def forget(self, leader: str) -> None:
         """Frees an input that is not needed any more."""
@@ -201,6 +201,12 @@ def _record_inputs(dense: nn.Module, run: _Runner, layers: Sequence[str], prefix
     unseen = [prefix + name for name in layers if not inputs.num_values(name)]
     if unseen:
         raise CalibrationError(f"no calibration token reached {', '.join(unseen)}; use more text, or --ignore them")
+    odd = [prefix + name for name, batches in inputs.batches.items() if len(batches) != len(run.stream)]
+    if odd:
+        raise CalibrationError(
+            f"{', '.join(odd)}: not called once per forward pass, so inputs of the two streams cannot be paired; "
+            "use --stack naive"
+        )
     return inputs
 
 
@@ -279,8 +285,9 @@ def _compress(
         replace_layer(model, layer.name, stacked.factors)
     elif stacked.weight is not None:
         set_dense(model, layer.name, stacked.weight, stacked.bias)
-    done.quantized |= {layer.name + suffix: item for suffix, item in stacked.quantized.items()}
-    done.records.append(_record(layer, stacked, moments.num_tokens, time.perf_counter() - start))
+    done.quantized |= {layer.name + suffix: item.at_rest() for suffix, item in stacked.quantized.items()}
+    solving = sum(item.seconds for item in stacked.quantized.values())
+    done.records.append(_record(layer, stacked, moments.num_tokens, time.perf_counter() - start - solving))
 
 
 def _record(layer: LayerPlan, stacked: Stacked, num_tokens: int, seconds: float) -> StackRecord:

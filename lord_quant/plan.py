@@ -324,13 +324,22 @@ def _explicit_ranks(
     return ranks
 
 
+def _largest_shrinking_rank(layer: LayerPlan, step: int) -> int:
+    """Returns the largest legal rank at which a layer's factors are smaller than itself, or 0."""
+    smaller = min(layer.in_features, layer.out_features)
+    for rank in range(smaller // step * step, 0, -step):
+        shapes = factor_shapes(layer.in_features, layer.out_features, rank, layer.form)
+        if sum(math.prod(shape) for shape in shapes.values()) < layer.dense_weights:
+            return rank
+    return 0
+
+
 def _nothing_decomposed(plan: Plan, group_size: int) -> str:
     step = rank_step(group_size)
     lines = [f"no layer would be decomposed: ranks snap up to multiples of {step} (group size {group_size})"]
     for layer in plan.layers:
         if layer.block == plan.layers[0].block and layer.note:
-            limit = layer.dense_weights / (layer.in_features + layer.out_features)
-            largest = (math.ceil(limit / step) - 1) * step
+            largest = _largest_shrinking_rank(layer, step)
             legal = f"largest rank that shrinks it: {largest}" if largest > 0 else "no legal rank shrinks it"
             lines.append(f"  {layer.name} {layer.out_features}x{layer.in_features} {layer.note}; {legal}")
     smaller_groups = f", a --group-size below {group_size}" if group_size > min(GROUP_SIZES) else ""

@@ -37,7 +37,7 @@ class Quantized(NamedTuple):
     """A weight on its grid, with what the solver said of it.
 
     Attributes:
-        codes: Integers 0 to 2^bits − 1 in float, with shape (out_features, in_features).
+        codes: Integers 0 to 2^bits − 1, float while at work and uint8 at rest, with shape (out_features, in_features).
         scales: Values of float16 precision, with shape (out_features, groups).
         zeros: Integers in float, with shape (out_features, groups).
         g_idx: Group of every column, with shape (in_features,).
@@ -60,6 +60,14 @@ class Quantized(NamedTuple):
         """Returns the weight as it will be read back, with shape (out_features, in_features)."""
         groups = self.g_idx.long()
         return self.scales[:, groups] * (self.codes - self.zeros[:, groups])
+
+    def to(self, like: torch.Tensor) -> Quantized:
+        """Returns the same with codes, scales and zeros in the dtype of `like`; the values do not change."""
+        return self._replace(codes=self.codes.to(like), scales=self.scales.to(like), zeros=self.zeros.to(like))
+
+    def at_rest(self) -> Quantized:
+        """Returns the same in a quarter of the memory; a whole model's codes wait to be packed."""
+        return self._replace(codes=self.codes.to(torch.uint8))
 
 
 def refine(weight: torch.Tensor, hessian: torch.Tensor, quantized: Quantized, sweeps: int) -> Quantized:

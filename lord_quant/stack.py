@@ -274,7 +274,7 @@ def _quantize_rows(rows: torch.Tensor, metric: torch.Tensor, covariance: torch.T
 
 def _refined(solve: Solver, sweeps: int) -> Solver:
     def quantize(weight: torch.Tensor, hessian: torch.Tensor) -> Quantized:
-        return refine(weight, hessian, solve(weight, hessian), sweeps)
+        return refine(weight, hessian, solve(weight, hessian).to(weight), sweeps)
 
     return quantize
 

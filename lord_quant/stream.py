@@ -101,13 +101,17 @@ class Replay:
     def of(self, children: Iterable[str]) -> Iterator[None]:
         """Replays these children while the body runs; what was not seen yet runs once more and is remembered."""
         replaced = {name: getattr(self.block, name) for name in children if name not in self.called_again}
+        own = {name: vars(child)["forward"] for name, child in replaced.items() if "forward" in vars(child)}
         for name, child in replaced.items():
             child.forward = self._remembering(name, child.forward)
         try:
             yield
         finally:
-            for child in replaced.values():
-                del child.forward
+            for name, child in replaced.items():
+                if name in own:  # put there by a host, as accelerate does
+                    child.forward = own[name]
+                else:
+                    del child.forward
 
     def _remembering(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         kept = self.kept.setdefault(name, {})

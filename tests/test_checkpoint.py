@@ -225,6 +225,26 @@ def test_a_rank_pattern_that_is_no_mapping(pattern: object) -> None:
         check_version({"format_version": 1, "rank_pattern": pattern})
 
 
+@pytest.mark.parametrize("pattern", ["a", ["a"], 3])
+def test_a_form_pattern_that_is_no_mapping(pattern: object) -> None:
+    with pytest.raises(
+        CheckpointError, match=f"form_pattern is {type(pattern).__name__}; wanted a mapping of path to form"
+    ):
+        check_version({"format_version": 2, "form_pattern": pattern})
+    check_version({"format_version": 2, "rank_pattern": None, "form_pattern": None})
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("form", ["two_factor", "pivoted"])
+def test_forms_are_recorded_only_where_they_are_not_the_usual_one(form: str, bits: int) -> None:
+    sites = [LinearSite("h.0.up", 0, 256, 1024, False), LinearSite("h.0.down", 0, 1024, 256, False)]
+    gptq, lowrank = GptqConfig(bits=bits, group_size=64), LowrankConfig(rank_pattern={"up": 128}, form=form)
+    values = quantization_config(build_plan(sites, lowrank, gptq, itemsize=4, other_bytes=0), gptq, "gptq_v2")
+    assert values.get("form_pattern") == ({"h.0.up": "pivoted"} if form == "pivoted" else None)
+    assert json.loads(json.dumps(values)) == values
+    check_version(values)
+
+
 @pytest.mark.parametrize("bits", [4, 16])
 def test_quantization_config_says_what_was_done_and_is_json(bits: int) -> None:
     site = LinearSite("h.0.up", 0, 256, 1024, False)
@@ -322,6 +342,9 @@ EXPECTED = {
     "h.0.up.up.weight": (6, 2),
     "h.0.up.up.bias": (6,),
     "h.0.norm.weight": (4,),
+    "h.0.out.down.weight": (2, 4),
+    "h.0.out.up.weight": (4, 2),
+    "h.0.out.order": (6,),
 }
 
 
@@ -341,7 +364,7 @@ def test_the_right_tensors_are_accepted(tmp_path: Path) -> None:
     assert check(tmp_path, {}) == ""
     # what is outside the blocks, or no weight of ours, is none of our business
     assert check(tmp_path, {"lm_head.weight": (9, 4), "wte.weight": (9, 4), "h.0.attn.masked_bias": (1,)}) == ""
-    assert check(tmp_path, {"h.0.rotary.weight": (3,)}) == ""
+    assert check(tmp_path, {"h.0.rotary.weight": (3,), "order": (3,), "g.0.order": (3,)}) == ""
 
 
 @pytest.mark.parametrize(
@@ -353,6 +376,10 @@ def test_the_right_tensors_are_accepted(tmp_path: Path) -> None:
         ({"h.0.fc.qweight": (2, 4)}, "unexpected: h.0.fc.qweight"),
         ({"h.0.up.down.bias": (2,)}, "unexpected: h.0.up.down.bias"),
         ({"h.1.fc.up.scales": (2, 4)}, "unexpected: h.1.fc.up.scales"),
+        ({"h.0.out.order": None}, "missing: h.0.out.order (6,)"),
+        ({"h.0.out.order": (5,)}, "wrong shape: h.0.out.order is (5,), the plan wants (6,)"),
+        ({"h.1.fc.order": (6,)}, "unexpected: h.1.fc.order"),
+        ({"h.0.out.down.bias": (2,)}, "unexpected: h.0.out.down.bias"),
     ],
 )
 def test_tensors_that_do_not_match_are_named(tmp_path: Path, changes: dict, part: str) -> None:
@@ -376,10 +403,12 @@ def test_at_most_ten_problems_are_listed(tmp_path: Path) -> None:
 def test_cast_floats_casts_parameters_and_nothing_else(dtype: torch.dtype) -> None:
     model = nn.Linear(3, 2)
     model.register_buffer("frequencies", torch.ones(2))
+    model.register_buffer("order", torch.ones(2, dtype=torch.int16))
     model.codes = nn.Parameter(torch.ones(2, dtype=torch.int32), requires_grad=False)
     weight = model.weight.detach().clone()
     cast_floats(model, dtype)
     assert model.weight.dtype == model.bias.dtype == dtype and isinstance(model.weight, nn.Parameter)
     assert torch.equal(model.weight, weight.to(dtype))
     assert model.frequencies.dtype == torch.float32 and model.codes.dtype == torch.int32
+    assert model.order.dtype == torch.int16
     assert math.prod(model.weight.shape) == 6

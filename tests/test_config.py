@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 
 from lord_quant.config import (
     BITS,
+    FORMS,
     GROUP_SIZES,
+    ORDERS,
+    STACKS,
     CalibrationConfig,
     GptqConfig,
     JointConfig,
@@ -85,6 +88,8 @@ def test_the_test_above_covers_every_field() -> None:
         ({"model": "m", "lowrank": {"rank_ration": 0.5}}, "rank_ration", "rank_ratio"),
         ({"model": "m", "lowrank": {"rank_ratio": 1}, "gptq": {"groupsize": 128}}, "groupsize", "group_size"),
         ({"model": "m", "lowrank": {"rank_ratio": 1}, "calibration": {"num_sample": 1}}, "num_sample", "num_samples"),
+        ({"model": "m", "lowrank": {"rank_ratio": 1}, "joint": {"ancor": False}}, "ancor", "anchor"),
+        ({"model": "m", "lowrank": {"rank_ratio": 1}, "joints": {}}, "joints", "joint"),
     ],
 )
 def test_an_unknown_key_names_the_nearest(values: dict[str, Any], found: str, nearest: str) -> None:
@@ -113,6 +118,23 @@ def test_all_unknown_keys_of_a_mapping_are_named_with_the_known_ones() -> None:
         (GptqConfig, {"damp_percent": 1}, ["damp_percent is 1", "(0, 1)"]),
         (GptqConfig, {"damp_percent": math.nan}, ["damp_percent is nan"]),
         (GptqConfig, {"damp_percent": "0.1"}, ["damp_percent is '0.1'"]),
+        (GptqConfig, {"mse": -0.1}, ["mse is -0.1", "[0, 8]"]),
+        (GptqConfig, {"mse": 8.5}, ["mse is 8.5", "[0, 8]"]),
+        (GptqConfig, {"mse": math.nan}, ["mse is nan"]),
+        (GptqConfig, {"mse": math.inf}, ["mse is inf"]),
+        (GptqConfig, {"mse": True}, ["mse is True"]),
+        (GptqConfig, {"mse": "2"}, ["mse is '2'"]),
+        (GptqConfig, {"sym": 0}, ["sym is 0", "true or false"]),
+        (JointConfig, {"order": "up"}, ["order is 'up'", "auto, down_first, up_first"]),
+        (JointConfig, {"order": "downfirst"}, ["order is 'downfirst'", "did you mean 'down_first'"]),
+        (JointConfig, {"order": None}, ["order is None", "auto"]),
+        (JointConfig, {"refine": -1}, ["refine is -1", "0 to 100"]),
+        (JointConfig, {"refine": 101}, ["refine is 101", "0 to 100"]),
+        (JointConfig, {"refine": 2.0}, ["refine is 2.0"]),
+        (JointConfig, {"refine": True}, ["refine is True"]),
+        *((JointConfig, {name: 1}, [f"{name} is 1", "true or false"]) for name in ("anchor", "rotate", "refit", "deflate")),
+        (LowrankConfig, {"rank_ratio": 0.5, "form": "pivot"}, ["form is 'pivot'", "did you mean 'pivoted'"]),
+        (LowrankConfig, {"rank_ratio": 0.5, "form": None}, ["form is None", "two_factor, pivoted"]),
         (LowrankConfig, {"rank_ratio": 0}, ["rank_ratio is 0", "(0, 1]"]),
         (LowrankConfig, {"rank_ratio": 1.5}, ["rank_ratio is 1.5", "(0, 1]"]),
         (LowrankConfig, {"rank_ratio": -0.5}, ["rank_ratio is -0.5", "(0, 1]"]),
@@ -154,6 +176,7 @@ def test_an_illegal_value_says_what_was_found_and_wanted(section: type, values: 
         ({"dtype": "float23"}, ["dtype is 'float23'", "bfloat16", "did you mean 'float32'"]),
         ({"dtype": "int8"}, ["dtype is 'int8'", "auto, float32"]),
         ({"stack": "naiv"}, ["stack is 'naiv'", "did you mean 'naive'"]),
+        ({"stack": "join"}, ["stack is 'join'", "joint, naive", "did you mean 'joint'"]),
         ({"model": ""}, ["model is not given"]),
         ({"model": 3}, ["model is not given"]),
         ({"output": 3}, ["output is 3", "folder"]),
@@ -177,15 +200,18 @@ def test_all_problems_of_a_section_are_in_one_error() -> None:
     with pytest.raises(ConfigError) as caught:
         CalibrationConfig(num_samples=0, seq_len=0, seed=-1)
     assert all(name in str(caught.value) for name in ("num_samples", "seq_len", "seed"))
+    with pytest.raises(ConfigError) as caught:
+        JointConfig(anchor="yes", order="first", refine=None)
+    assert all(name in str(caught.value) for name in ("anchor is 'yes'", "order is 'first'", "refine is None"))
 
 
 def test_configurations_are_frozen() -> None:
-    for part in (CONFIGS[0], CONFIGS[0].lowrank, CONFIGS[0].gptq, CONFIGS[0].calibration):
+    for part in (CONFIGS[0], *(getattr(CONFIGS[0], name) for name in ("lowrank", "gptq", "calibration", "joint"))):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(part, dataclasses.fields(part)[0].name, None)
 
 
-@pytest.mark.parametrize("section", ["lowrank", "gptq", "calibration"])
+@pytest.mark.parametrize("section", ["lowrank", "gptq", "calibration", "joint"])
 def test_a_section_that_is_no_mapping(section: str) -> None:
     with pytest.raises(ConfigError, match=f"'{section}' is str; wanted a mapping"):
         LordConfig.from_dict({"model": "m", "lowrank": {"rank_ratio": 0.5}} | {section: "nonsense"})
@@ -232,6 +258,13 @@ def test_read_yaml_names_a_missing_file(tmp_path: Path) -> None:
 def test_every_listed_value_is_legal() -> None:
     assert [GptqConfig(bits=bits).bits for bits in BITS] == [2, 3, 4, 8, 16]
     assert [GptqConfig(group_size=size).group_size for size in GROUP_SIZES] == [32, 64, 128, 256]
+    assert [LowrankConfig(rank_ratio=1, form=form).form for form in FORMS] == ["two_factor", "pivoted"]
+    assert [JointConfig(order=order).order for order in ORDERS] == ["auto", "down_first", "up_first"]
+    assert [LordConfig("m", stack=stack, lowrank=LowrankConfig(rank_ratio=1)).stack for stack in STACKS] == [
+        "joint",
+        "naive",
+    ]
+    assert (JointConfig(refine=0).refine, JointConfig(refine=100).refine, GptqConfig(mse=0).mse) == (0, 100, 0)
     assert LowrankConfig(rank_ratio=1).rank_ratio == LowrankConfig(param_ratio=1.0).param_ratio == 1
 
 

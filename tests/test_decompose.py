@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lord_quant.decompose import Factors, decompose, output_spectrum, two_factor
+from lord_quant.decompose import FORMS, Factors, decompose, output_spectrum, pivoted, two_factor
 from lord_quant.errors import NumericsError, RankError
 from lord_quant.moments import MomentAccumulator, Moments
 
@@ -308,3 +308,60 @@ def test_one_spectrum_serves_every_rank() -> None:
         again = two_factor(p.weight, p.bias, spectrum, rank, p.moments.mean)
         assert once.pivots is again.pivots is None
         assert all(torch.equal(a, b) for a, b in zip(tensors(once), tensors(again), strict=True))
+
+
+# The pivoted form
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 14), st.integers(1, 14), st.integers(0, 10**6), st.data())
+def test_the_pivoted_form_is_the_same_map(m: int, n: int, seed: int, data: st.DataObject) -> None:
+    p = problem(m, n, tokens=3 * n + 5, seed=seed)
+    rank = data.draw(st.integers(1, min(m - 1, n)))
+    two, _ = decompose(p.weight, p.bias, p.moments, rank)
+    parts, spectrum = decompose(p.weight, p.bias, p.moments, rank, form="pivoted")
+    assert parts.down.shape == (rank, n) and parts.up.shape == (m - rank, rank) and parts.pivots.shape == (rank,)
+    assert two.up.numel() + two.down.numel() - parts.up.numel() - parts.down.numel() == rank**2
+    size = float(two.product().abs().max())
+    torch.testing.assert_close(parts.product(), two.product(), rtol=0, atol=1e-9 * size)
+    assert torch.equal(parts.bias, two.bias)
+    assert parts.up.abs().max() <= 1.05 + 1e-9
+    torch.testing.assert_close(parts.product()[parts.pivots], parts.down, rtol=0, atol=0)
+    measured = squared_error(p, parts) / variance(p)
+    assert measured == pytest.approx(spectrum.discarded_share(rank), abs=1e-9)
+    outputs_of_each = sorted([*parts.pivots.tolist(), *parts.others().tolist()])
+    assert outputs_of_each == list(range(m)) and (parts.others().diff() > 0).all()
+
+
+@pytest.mark.parametrize("kind", SINGULAR)
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+def test_the_pivoted_form_survives_singular_covariances_in_float32(m: int, n: int, kind: str) -> None:
+    moments = moments_of(singular_inputs(kind, n))
+    moments = Moments(moments.mean.float(), moments.covariance.float(), moments.num_tokens)
+    weight = problem(m, n).weight.float()
+    for rank in (1, 4, min(m - 1, n)):
+        two, _ = decompose(weight, None, moments, rank)
+        parts, _ = decompose(weight, None, moments, rank, form="pivoted")
+        assert all(torch.isfinite(tensor).all() for tensor in tensors(parts))
+        assert parts.up.abs().max() <= 1.05 + 1e-5
+        size = float(two.product().abs().max())
+        torch.testing.assert_close(parts.product(), two.product(), rtol=0, atol=1e-4 * size)
+
+
+def test_pivoting_needs_an_output_that_is_left() -> None:
+    p = problem(6, 8)
+    with pytest.raises(RankError, match="rank 6 of 6 outputs is the layer itself"):
+        decompose(p.weight, p.bias, p.moments, 6, form="pivoted")
+    factors, _ = decompose(p.weight, p.bias, p.moments, 5)
+    before = [tensor.clone() for tensor in tensors(factors)]
+    assert FORMS["two_factor"](factors) is factors
+    assert pivoted(factors).pivots is not None
+    assert all(torch.equal(old, new) for old, new in zip(before, tensors(factors), strict=True))
+
+
+def test_the_product_of_pivoted_factors_by_hand() -> None:
+    down, up = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[10.0, 100.0]])
+    parts = Factors(down, up, None, torch.tensor([0, 2]))
+    assert parts.others().tolist() == [1]
+    assert parts.product().tolist() == [[1, 2], [310, 420], [3, 4]]
+    assert Factors(down, torch.eye(2), None).product().tolist() == down.tolist()

@@ -2,6 +2,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lord_quant import linalg
 from lord_quant.errors import NumericsError
@@ -112,3 +114,140 @@ def test_thin_qr(shape: tuple[int, int]) -> None:
     torch.testing.assert_close(q @ r, weight)
     torch.testing.assert_close(q.T @ q, torch.eye(4, dtype=torch.float64))
     assert torch.equal(r, r.triu())
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 24), st.integers(0, 10**9))
+def test_random_orthogonal_is_orthogonal_and_the_seeds_own(size: int, seed: int) -> None:
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    drawn = linalg.random_orthogonal(size, seed, torch.zeros(1, dtype=torch.float64))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.testing.assert_close(drawn @ drawn.T, torch.eye(size, dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.manual_seed(6)
+    assert torch.equal(linalg.random_orthogonal(size, seed, drawn), drawn)
+    assert torch.equal(linalg.random_orthogonal(size, seed, drawn.float()), drawn.float())
+    assert size == 1 or not torch.allclose(linalg.random_orthogonal(size, seed + 1, drawn), drawn)
+
+
+def test_random_orthogonal_is_uniform() -> None:
+    """Haar: entries have mean 0 and variance 1/n, also on the diagonal, where a plain QR has one sign."""
+    draws = torch.stack([linalg.random_orthogonal(4, seed, torch.zeros(1, dtype=torch.float64)) for seed in range(600)])
+    assert draws.mean(dim=0).abs().max() < 4 * (1 / 4 / 600) ** 0.5
+    assert (draws.square().mean(dim=0) - 1 / 4).abs().max() < 0.05
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 12), st.sampled_from([0.0, 1e-6, 1e-2, 1.0]), st.data())
+def test_damped_right_solve_agrees_with_a_plain_solve(
+    size: int, rows: int, rank: int, fraction: float, data: st.DataObject
+) -> None:
+    seed = data.draw(st.integers(0, 10**6))
+    matrix = positive_semidefinite(size, max(rank, 1), seed) if rank else torch.zeros(size, size, dtype=torch.float64)
+    right = torch.randn(rows, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    before = right.clone(), matrix.clone()
+    found = linalg.damped_right_solve(right, matrix, fraction)
+    assert torch.equal(right, before[0]) and torch.equal(matrix, before[1])
+    assert found.shape == right.shape and torch.isfinite(found).all()
+    if not rank:
+        assert torch.equal(found, torch.zeros_like(right))
+    elif fraction >= 1e-6:  # less may have been raised
+        damped = matrix + fraction * matrix.diagonal().mean() * torch.eye(size, dtype=torch.float64)
+        expected = torch.linalg.solve(damped, right, left=False)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e12, 1e30])
+def test_damped_right_solve_does_not_mind_units_in_float32(scale: float) -> None:
+    matrix, right = positive_semidefinite(8), torch.ones(3, 8, dtype=torch.float64)
+    found = linalg.damped_right_solve((right * scale).float(), (matrix * scale).float(), 0.01)
+    torch.testing.assert_close(found.double(), linalg.damped_right_solve(right, matrix, 0.01), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_damping_is_raised_until_a_singular_matrix_can_be_solved(dtype: torch.dtype) -> None:
+    matrix = positive_semidefinite(10, 3).to(dtype)
+    matrix[0, 0] -= 1e-7 * float(matrix[0, 0])  # as rounding does: slightly indefinite
+    right = matrix[:4].clone()  # a right-hand side in the range, of which a pseudo-inverse would make unit rows
+    found = linalg.damped_right_solve(right, matrix, 0.0)
+    assert found.dtype == dtype and torch.isfinite(found).all()
+    torch.testing.assert_close(found @ matrix, right, rtol=0, atol=0.01 * float(right.abs().max()))
+
+
+def test_a_loud_channel_does_not_overflow_the_factorization() -> None:
+    matrix = torch.diag(torch.tensor([1e36, 1.0, 1.0]))
+    found = linalg.damped_right_solve(torch.tensor([[1e36, 0.0, 0.0]]), matrix, 0.01)
+    assert torch.isfinite(found).all() and found[0, 0] == pytest.approx(1, abs=0.02)
+
+
+def test_an_indefinite_matrix_is_an_error_with_its_shape() -> None:
+    matrix = torch.diag(torch.tensor([10.0, -9.0, 1.0]))
+    with pytest.raises(NumericsError, match=r"\(3, 3\) matrix stayed indefinite"):
+        linalg.damped_right_solve(torch.ones(2, 3), matrix, 0.01)
+
+
+@pytest.mark.parametrize("where", ["right-hand side", "matrix"])
+def test_damped_right_solve_refuses_what_is_not_finite(where: str) -> None:
+    right, matrix = torch.ones(2, 3), torch.eye(3)
+    {"right-hand side": right, "matrix": matrix}[where][0, 1] = torch.nan
+    with pytest.raises(NumericsError, match=f"^{where} of a solve: 1 of"):
+        linalg.damped_right_solve(right, matrix, 0.01)
+
+
+def orthonormal(kind: str, rows: int, rank: int, seed: int) -> torch.Tensor:
+    """Orthonormal bases on which it is easy, or hard, to choose rows."""
+    draw = torch.randn(rows, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    if kind == "few loud rows":
+        draw *= torch.logspace(0, -8, rows, dtype=torch.float64)[:, None]
+    elif kind == "rows alike":
+        draw = draw[torch.arange(rows) % (rank + 1) % rows] + 1e-6 * draw
+    elif kind == "integers":
+        draw = (2 * draw).round() + torch.eye(rows, rank, dtype=torch.float64) / 8
+    elif kind == "Kahan":  # greedy pivoting is misled by this one
+        sine, cosine = 0.8**0.5, 0.2**0.5
+        upper = torch.eye(rank, dtype=torch.float64) - cosine * torch.ones(rank, rank, dtype=torch.float64).triu(1)
+        draw[:rank] = (sine ** torch.arange(rank, dtype=torch.float64)[:, None] * upper).T
+        draw[rank:] *= 0.1
+    return linalg.thin_qr(draw)[0]
+
+
+KINDS = ["gaussian", "few loud rows", "rows alike", "integers", "Kahan"]
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.sampled_from(KINDS), st.integers(1, 20), st.integers(0, 12), st.sampled_from([1.05, 1.5]), st.data())
+def test_pivots_predict_all_rows_with_bounded_coefficients(
+    kind: str, rank: int, more: int, bound: float, data: st.DataObject
+) -> None:
+    basis = orthonormal(kind, rank + more, rank, data.draw(st.integers(0, 10**6)))
+    for u in (basis, basis.float()):
+        before = u.clone()
+        pivots = linalg.choose_pivots(u, bound)
+        assert torch.equal(u, before)
+        assert pivots.dtype == torch.int64 and pivots.shape == (rank,)
+        assert (pivots.diff() > 0).all() and pivots[0] >= 0 and pivots[-1] < rank + more
+        predictor = torch.linalg.solve(u.double()[pivots], u.double(), left=False)
+        assert predictor.abs().max() <= bound + 1e-6
+        torch.testing.assert_close(predictor @ u.double()[pivots], u.double(), rtol=0, atol=1e-6)
+
+
+def test_swaps_find_more_volume_than_greedy_pivoting() -> None:
+    """Otherwise the bound above would hold by luck, and swaps would be dead code."""
+    worst = 0.0
+    for seed in range(30):
+        basis = orthonormal("gaussian", 40, 16, seed)
+        unswapped = linalg.choose_pivots(basis, bound=1e9)
+        predictor = torch.linalg.solve(basis[unswapped], basis, left=False)
+        worst = max(worst, float(predictor.abs().max()))
+        volume = [basis[rows].det().abs() for rows in (unswapped, linalg.choose_pivots(basis))]
+        assert volume[1] >= volume[0] * (1 - 1e-12)
+    assert worst > 1.2
+
+
+def test_the_larger_the_volume_the_smaller_the_amplification() -> None:
+    basis = orthonormal("gaussian", 14, 5, 3)
+    pivots = linalg.choose_pivots(basis)
+    others = [row for row in range(14) if row not in pivots]
+    predictor = torch.linalg.solve(basis[pivots], basis[others], left=False)
+    amplification = torch.linalg.det(torch.eye(5, dtype=torch.float64) + predictor.T @ predictor)
+    assert float(amplification) == pytest.approx(float(basis[pivots].det() ** -2), rel=1e-9)

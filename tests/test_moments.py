@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lord_quant.moments import MomentAccumulator, Moments
+from lord_quant.moments import MomentAccumulator, Moments, PairedAccumulator, PairedMoments
 
 
 def activations(tokens: int, features: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -124,3 +124,102 @@ def test_gradients_are_not_kept() -> None:
     accumulator = MomentAccumulator(3)
     accumulator.update(torch.ones(2, 3, requires_grad=True))
     assert not accumulator.result().covariance.requires_grad
+
+
+def paired(x: torch.Tensor, y: torch.Tensor, sizes: list[int], dtype: torch.dtype = torch.float64) -> PairedMoments:
+    accumulator = PairedAccumulator(x.shape[-1], dtype)
+    for one, other in zip(x.split(sizes), y.split(sizes), strict=True):
+        accumulator.update(one, other)
+    return accumulator.result()
+
+
+def paired_oracle(x: torch.Tensor, y: torch.Tensor) -> PairedMoments:
+    x, y = (rows.double().reshape(-1, rows.shape[-1]) for rows in (x, y))
+    left, right = x - x.mean(0), y - y.mean(0)
+    return PairedMoments(x.mean(0), y.mean(0), right.T @ right / len(y), left.T @ right / len(x), len(x))
+
+
+def assert_same_pairs(left: PairedMoments, right: PairedMoments, tolerance: float = 1e-11) -> None:
+    assert left.num_tokens == right.num_tokens
+    for one, other in zip(left[:4], right[:4], strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+def two_streams(tokens: int, features: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs of the dense model and, drifted away from them, of the compressed one."""
+    x = activations(tokens, features, seed)
+    return x, x @ activations(features, features, seed + 1) * 0.1 + x + activations(tokens, features, seed + 2) * 0.2
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=8), st.integers(1, 6), st.integers(0, 1000))
+def test_paired_moments_agree_with_one_formula_however_streamed(sizes: list[int], features: int, seed: int) -> None:
+    x, y = two_streams(sum(sizes), features, seed)
+    expected = paired_oracle(x, y)
+    assert_same_pairs(paired(x, y, sizes), expected)
+    assert_same_pairs(paired(x, y, [sum(sizes)]), expected)
+    assert_same(Moments(*paired(x, y, sizes)[1:3], len(x)), oracle(y))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 6), st.integers(0, 1000))
+def test_raw_moments_are_about_zero(tokens: int, features: int, seed: int) -> None:
+    x, y = two_streams(tokens, features, seed)
+    moments = paired(x, y, [tokens])
+    raw = moments.raw()
+    torch.testing.assert_close(raw.covariance, y.T @ y / tokens, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(raw.cross, x.T @ y / tokens, rtol=1e-10, atol=1e-10)
+    assert torch.equal(raw.mean, moments.mean) and torch.equal(raw.dense_mean, moments.dense_mean)
+    assert_same_pairs(moments, paired(x, y, [tokens]), 0)
+
+
+def test_equal_streams_have_the_covariance_as_their_cross_moment() -> None:
+    x = activations(50, 5)
+    moments = paired(x, x, [7, 13, 30])
+    torch.testing.assert_close(moments.cross, moments.covariance, rtol=0, atol=1e-11)
+    assert torch.equal(moments.dense_mean, moments.mean)
+    assert_same(Moments(*moments[1:3], 50), accumulate(list(x.split([7, 13, 30]))).result(), 0)
+
+
+def test_paired_moments_with_large_means_stay_accurate_in_float32() -> None:
+    generator = torch.Generator().manual_seed(3)
+    x = (1e4 + torch.randn(4096, 6, generator=generator, dtype=torch.float64)).float()
+    y = (-1e4 + x + torch.randn(4096, 6, generator=generator, dtype=torch.float64)).float()
+    found = paired(x, y, [100] * 40 + [96], torch.float32)
+    assert found.cross.dtype == torch.float32
+    assert (found.cross.double() - paired_oracle(x, y).cross).abs().max() < 1e-4
+
+
+def test_paired_arguments_and_earlier_results_are_left_alone_and_batches_may_be_empty() -> None:
+    x, y = two_streams(12, 3)
+    accumulator = PairedAccumulator(3, torch.float64)
+    with pytest.raises(RuntimeError, match="no token"):
+        accumulator.result()
+    accumulator.update(x[:0], y[:0])
+    copies = x.clone(), y.clone()
+    accumulator.update(x.view(2, 6, 3), y.view(2, 6, 3))
+    early = accumulator.result()
+    accumulator.update(x[:0], y[:0])
+    assert_same_pairs(accumulator.result(), early, 0)
+    accumulator.update(2 * x, y)
+    assert_same_pairs(early, paired_oracle(*copies))
+    assert torch.equal(x, copies[0]) and torch.equal(y, copies[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_pairs_are_accumulated_in_the_accumulators_dtype(dtype: torch.dtype) -> None:
+    x, y = (rows.to(dtype).requires_grad_() for rows in two_streams(300, 4))
+    found = paired(x, y, [64] * 4 + [44], torch.float32)
+    assert not found.cross.requires_grad and not found.covariance.requires_grad
+    expected = paired_oracle(x.detach(), y.detach())
+    torch.testing.assert_close(found.cross.double(), expected.cross, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("features", [511, 512, 515])
+def test_wide_inputs_are_multiplied_in_parts_with_the_same_result(features: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(9, features, generator=generator, dtype=torch.float64) + 2 for _ in range(2))
+    found = paired(x, y, [4, 5])
+    assert_same_pairs(found, paired_oracle(x, y))
+    assert_same(accumulate([y[:4], y[4:]]).result(), oracle(y))
+    torch.testing.assert_close(found.covariance, found.covariance.T, rtol=0, atol=1e-12)

@@ -70,6 +70,35 @@ def test_bytes_and_bits_per_weight_of_a_plan_by_hand() -> None:
     assert up.factor_shapes() == {".down": (256, 128), ".up": (128, 1024)} and down.factor_shapes() == {"": (1024, 256)}
 
 
+def test_bytes_and_bits_per_weight_of_a_pivoted_plan_by_hand() -> None:
+    sites = [site("up", 256, 1024), site("down", 1024, 256, True), site("wide", 1024, 32768 + 32)]
+    gptq = GptqConfig(bits=4, group_size=64)
+    result = plan(sites, itemsize=2, gptq=gptq, rank_pattern={"up": 128, "wide": 64}, form="pivoted")
+    up, down, wide = result.layers
+    # up: 256 -> 128 -> 896 with biases of its own making on both; an order of int16
+    up_down = 256 * 128 // 2 + 2 * 128 * 4 + 128 * 4 // 2 + 4 * 256
+    up_up = 128 * 896 // 2 + 2 * 896 * 2 + 896 * 2 // 2 + 4 * 128
+    assert (up.rank, up.adds_bias, up.bias_bytes) == (128, True, 2 * 128 + 2 * 896)
+    assert up.weight_bytes == up_down + up_up + 2 * 1024
+    assert up.factor_shapes() == {".down": (256, 128), ".up": (128, 896)}
+    assert up.weights == 256 * 128 + 128 * 896 == 128 * (256 + 1024) - 128**2
+    # wide: more outputs than int16 can count, an order of int32
+    wide_down = 1024 * 64 // 2 + 2 * 64 * 16 + 64 * 16 // 2 + 4 * 1024
+    wide_up = 64 * 32736 // 2 + 2 * 32736 + 32736 // 2 + 4 * 64
+    assert wide.weight_bytes == wide_down + wide_up + 4 * 32800
+    assert down.rank is None and down.weight_bytes == 1024 * 256 // 2 + 2 * 256 * 16 + 256 * 16 // 2 + 4 * 1024
+    counted = up.weight_bytes + up.bias_bytes + wide.weight_bytes + wide.bias_bytes + down.weight_bytes
+    assert result.bpw == 8 * counted / (2 * 256 * 1024 + 1024 * 32800)
+    assert result.tensor_bytes == 1000 + counted + 2 * 256
+    assert result.form_pattern == {"h.0.up": "pivoted", "h.0.wide": "pivoted"} and set(result.rank_pattern) == {
+        "h.0.up",
+        "h.0.wide",
+    }
+    assert result.scheme == f"lord-{result.param_ratio:.2f}-pivoted-w4g64"
+    assert plan(sites, gptq=gptq, rank_ratio=0.25).form_pattern == {}
+    assert plan(sites, gptq=gptq, rank_ratio=1, form="pivoted").scheme == "dense-w4g64"
+
+
 def test_float_plans_count_stored_floats() -> None:
     half = plan(WITH_BIAS, itemsize=2, gptq=GptqConfig(bits=16), rank_ratio=1)
     assert half.bpw == 16 and half.scheme == "dense-float"
@@ -142,6 +171,59 @@ def test_totals_are_sums_and_decomposition_saves_bytes(drawn: list, way: str, ke
         assert (layer.bias_bytes > 0) == (layer.has_bias or layer.adds_bias)
         if layer.rank is None:
             assert layer.weight_bytes == whole.weight_bytes
+
+
+@settings(max_examples=100, deadline=None)
+@given(shapes, ways, ratio, st.sampled_from([2, 3, 4, 8, 16]), st.sampled_from([32, 64, 128]), st.booleans(), st.booleans())
+def test_laws_of_the_pivoted_form(
+    drawn: list, way: str, kept: float, bits: int, group: int, correct: bool, force: bool
+) -> None:
+    """Ranks are those of two factors wherever both forms decompose; rank² weights fewer; sizes always agree."""
+    sites, gptq = sites_of(drawn, group), GptqConfig(bits=bits, group_size=group)
+    settings = {way: kept, "mean_correction": correct, "force_rank": force}
+    try:
+        two, one = (plan(sites, gptq=gptq, form=form, **settings) for form in ("two_factor", "pivoted"))
+    except RankError as error:
+        assert "no layer would be decomposed" in str(error)
+        assume(False)
+    for item, a, b in zip(sites, two.layers, one.layers, strict=True):
+        assert item.out_features % 32 == 0 and (b.rank is None or b.rank < item.out_features)
+        assert a.rank is None or b.rank == a.rank or a.rank == item.out_features
+        if b.rank is None:
+            assert a.rank is not None or (b.weight_bytes, b.bias_bytes) == (a.weight_bytes, a.bias_bytes)
+            continue
+        r, n, m = b.rank, item.in_features, item.out_features
+        assert b.weights == r * (n + m) - r * r and (force or b.weights < b.dense_weights)
+        assert {name: math.prod(shape) for name, shape in b.factor_shapes().items()} == {".down": n * r, ".up": r * (m - r)}
+        biased = item.has_bias or correct
+        parts = [linear_bytes(n, r, biased, bits, group, 4), linear_bytes(r, m - r, biased, bits, group, 4)]
+        assert b.weight_bytes == sum(part.weight for part in parts) + 2 * m
+        assert b.bias_bytes == sum(part.bias for part in parts) == (0 if not biased else (4 if bits == 16 else 2) * m)
+        assert b.adds_bias == (correct and not item.has_bias)
+
+
+def test_the_pivoted_form_shrinks_layers_that_two_factors_would_not() -> None:
+    sites = [site("square", 256, 256)]
+    assert plan(sites, rank_ratio=0.75, form="pivoted").rank_pattern == {"h.0.square": 192}
+    with pytest.raises(RankError, match="rank 192 would not make it smaller"):
+        plan(sites, rank_ratio=0.75)
+
+
+def test_at_full_rank_the_pivoted_form_is_the_layer_itself_and_stays_dense_with_a_note() -> None:
+    sites = [site("tall", 256, 1024), site("wide", 1024, 256)]
+    result = plan(sites, rank_ratio=0.99, form="pivoted", force_rank=True)
+    tall, wide = result.layers
+    assert wide.rank is None and wide.note == "dense: the pivoted form at rank 256 is the layer itself"
+    assert tall.rank == 256 and not tall.note and result.form_pattern == {"h.0.tall": "pivoted"}
+    result = plan(sites, rank_pattern={"wide": 256, "tall": 224}, form="pivoted")
+    assert result.rank_pattern == {"h.0.tall": 224} and result.layers[1].note.startswith("dense: the pivoted form")
+
+
+def test_the_hint_of_a_pivoted_plan_names_the_largest_rank_that_shrinks() -> None:
+    sites = [site("tall", 256, 1024)]
+    assert plan(sites, rank_pattern={"tall": 224}, form="pivoted").rank_pattern == {"h.0.tall": 224}
+    with pytest.raises(RankError, match="largest rank that shrinks it: 224"):
+        plan(sites, rank_ratio=0.99, form="pivoted")
 
 
 def test_snapping_is_not_misled_by_rounding() -> None:

@@ -12,6 +12,7 @@ from lord_quant.calibration import as_windows
 from lord_quant.config import CalibrationConfig, GptqConfig, LordConfig, LowrankConfig
 from lord_quant.corpus import load_corpus
 from lord_quant.engine import DecompositionRecord
+from lord_quant.joint import StackRecord
 from lord_quant.plan import Plan, build_plan
 from lord_quant.report import (
     build_report,
@@ -207,6 +208,54 @@ def test_the_report_table_notes_remedies_and_ranks_beyond_the_numerical_rank() -
     table = report_table(build_report(config, plan, windows, records, [], {}))
     assert "note: float64 (2 layers, such as h.0.mlp.c_fc)" in table
     assert "numerical rank below the rank kept" in table
+
+
+@pytest.mark.parametrize("blocks", [2, 5])
+def test_a_joint_report_tells_truncation_from_all_that_was_lost(blocks: int) -> None:
+    config, plan = make(blocks=blocks)
+    windows = as_windows(torch.arange(24).view(3, 8), "text")
+    records = [
+        StackRecord(
+            name=layer.name,
+            rank=layer.rank,
+            rel_output_error=0.25 if layer.rank else None,
+            rel_stacked_error=0.375 if layer.rank else 0.0625,
+            effective_rank=99 if layer.rank else None,
+            num_tokens=24,
+            seconds=0.125,
+            remedies=(),
+            largest_coefficient=None,
+        )
+        for layer in plan.layers
+    ]
+    report = build_report(config, plan, windows, records, [], {"stack": 1.0})
+    assert json.loads(to_json(report)) == report
+    dense, lowrank = report["layers"][:2]
+    assert dense["rel_stacked_error"] == 0.0625 and dense["form"] == "dense" and "rel_output_error" not in dense
+    assert (lowrank["rel_output_error"], lowrank["rel_stacked_error"]) == (0.25, 0.375)
+    assert lowrank["form"] == "two_factor" and "largest_coefficient" not in lowrank
+    for table in (report_table(report), report_table(report, longest=3)):
+        header, _, first, second = table.splitlines()[:4]
+        assert header.split("  ")[0] == "layer" and "truncation" in header and "all in" in header
+        assert "0.0625" in first and "0.25" in second and "0.375" in second
+    naive = report_table(report_of(config, plan)).splitlines()[0]
+    assert "truncation" in naive and "all in" not in naive
+
+
+def test_a_pivoted_report_names_the_form_and_its_largest_coefficient() -> None:
+    config, _ = make()
+    lowrank = LowrankConfig(rank_ratio=0.5, form="pivoted")
+    sites = [LinearSite(f"h.{i}.mlp.c_fc", i, 256, 1024, False) for i in range(2)]
+    plan = build_plan(sites, lowrank, config.gptq, itemsize=4, other_bytes=0)
+    windows = as_windows(torch.arange(24).view(3, 8), "text")
+    records = [
+        DecompositionRecord(name, rank, 0.25, rank, 24, 0.125, (), largest_coefficient=1.04)
+        for name, rank in plan.rank_pattern.items()
+    ]
+    report = build_report(config, plan, windows, records, [], {})
+    assert {(layer["form"], layer["largest_coefficient"]) for layer in report["layers"]} == {("pivoted", 1.04)}
+    assert report["scheme"] == plan.scheme and "-pivoted-w4g32" in plan.scheme
+    assert plan_dict(plan)["form_pattern"] == {"h.0.mlp.c_fc": "pivoted", "h.1.mlp.c_fc": "pivoted"}
 
 
 def test_the_model_card_has_front_matter_and_the_measured_figures() -> None:

@@ -55,7 +55,7 @@ def test_layers_without_tensors_are_named(model_folder: ModelFolder, tmp_path: P
 
 @pytest.fixture(scope="module")
 def packed(model_folder: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the tensor names of a packed checkpoint; one layer has factors of rank 32."""
+    """A folder with the tensor names of a packed checkpoint; two layers have factors of rank 32, one of them pivoted."""
 
     def pack(tensors: Tensors) -> Tensors:
         made = {}
@@ -64,8 +64,12 @@ def packed(model_folder: ModelFolder, tmp_path_factory: pytest.TempPathFactory) 
                 made[name] = value
                 continue
             out, inputs = value.shape
-            two = name == "model.layers.0.mlp.up_proj.weight"
-            for part, n, m in (("down.", inputs, 32), ("up.", 32, out)) if two else (("", inputs, out),):
+            pivoted = name == "model.layers.1.mlp.gate_proj.weight"
+            low = pivoted or name == "model.layers.0.mlp.up_proj.weight"
+            predicted = out - 32 if pivoted else out
+            if pivoted:
+                made[f"{name.removesuffix('weight')}order"] = torch.zeros(out, dtype=torch.int16)
+            for part, n, m in (("down.", inputs, 32), ("up.", 32, predicted)) if low else (("", inputs, out),):
                 at = name.removesuffix("weight") + part
                 made |= {
                     f"{at}qweight": torch.zeros(n // 8, m, dtype=torch.int32),
@@ -86,6 +90,9 @@ def test_a_packed_folder_is_measured(packed: Path) -> None:
     layers = {layer.site.name: layer for layer in measure(packed).layers}
     two = layers["model.layers.0.mlp.up_proj"]
     assert (two.form, two.rank) == ("two_factor packed", 32)
+    pivoted = layers["model.layers.1.mlp.gate_proj"]
+    assert (pivoted.form, pivoted.rank) == ("pivoted packed", 32)
+    assert two.weight_bytes - pivoted.weight_bytes == 32 * 32 // 2 + 32 * 2 + 32 // 2 - 2 * 256
     dense = layers["model.layers.0.self_attn.q_proj"]
     assert (dense.form, dense.rank) == ("dense packed", None)
     assert dense.weight_bytes == 128 * 128 // 2 + 4 * 128 * 2 + 4 * 128 // 2 + 4 * 128
@@ -93,7 +100,13 @@ def test_a_packed_folder_is_measured(packed: Path) -> None:
 
 @pytest.mark.parametrize("leaf", ["qweight", "qzeros", "scales", "g_idx"])
 @pytest.mark.parametrize(
-    "part", ["model.layers.0.mlp.up_proj.down", "model.layers.0.mlp.up_proj.up", "model.layers.1.mlp.up_proj"]
+    "part",
+    [
+        "model.layers.0.mlp.up_proj.down",
+        "model.layers.0.mlp.up_proj.up",
+        "model.layers.1.mlp.up_proj",
+        "model.layers.1.mlp.gate_proj.up",
+    ],
 )
 def test_a_packed_layer_that_lacks_a_tensor_is_named(part: str, leaf: str, packed: Path, tmp_path: Path) -> None:
     lost = f"{part}.{leaf}"
@@ -147,3 +160,19 @@ def test_a_bad_index_is_refused(index: str, message: str, tmp_path: Path) -> Non
     save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match=message):
         weight_files(tmp_path)
+
+
+def test_float_forms_are_told_apart_by_the_order(model_folder: ModelFolder, tmp_path: Path) -> None:
+    def decompose(tensors: Tensors) -> Tensors:
+        for name, pivoted in (("model.layers.0.mlp.up_proj", False), ("model.layers.1.mlp.up_proj", True)):
+            out, inputs = tensors.pop(f"{name}.weight").shape
+            tensors |= {f"{name}.down.weight": torch.zeros(16, inputs), f"{name}.down.bias": torch.zeros(16)}
+            tensors |= {f"{name}.up.weight": torch.zeros(out - 16 * pivoted, 16), f"{name}.up.bias": torch.zeros(out)}
+            tensors |= {f"{name}.order": torch.zeros(out, dtype=torch.int16)} if pivoted else {}
+        return tensors
+
+    folder = change(model_folder("llama"), tmp_path / "float", decompose)
+    layers = {layer.site.name: layer for layer in measure(folder).layers}
+    two, pivoted = (layers[f"model.layers.{i}.mlp.up_proj"] for i in (0, 1))
+    assert (two.form, two.rank) == ("two_factor", 16) and (pivoted.form, pivoted.rank) == ("pivoted", 16)
+    assert two.weight_bytes - pivoted.weight_bytes == 16 * 16 * 4 - 256 * 2

@@ -5,9 +5,9 @@ from models import tiny_model
 from torch import nn
 
 from lord_quant.decompose import Factors
-from lord_quant.errors import CheckpointError, RankError
-from lord_quant.modules import LowRankLinear
-from lord_quant.surgery import apply_rank_pattern, replace_layer
+from lord_quant.errors import CheckpointError, NumericsError, RankError
+from lord_quant.modules import LowRankLinear, PivotedLinear
+from lord_quant.surgery import apply_rank_pattern, is_compressed, is_low_rank, replace_layer, set_dense
 from lord_quant.targets import dense_weight, find_linears
 
 
@@ -119,3 +119,127 @@ def test_illegal_ranks_are_all_named_and_nothing_is_touched(rank: object) -> Non
     assert f"model.layers.0.mlp.up_proj: rank {rank!r}, wanted 1 to 64" in str(caught.value)
     assert "model.layers.1.mlp.up_proj: rank 999" in str(caught.value) and "k_proj" not in str(caught.value)
     assert [type(module) for module in model.modules()] == before
+
+
+def pivoted_factors(rank: int, inputs: int, outputs: int, bias: bool = True, dtype: torch.dtype = torch.float64) -> Factors:
+    parts = factors(rank, inputs, outputs, bias, dtype)
+    pivots = torch.randperm(outputs, generator=torch.Generator().manual_seed(2))[:rank].sort().values
+    return Factors(parts.down, parts.up[rank:], parts.bias, pivots)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("llama", "model.layers.1.mlp.down_proj"), ("gpt2", "transformer.h.0.mlp.c_fc")],
+    ids=["Linear", "Conv1D"],
+)
+def test_a_pivoted_layer_computes_with_the_factors_and_its_bias_is_exact(family: str, name: str, bias: bool) -> None:
+    model = tiny_model(family)
+    outputs, inputs = dense_weight(model.get_submodule(name)).shape
+    parts = pivoted_factors(5, inputs, outputs, bias)
+    layer = replace_layer(model, name, parts)
+    assert model.get_submodule(name) is layer and type(layer) is PivotedLinear and not layer.training
+    assert (layer.down.bias is not None) == (layer.up.bias is not None) == bias
+    x = torch.randn(2, 3, inputs, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), x @ parts.product().T + (parts.bias if bias else 0), rtol=0, atol=1e-12)
+        zero = layer(torch.zeros(inputs, dtype=torch.float64))
+        torch.testing.assert_close(zero, parts.bias if bias else torch.zeros_like(zero), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("mean_correction", [True, False])
+def test_a_skeleton_takes_the_form_of_every_layer(family: str, mean_correction: bool) -> None:
+    model, skeleton = tiny_model(family), tiny_model(family).to("meta")
+    sites = find_linears(model)
+    ranks = {site.name: 8 + i for i, site in enumerate(sites) if i % 3}
+    forms = {site.name: "pivoted" for i, site in enumerate(sites) if i % 3 == 1} | {sites[2].name: "two_factor"}
+    for site in sites:
+        if site.name in ranks:
+            make = pivoted_factors if forms.get(site.name) == "pivoted" else factors
+            shape = ranks[site.name], site.in_features, site.out_features
+            replace_layer(model, site.name, make(*shape, mean_correction or site.has_bias))
+    apply_rank_pattern(skeleton, ranks, mean_correction, forms)
+    described = [
+        {name: (tensor.shape, tensor.dtype) for name, tensor in one.state_dict().items()} for one in (model, skeleton)
+    ]
+    assert described[0] == described[1]
+    assert [type(module) for module in skeleton.modules()] == [type(module) for module in model.modules()]
+    filled = skeleton.to_empty(device="cpu")
+    filled.load_state_dict(model.state_dict())
+    for name in ranks:
+        x = torch.randn(3, dense_weight(tiny_model(family).get_submodule(name)).shape[1], dtype=torch.float64)
+        assert torch.equal(filled.get_submodule(name)(x), model.get_submodule(name)(x))
+
+
+def test_low_rank_layers_of_every_form_are_known_as_compressed() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(8, 6), "b": nn.Linear(8, 6), "c": nn.Linear(8, 6)})
+    apply_rank_pattern(model, {"a": 3, "b": 3}, True, {"b": "pivoted"})
+    assert [is_low_rank(module) for module in model.values()] == [True, True, False]
+    assert [is_compressed(module) for module in model.values()] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("forms", "named"),
+    [
+        ({"model.layers.0.mlp.up_proj": "pivot"}, "model.layers.0.mlp.up_proj: 'pivot'"),
+        ({"model.layers.0.mlp.up_proj": None}, "model.layers.0.mlp.up_proj: None"),
+        ({"model.layers.1.mlp.up_proj": "pivoted"}, "model.layers.1.mlp.up_proj: 'pivoted'"),
+        ({"model.layers.9.mlp.up_proj": "pivoted", "x": 3}, "model.layers.9.mlp.up_proj: 'pivoted', x: 3"),
+    ],
+    ids=["unknown form", "no form", "layer without rank", "several"],
+)
+def test_odd_forms_are_all_named_and_nothing_is_touched(forms: dict, named: str) -> None:
+    model = tiny_model("llama")
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(CheckpointError) as caught:
+        apply_rank_pattern(model, {"model.layers.0.mlp.up_proj": 8}, True, forms)
+    assert f"form_pattern holds {named}; wanted two_factor or pivoted" in str(caught.value)
+    assert [type(module) for module in model.modules()] == before
+
+
+def test_a_pivoted_layer_of_full_rank_is_illegal_and_a_lower_one_is_not() -> None:
+    """With as many pivots as outputs nothing is left to predict; as many as inputs is fine."""
+    wide, tall = "model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"  # 64 x 128, 128 x 64
+    for name, rank, limit in ((wide, 64, 63), (tall, 65, 64)):
+        with pytest.raises(RankError, match=f"{name}: rank {rank}, wanted 1 to {limit}"):
+            apply_rank_pattern(tiny_model("llama"), {name: rank}, True, {name: "pivoted"})
+        apply_rank_pattern(tiny_model("llama"), {name: limit}, True, {name: "pivoted"})
+    apply_rank_pattern(tiny_model("llama"), {wide: 64}, True)
+
+
+def test_factors_that_do_not_fit_the_dtype_are_named() -> None:
+    for make, part in ((factors, "up.bias"), (pivoted_factors, "down.bias")):
+        model = nn.ModuleDict({"a": nn.Linear(8, 6).half()})
+        parts = make(3, 8, 6)
+        with pytest.raises(NumericsError, match=rf"factor {part} of 'a' in torch\.float16: "):
+            replace_layer(model, "a", parts._replace(bias=torch.full((6,), 1e6, dtype=torch.float64)))
+        assert type(model["a"]) is nn.Linear
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("llama", "model.layers.1.mlp.down_proj"), ("gpt2", "transformer.h.0.mlp.c_fc")],
+    ids=["Linear", "Conv1D"],
+)
+def test_a_dense_layer_gets_another_weight(family: str, name: str, bias: bool) -> None:
+    model = tiny_model(family)
+    layer = model.get_submodule(name)
+    before = layer.bias
+    kept = None if before is None else before.detach().clone()
+    outputs, inputs = dense_weight(layer).shape
+    parts = factors(5, inputs, outputs, bias)
+    set_dense(model, name, parts.product(), parts.bias)
+    assert model.get_submodule(name) is layer
+    x = torch.randn(3, inputs, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    has, gets = kept is not None, kept is not None and bias
+    expected = x @ parts.product().T + (parts.bias if gets else kept if has else 0)
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
+    assert (layer.bias is None) == (not has)
+
+
+def test_a_dense_weight_that_does_not_fit_the_dtype_is_named() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(8, 6).half()})
+    with pytest.raises(NumericsError, match=r"weight of 'a' in torch\.float16: 48 of 48"):
+        set_dense(model, "a", torch.full((6, 8), 1e6), None)

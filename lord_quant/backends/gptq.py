@@ -134,18 +134,23 @@ def pack_model(model: nn.Module, quantizer: Any, quantized: Mapping[str, Quantiz
             raise HostError(f"Optimum made {len(packed)} packed layers; wanted {len(quantized)}")
         for name, solution in quantized.items():
             module, device = packed[name], packed[name].device
-            weight = solution.weight().cpu()
+            weight = solution.weight().float().cpu()
             linear = nn.Linear(weight.shape[1], weight.shape[0], bias=biases[name] is not None, device="meta")
             linear.weight = nn.Parameter(weight, requires_grad=False)
             if biases[name] is not None:
                 linear.bias = nn.Parameter(biases[name].detach().float().cpu(), requires_grad=False)
             module.to("cpu")
-            module.pack(linear, solution.scales.cpu(), solution.zeros.cpu(), solution.g_idx.cpu())
+            module.pack(linear, solution.scales.float().cpu(), solution.zeros.float().cpu(), solution.g_idx.cpu())
             module.to(device)
             for part in ("scales", "bias"):
                 if isinstance(getattr(module, part, None), torch.Tensor):
                     require_finite(getattr(module, part), f"{part} of layer {name!r} after quantization")
         post_init(quantizer, model)
+    # What the host's own run leaves behind: transformers then refuses to cast the model, peft treats it as packed.
+    from transformers.utils.quantization_config import QuantizationMethod
+
+    marks: Any = model
+    marks.is_quantized, marks.quantization_method = True, QuantizationMethod.GPTQ
     model.eval()
     return [GptqRecord(name, item.loss, item.damp_percent, item.seconds) for name, item in quantized.items()]
 

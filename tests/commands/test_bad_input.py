@@ -317,6 +317,31 @@ CASES: dict[str, tuple[Spoil, str, list[str]]] = {
         ["dtype is 'float61'", "did you mean 'float16'"],
     ),
     "unknown stack": (lambda box: box.flags.update({"--stack": "nave"}), "ConfigError", ["did you mean 'naive'"]),
+    "unknown form": (
+        lambda box: box.flags.update({"--form": "pivoting"}),
+        "ConfigError",
+        ["form is 'pivoting'", "wanted one of two_factor, pivoted", "did you mean 'pivoted'"],
+    ),
+    "unknown order": (
+        lambda box: box.flags.update({"--order": "down"}),
+        "ConfigError",
+        ["illegal joint settings", "order is 'down'", "auto, down_first, up_first"],
+    ),
+    "negative sweeps": (
+        lambda box: box.flags.update({"--refine": -1}),
+        "ConfigError",
+        ["illegal joint settings", "refine is -1", "0 to 100"],
+    ),
+    "mse out of range": (
+        lambda box: box.flags.update({"--mse": 9}),
+        "ConfigError",
+        ["illegal gptq settings", "mse is 9.0", "[0, 8]"],
+    ),
+    "pivoted at full rank": (
+        lambda box: box.flags.update({"--rank-ratio": 0.95, "--form": "pivoted", "--targets": "c_proj"}),
+        "RankError",
+        ["no layer would be decomposed", "the pivoted form at rank 128 is the layer itself"],
+    ),
     "damping in percent": (lambda box: box.flags.update({"--damp-percent": 10}), "ConfigError", ["damp_percent is 10"]),
 }
 
@@ -384,6 +409,26 @@ def test_few_tokens_are_a_warning_with_numbers(box: Box, capfd: pytest.CaptureFi
     assert run_command("quantize", "--dry-run", *box.arguments()) == 0
     assert "warning" not in capfd.readouterr().err
     assert not box.output.exists()
+
+
+def test_every_flag_of_the_stack_lands_in_its_place(box: Box) -> None:
+    from lord_quant.commands.options import config_from
+
+    parser = argparse.ArgumentParser()
+    quantize_command.add_arguments(parser)
+    usual = config_from(parser.parse_args(box.arguments()))
+    assert (usual.stack, usual.lowrank.form, usual.gptq.sym, usual.gptq.mse) == ("joint", "two_factor", False, 2.0)
+    ideas = ["anchor", "rotate", "refit", "deflate"]
+    flags = [*(f"--no-{idea}" for idea in ideas), "--order", "up_first", "--refine", "5", "--form", "pivoted"]
+    flags += ["--mse", "2.4", "--sym", "--stack", "naive"]
+    changed = config_from(parser.parse_args([*box.arguments(), *flags]))
+    for idea in ideas:
+        assert getattr(usual.joint, idea) and not getattr(changed.joint, idea)
+    assert (changed.joint.order, changed.joint.refine) == ("up_first", 5)
+    assert (changed.stack, changed.lowrank.form, changed.gptq.sym, changed.gptq.mse) == ("naive", "pivoted", True, 2.4)
+    yaml_with(box, "joint: {anchor: false, order: down_first}\nlowrank: {form: pivoted}\ngptq: {mse: 0}\n")
+    merged = config_from(parser.parse_args([*box.arguments(), "--order", "auto", "--anchor"]))
+    assert (merged.joint.anchor, merged.joint.order, merged.lowrank.form, merged.gptq.mse) == (True, "auto", "pivoted", 0)
 
 
 def test_plan_shares_the_refusals(box: Box, capfd: pytest.CaptureFixture[str]) -> None:

@@ -100,7 +100,11 @@ def test_a_full_run_leaves_a_folder_that_stands_alone(
     assert report["config"]["lowrank"]["targets"] == ["mlp"] and report["calibration"]["seed"] == 5
     assert report["totals"]["tensor_bytes_on_disk"] == report["totals"]["tensor_bytes"]
     assert report["totals"]["file_bytes_on_disk"] == (output / "model.safetensors").stat().st_size
+    assert report["config"]["stack"] == "joint" and set(report["seconds"]) == {"load", "stack", "pack", "write", "total"}
+    assert all(0 < layer["rel_stacked_error"] < 1 for layer in report["layers"])
+    assert "truncation" in process.stdout and "all in" in process.stdout
     decomposed = [layer for layer in report["layers"] if layer["rank"]]
+    assert all(layer["rel_output_error"] < layer["rel_stacked_error"] for layer in decomposed)
     assert {layer["name"].split(".")[3] for layer in decomposed} == {"mlp"}
     for text in [path.read_text() for path in output.glob("*") if path.suffix in (".json", ".md")]:
         assert str(work) not in text and "/tmp/" not in text
@@ -152,6 +156,13 @@ def test_plan_prints_shapes_ranks_and_bytes(model_folder: Callable[..., Path], c
     assert in_process("plan", *arguments, "--json") == 0
     plan: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert plan["rank_pattern"]["transformer.h.0.mlp.c_fc"] == 32 and plan["totals"]["decomposed_layers"] == 8
+    assert plan["form_pattern"] == {}
+    assert in_process("plan", *arguments, "--form", "pivoted", "--json") == 0
+    pivoted: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert pivoted["rank_pattern"] == plan["rank_pattern"]
+    assert pivoted["form_pattern"] == dict.fromkeys(plan["rank_pattern"], "pivoted")
+    for one, two in zip(pivoted["layers"], plan["layers"], strict=True):
+        assert two["weights"] - one["weights"] == 32**2 and (one["form"], two["form"]) == ("pivoted", "two_factor")
 
 
 def test_plan_needs_no_weights(model_folder: Callable[..., Path], tmp_path: Path) -> None:

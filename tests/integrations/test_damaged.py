@@ -33,6 +33,14 @@ def sound(
     return {bits: root / str(bits) for bits in (4, 16)}
 
 
+@pytest.fixture(scope="module")
+def sound_pivoted(model_folder: Callable[..., Path], corpus_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pivoted") / "16"
+    lowrank = {"rank_ratio": 0.25, "form": "pivoted", "ignore": ["model.layers.1.mlp.down_proj"]}
+    families.compress(model_folder("llama"), folder, corpus_file, gptq={"bits": 16}, lowrank=lowrank)
+    return folder
+
+
 def edit_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     path = folder / "config.json"
     values = json.loads(path.read_text())
@@ -181,6 +189,55 @@ PACKED_DAMAGE: dict[str, tuple[Edit, type[LordError], str]] = {
         "missing: .*weight",
     ),
 }
+PIVOTED_DAMAGE: dict[str, tuple[Edit, type[LordError], str]] = {
+    "forms removed": (
+        lambda folder, bits: edit_config(folder, lambda c: c.pop("form_pattern")),
+        CheckpointError,
+        r"(?s)wrong shape: .*up\.weight",
+    ),
+    "form removed": (
+        lambda folder, bits: edit_config(folder, lambda c: c["form_pattern"].pop(LAYER)),
+        CheckpointError,
+        rf"(?s)wrong shape: {LAYER}\.up\.weight.*unexpected: {LAYER}\.(order|down\.bias)",
+    ),
+    "form nobody knows": (
+        lambda folder, bits: edit_config(folder, lambda c: c["form_pattern"].update({LAYER: "diagonal"})),
+        CheckpointError,
+        f"form_pattern holds {LAYER}: 'diagonal'; wanted two_factor or pivoted",
+    ),
+    "form of a dense layer": (
+        lambda folder, bits: edit_config(
+            folder, lambda c: c["form_pattern"].update({"model.layers.1.mlp.down_proj": "pivoted"})
+        ),
+        CheckpointError,
+        r"form_pattern holds model\.layers\.1\.mlp\.down_proj: 'pivoted'",
+    ),
+    "form_pattern that is no mapping": (
+        lambda folder, bits: edit_config(folder, lambda c: c.update(form_pattern="pivoted")),
+        CheckpointError,
+        "form_pattern is str",
+    ),
+    "rank of all outputs": (
+        lambda folder, bits: edit_config(folder, lambda c: c["rank_pattern"].update({OTHER: 128})),
+        RankError,
+        f"{OTHER}: rank 128, wanted 1 to 127",
+    ),
+    "order missing": (
+        lambda folder, bits: edit_tensors(folder, lambda t: t.pop(f"{LAYER}.order")),
+        CheckpointError,
+        rf"missing: {LAYER}\.order \(256,\)",
+    ),
+    "order too short": (
+        lambda folder, bits: edit_tensors(folder, lambda t: t.update({f"{LAYER}.order": t[f"{LAYER}.order"][:9].clone()})),
+        CheckpointError,
+        rf"wrong shape: {LAYER}\.order is \(9,\)",
+    ),
+    "pivots' bias missing": (
+        lambda folder, bits: edit_tensors(folder, lambda t: t.pop(f"{LAYER}.down.bias")),
+        CheckpointError,
+        rf"missing: {LAYER}\.down\.bias",
+    ),
+}
 CASES = [(label, bits) for label in DAMAGE for bits in (4, 16)] + [(label, 4) for label in PACKED_DAMAGE]
 
 
@@ -193,6 +250,27 @@ def test_damage_is_named(label: str, bits: int, sound: dict[int, Path], tmp_path
     edit(folder, bits)
     with pytest.raises(error, match=message):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("label", PIVOTED_DAMAGE)
+def test_damage_to_the_pivoted_form_is_named(label: str, sound_pivoted: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    edit, error, message = PIVOTED_DAMAGE[label]
+    folder = shutil.copytree(sound_pivoted, tmp_path / "damaged")
+    edit(folder, 16)
+    with pytest.raises(error, match=message):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_layer_said_to_be_pivoted_that_is_not(sound: dict[int, Path], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    for bits, folder in sound.items():
+        damaged = shutil.copytree(folder, tmp_path / str(bits))
+        edit_config(damaged, lambda c: c.update(form_pattern={LAYER: "pivoted"}))
+        with pytest.raises(CheckpointError, match=rf"(?s)missing: {LAYER}\.(order|down\.bias)"):
+            AutoModelForCausalLM.from_pretrained(damaged)
 
 
 @pytest.mark.parametrize("bits", [4, 16])

@@ -17,7 +17,22 @@ import pytest
 import torch
 
 
-FAMILY_BITS = {"llama": 4, "gpt2": 8, "gpt_bigcode": 4}
+# label → (family, bits, settings by section)
+RUNS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "llama": ("llama", 4, {}),
+    "gpt2": ("gpt2", 8, {}),
+    "gpt_bigcode": ("gpt_bigcode", 4, {}),
+    "pivoted": (
+        "codegen",
+        4,
+        {
+            "lowrank": {"form": "pivoted", "targets": ["mlp"]},
+            "gptq": {"mse": 0.0, "sym": True},
+            "joint": {"order": "down_first", "anchor": False, "refine": 1},
+        },
+    ),
+    "naive": ("llama", 4, {"gptq": {"sym": True, "damp_percent": 0.1, "mse": 2.4}, "stack": "naive"}),
+}
 SETTINGS: dict[str, Any] = {"num_samples": 4, "group_size": 32, "rank_ratio": 0.25}
 
 
@@ -44,18 +59,23 @@ class Entrances:
         self.saved: dict[str, Saved] = {}
         self.quantizers: dict[str, Any] = {}
         self.root, self.corpus, self.model_folder = root, corpus, model_folder
-        for family, bits in FAMILY_BITS.items():
+        for label, (family, bits, sections) in RUNS.items():
             folder = model_folder(family)
-            families.compress(folder, root / f"pipeline-{family}", corpus, gptq={"bits": bits})
-            config = LordGPTQConfig(bits, dataset=str(corpus), seq_len=64, **SETTINGS)
+            lowrank = {"rank_ratio": 0.25} | sections.get("lowrank", {})
+            gptq, joint = {"bits": bits} | sections.get("gptq", {}), sections.get("joint", {})
+            run = {"stack": sections.get("stack", "joint")}
+            output = root / f"pipeline-{label}"
+            families.compress(folder, output, corpus, lowrank=lowrank, gptq=gptq, joint=joint, **run)
+            flat = SETTINGS | lowrank | gptq | run
+            config = LordGPTQConfig(dataset=str(corpus), seq_len=64, **flat, **joint)
             model = dense(folder, quantization_config=config)
-            model.save_pretrained(root / f"fly-{family}")
-            self.keep(f"fly-{family}", model)
-            quantizer = LordGPTQQuantizer(bits, str(corpus), model_seqlen=64, **SETTINGS)
+            model.save_pretrained(root / f"fly-{label}")
+            self.keep(f"fly-{label}", model)
+            quantizer = LordGPTQQuantizer(dataset=str(corpus), model_seqlen=64, joint=joint, **flat)
             model = quantizer.quantize_model(dense(folder), str(folder))
-            quantizer.save(model, str(root / f"dropin-{family}"))
-            self.keep(f"dropin-{family}", model)
-            self.quantizers[family] = quantizer
+            quantizer.save(model, str(root / f"dropin-{label}"))
+            self.keep(f"dropin-{label}", model)
+            self.quantizers[label] = quantizer
         # Explicit ranks and another dtype: the model computes, and is compressed, in bfloat16.
         settings = {"rank_pattern": {"mlp.up_proj": 64}, "dataset": str(corpus), "num_samples": 4, "seq_len": 64}
         config = LordGPTQConfig(4, group_size=32, **settings)
@@ -92,7 +112,7 @@ def entrances(model_folder: Callable[..., Path], corpus_file: Path, tmp_path_fac
     return Entrances(model_folder, corpus_file, tmp_path_factory.mktemp("entrances"))
 
 
-SAVED = [f"{way}-{family}" for way in ("fly", "dropin") for family in FAMILY_BITS]
+SAVED = [f"{way}-{label}" for way in ("fly", "dropin") for label in RUNS]
 DATASETS = [f"dataset-{kind}" for kind in ("texts", "samples", "lists", "stdlib")]
 
 
@@ -152,28 +172,58 @@ def test_the_drop_in_saves_a_folder_that_stands_alone(entrances: Entrances) -> N
 def test_the_quantizer_keeps_its_records_and_what_it_was_given(entrances: Entrances) -> None:
     quantizer = entrances.quantizers["llama"]
     assert len(quantizer.decomposed) == 14 and len(quantizer.quantized) == 28
-    assert all(0 <= record.rel_output_error <= 1 and record.num_tokens == 4 * 64 for record in quantizer.decomposed)
+    for record in quantizer.decomposed:
+        assert 0 <= record.rel_output_error <= 1 and record.num_tokens == 4 * 64
+        assert 0 < record.rel_stacked_error <= 1 and record.largest_coefficient is None
+    layers = entrances.quantizers["pivoted"].decomposed
+    assert len(layers) == 8 and sum(record.rank is not None for record in layers) == 4
+    assert all((record.largest_coefficient is not None) == (record.rank is not None) for record in layers)
+    assert {type(record).__name__ for record in entrances.quantizers["naive"].decomposed} == {"DecompositionRecord"}
     assert quantizer.dataset == str(entrances.corpus)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "bits", "sym"), [("llama", 4, True), ("gpt2", 8, True), ("codegen", 4, False)])
+@pytest.mark.parametrize("label", [label for label in SAVED if label.startswith(("fly", "dropin"))])
+def test_a_packed_model_knows_that_it_is(label: str, entrances: Entrances) -> None:
+    """As Optimum's class leaves it: transformers refuses to cast it, Trainer and peft treat it as packed."""
+    model = entrances.saved[label].model
+    assert getattr(model, "is_quantized", False) and getattr(model, "quantization_method", None) == "gptq"
+    with pytest.raises(ValueError, match=r"half.* is not supported for quantized model"):
+        model.half()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "form", "settings"),
+    [
+        ("llama", "two_factor", {"bits": 4, "sym": True}),
+        ("gpt2", "two_factor", {"bits": 8, "sym": True}),
+        ("codegen", "pivoted", {"bits": 4, "sym": False, "mse": 2.0}),
+    ],
+)
 def test_optimum_alone_gives_the_same_bits_on_the_decomposed_model(
-    family: str, bits: int, sym: bool, model_folder: Callable[..., Path], corpus_file: Path, tmp_path: Path
+    family: str,
+    form: str,
+    settings: dict[str, Any],
+    model_folder: Callable[..., Path],
+    corpus_file: Path,
+    tmp_path: Path,
 ) -> None:
-    """Decompose with us, quantize with plain Optimum: what our runs store is the unmodified quantizer's work."""
+    """Decompose with us, quantize with plain Optimum: what a naive run stores is the unmodified quantizer's work."""
     from optimum.gptq import GPTQQuantizer
 
     from lord_quant.config import LordConfig
     from lord_quant.engine import decompose_model
     from lord_quant.pipeline import prepare
 
-    families.compress(model_folder(family), tmp_path / "ours", corpus_file, gptq={"bits": bits, "sym": sym})
+    gptq = {"damp_percent": 0.1, "mse": 0.0} | settings  # Optimum's defaults
+    lowrank = {"rank_ratio": 0.25, "form": form}
+    families.compress(model_folder(family), tmp_path / "ours", corpus_file, gptq=gptq, lowrank=lowrank, stack="naive")
     config = LordConfig.from_dict(
         {
             "model": str(model_folder(family)),
-            "lowrank": {"rank_ratio": 0.25},
-            "gptq": {"bits": bits, "group_size": 32, "sym": sym},
+            "lowrank": lowrank,
+            "gptq": {"group_size": 32, **gptq},
             "calibration": {"dataset": str(corpus_file), "num_samples": 4, "seq_len": 64},
         }
     )
@@ -181,7 +231,9 @@ def test_optimum_alone_gives_the_same_bits_on_the_decomposed_model(
     model = dense(model_folder(family))
     decompose_model(model, job.plan, job.windows.batches(8))
     samples = [{"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]} for ids in job.windows.input_ids]
-    GPTQQuantizer(bits, samples, group_size=32, sym=sym).quantize_model(model)
+    quantizer = GPTQQuantizer(settings["bits"], samples, group_size=32, sym=settings["sym"])
+    quantizer.quantizeConfig.mse = gptq["mse"]
+    quantizer.quantize_model(model)
     theirs, ours = model.state_dict(), families.stored_tensors(tmp_path / "ours")
     packed = [name for name in theirs if name.rpartition(".")[2] in ("qweight", "qzeros", "scales", "g_idx", "bias")]
     assert sum(name.endswith("qweight") for name in packed) == sum(len(layer.factor_shapes()) for layer in job.plan.layers)
@@ -231,6 +283,12 @@ def test_the_drop_in_takes_what_optimums_class_takes() -> None:
         LordGPTQQuantizer(4, rank_ratio=0.5, modules_in_block_to_quantize=[["self_attn.q_proj"]])
     with pytest.raises(ConfigError, match="no rank is chosen"):
         LordGPTQQuantizer(4)
+    with pytest.raises(ConfigError, match=r"section 'joint'(?s:.)*'rotation'.*did you mean 'rotate'"):
+        LordGPTQQuantizer(4, rank_ratio=0.5, joint={"rotation": False})
+    with pytest.raises(ConfigError, match=r"form is 'pivot'.*did you mean 'pivoted'"):
+        LordGPTQQuantizer(4, rank_ratio=0.5, form="pivot")
+    ideas = LordGPTQQuantizer(4, rank_ratio=0.5, form="pivoted", joint={"order": "up_first"}, mse=2.4).lord_config
+    assert (ideas.lowrank.form, ideas.joint.order, ideas.joint.refit, ideas.gptq.mse) == ("pivoted", "up_first", True, 2.4)
     for name in ("quantize_model", "save"):
         theirs = inspect.signature(getattr(GPTQQuantizer, name)).parameters
         ours = inspect.signature(getattr(LordGPTQQuantizer, name)).parameters
@@ -273,6 +331,11 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "both ratios": ({"rank_ratio": 0.5, "param_ratio": 0.5}, "rank_ratio and param_ratio are both given"),
     "damping": ({"rank_ratio": 0.5, "damp_percent": 10}, "damp_percent"),
     "stack": ({"rank_ratio": 0.5, "stack": "naiv"}, "did you mean 'naive'"),
+    "form": ({"rank_ratio": 0.5, "form": "pivot"}, "form is 'pivot'; wanted one of .*did you mean 'pivoted'"),
+    "order": ({"rank_ratio": 0.5, "order": "down"}, "order is 'down'; wanted one of auto, "),
+    "sweeps": ({"rank_ratio": 0.5, "refine": -1}, "refine is -1"),
+    "switch": ({"rank_ratio": 0.5, "deflate": 1}, "deflate is 1; wanted true or false"),
+    "mse": ({"rank_ratio": 0.5, "mse": -1}, "mse is -1"),
     "unknown key": ({"rank_ratios": 0.5}, "'rank_ratios'; did you mean 'rank_ratio'"),
     "samples": ({"rank_ratio": 0.5, "num_samples": 0}, "num_samples is 0"),
     "dataset": ({"rank_ratio": 0.5, "dataset": ["text"]}, "dataset is"),

@@ -25,6 +25,13 @@ MATRIX: dict[str, Variant] = {
     f"{family}-{bits}": (family, {}, {"gptq": {"bits": bits}}) for family in families.FAMILIES for bits in (16, 8, 4)
 }
 DENSE: dict[str, Any] = {"rank_ratio": 1.0}
+PIVOTED: dict[str, Any] = {"rank_ratio": 0.25, "form": "pivoted"}
+UP: dict[str, Any] = PIVOTED | {"targets": ["up_proj"]}
+FORMS: dict[str, Variant] = {  # every kind of layer at some bits; all at all bits would take minutes
+    f"pivoted-{family}-{bits}": (family, {}, {"gptq": {"bits": bits}, "lowrank": PIVOTED | {"targets": [targets]}})
+    for family in ("gpt_bigcode", "codegen", "llama", "gpt2")
+    for bits, targets in ((16, "all"), (8, "attention"), (4, "mlp"))
+}
 VARIANTS: dict[str, Variant] = {
     "bf16-llama-16": ("llama", {}, {"gptq": {"bits": 16}, "dtype": "bfloat16"}),
     "bf16-llama-4": ("llama", {}, {"gptq": {"bits": 4}, "dtype": "bfloat16"}),
@@ -32,9 +39,29 @@ VARIANTS: dict[str, Variant] = {
     "bf16-gpt_bigcode-4": ("gpt_bigcode", {}, {"gptq": {"bits": 4}, "dtype": "bfloat16"}),
     "fp16-codegen-4": ("codegen", {}, {"gptq": {"bits": 4}, "dtype": "float16"}),
     "desc_act-llama-4": ("llama", {}, {"gptq": {"bits": 4, "desc_act": True}}),
-    "asym-llama-4": ("llama", {}, {"gptq": {"bits": 4, "sym": False}}),
-    "asym-gpt_bigcode-8": ("gpt_bigcode", {}, {"gptq": {"bits": 8, "sym": False}}),
-    "asym-desc_act-codegen-4": ("codegen", {}, {"gptq": {"bits": 4, "sym": False, "desc_act": True}}),
+    "sym-llama-4": ("llama", {}, {"gptq": {"bits": 4, "sym": True}}),
+    "sym-gpt_bigcode-8": ("gpt_bigcode", {}, {"gptq": {"bits": 8, "sym": True}}),
+    "sym-desc_act-codegen-4": ("codegen", {}, {"gptq": {"bits": 4, "sym": True, "desc_act": True}}),
+    "naive-llama-4": ("llama", {}, {"gptq": {"bits": 4}, "stack": "naive"}),
+    "naive-gpt_bigcode-16": ("gpt_bigcode", {}, {"gptq": {"bits": 16}, "stack": "naive"}),
+    "naive-sym-gpt_bigcode-8": ("gpt_bigcode", {}, {"gptq": {"bits": 8, "sym": True, "mse": 0.0}, "stack": "naive"}),
+    "naive-pivoted-gpt2-4": ("gpt2", {}, {"gptq": {"bits": 4}, "lowrank": PIVOTED, "stack": "naive"}),
+    "desc_act-pivoted-llama-4": ("llama", {}, {"gptq": {"bits": 4, "desc_act": True}, "lowrank": UP}),
+    "bf16-pivoted-llama-4": ("llama", {}, {"gptq": {"bits": 4}, "lowrank": UP, "dtype": "bfloat16"}),
+    "no_mean-pivoted-llama-4": ("llama", {}, {"gptq": {"bits": 4}, "lowrank": UP | {"mean_correction": False}}),
+    "full_rank-pivoted-llama-4": (
+        "llama",
+        {},
+        {"gptq": {"bits": 4}, "lowrank": UP | {"rank_ratio": 0.999, "force_rank": True}},
+    ),
+    "no_ideas-llama-4": (
+        "llama",
+        {},
+        {
+            "gptq": {"bits": 4, "true_sequential": False},
+            "joint": {"anchor": False, "rotate": False, "refit": False, "deflate": False, "refine": 0},
+        },
+    ),
     "gptq_only-gpt_bigcode-8": ("gpt_bigcode", {}, {"gptq": {"bits": 8}, "lowrank": DENSE}),
     "gptq_only-gpt_bigcode-4": ("gpt_bigcode", {}, {"gptq": {"bits": 4}, "lowrank": DENSE}),
     "gptq_only-gpt2-8": ("gpt2", {}, {"gptq": {"bits": 8}, "lowrank": DENSE}),
@@ -55,8 +82,8 @@ VARIANTS: dict[str, Variant] = {
     "no_bias-starcoder2-4": ("starcoder2", {"use_bias": False}, {"gptq": {"bits": 4}}),
     "g64-llama-4": ("llama", {}, {"gptq": {"bits": 4, "group_size": 64}, "lowrank": {"rank_ratio": 0.5}}),
 }
-EVERY = MATRIX | VARIANTS
-RESAVED = ("llama-4", "gpt_bigcode-8", "gpt2-16", "tied-llama-4", "bf16-llama-4")
+EVERY = MATRIX | FORMS | VARIANTS
+RESAVED = ("llama-4", "gpt_bigcode-8", "gpt2-16", "tied-llama-4", "bf16-llama-4", "pivoted-llama-4", "pivoted-gpt2-16")
 
 
 class Checkpoint(NamedTuple):
@@ -129,6 +156,8 @@ def test_predicted_bytes_are_the_bytes_in_the_files(label: str, checkpoints: dic
     assert stored.tensor_bytes == on_disk
     assert stored.bpw == pytest.approx(plan.bpw, rel=1e-12)
     assert {layer.site.name: layer.rank for layer in stored.layers if layer.rank} == plan.rank_pattern
+    forms = {layer.site.name: layer.form.removesuffix(" packed") for layer in stored.layers}
+    assert forms == {layer.name: layer.form if layer.rank else "dense" for layer in plan.layers}
     assert sum(layer.weight_bytes + layer.bias_bytes for layer in stored.layers) == on_disk - plan.other_bytes
 
 
@@ -150,3 +179,4 @@ def test_configurations_say_nothing_private(checkpoints: dict[str, Checkpoint], 
                 assert not values.get("dataset"), "the calibration set is in the report; here it would be a guess"
                 assert not values.get("tokenizer")
                 assert values["rank_pattern"] == checkpoint.plan.rank_pattern
+                assert values.get("form_pattern", {}) == checkpoint.plan.form_pattern

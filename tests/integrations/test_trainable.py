@@ -13,6 +13,11 @@ import torch
 
 
 FACTORS = r".*\.(down|up)$"
+FLOATS = [
+    ("llama", "llama", "two_factor"),
+    ("gpt_bigcode", "gpt_bigcode", "two_factor"),
+    ("pivoted", "llama", "pivoted"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -20,9 +25,10 @@ def float_folders(
     model_folder: Callable[..., Path], corpus_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("float")
-    for family in ("llama", "gpt_bigcode"):
-        families.compress(model_folder(family), root / family, corpus_file, gptq={"bits": 16})
-    return {family: root / family for family in ("llama", "gpt_bigcode")}
+    for label, family, form in FLOATS:
+        lowrank = {"rank_ratio": 0.25, "form": form}
+        families.compress(model_folder(family), root / label, corpus_file, gptq={"bits": 16}, lowrank=lowrank)
+    return {label: root / label for label, _, _ in FLOATS}
 
 
 @pytest.fixture(scope="module")
@@ -43,18 +49,19 @@ def loss_of(model: Any) -> torch.Tensor:
     return model(input_ids=tokens, labels=tokens).loss
 
 
+@pytest.mark.parametrize("label", ["llama", "pivoted"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_casting_works_like_on_any_model(dtype: torch.dtype, float_folders: dict[str, Path]) -> None:
-    model = load(float_folders["llama"])
+def test_casting_works_like_on_any_model(dtype: torch.dtype, label: str, float_folders: dict[str, Path]) -> None:
+    model = load(float_folders[label])
     expected = families.probe_logits(model)
     cast = model.half() if dtype is torch.float16 else model.to(dtype)
     assert {parameter.dtype for parameter in cast.parameters()} == {dtype}
-    direct = load(float_folders["llama"], dtype=dtype)
+    direct = load(float_folders[label], dtype=dtype)
     assert torch.allclose(families.probe_logits(direct).float(), expected, atol=0.02 * expected.std().item() * 16)
     assert model.float().dtype == torch.float32
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_bigcode"])
+@pytest.mark.parametrize("family", [label for label, _, _ in FLOATS])
 def test_a_step_trains_every_weight_and_lowers_the_loss(
     family: str, float_folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -101,9 +108,10 @@ def test_trainer_trains_a_loaded_model(float_folders: dict[str, Path], tmp_path:
     assert torch.equal(families.probe_logits(load(tmp_path / "saved")), after)
 
 
-def test_lora_trains_and_merges_into_float_factors(float_folders: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("label", ["llama", "pivoted"])
+def test_lora_trains_and_merges_into_float_factors(label: str, float_folders: dict[str, Path], tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    model = load(float_folders["llama"])
+    model = load(float_folders[label])
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=FACTORS, init_lora_weights=False))
     assert sum("lora_A" in name for name, _ in adapted.named_parameters()) == 28
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-3)
