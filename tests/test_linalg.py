@@ -232,16 +232,19 @@ def test_pivots_predict_all_rows_with_bounded_coefficients(
 
 
 def test_swaps_find_more_volume_than_greedy_pivoting() -> None:
-    """Otherwise the bound above would hold by luck, and swaps would be dead code."""
-    worst = 0.0
-    for seed in range(30):
+    """Wherever greedy pivots break the bound, and they do often enough for the test above to mean something."""
+    swapped = 0
+    for seed in range(20):
         basis = orthonormal("gaussian", 40, 16, seed)
-        unswapped = linalg.choose_pivots(basis, bound=1e9)
-        predictor = torch.linalg.solve(basis[unswapped], basis, left=False)
-        worst = max(worst, float(predictor.abs().max()))
-        volume = [basis[rows].det().abs() for rows in (unswapped, linalg.choose_pivots(basis))]
-        assert volume[1] >= volume[0] * (1 - 1e-12)
-    assert worst > 1.2
+        greedy, chosen = linalg.choose_pivots(basis, bound=1e9), linalg.choose_pivots(basis)
+        largest = [float(torch.linalg.solve(basis[rows], basis, left=False).abs().max()) for rows in (greedy, chosen)]
+        assert largest[1] <= 1.05 + 1e-9
+        if largest[0] > 1.05:
+            swapped += 1
+            assert basis[chosen].det().abs() > 1.05 * basis[greedy].det().abs()
+        else:
+            assert torch.equal(greedy, chosen)
+    assert swapped >= 5
 
 
 def test_the_larger_the_volume_the_smaller_the_amplification() -> None:

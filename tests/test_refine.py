@@ -205,3 +205,14 @@ def test_the_weight_that_will_be_read_back() -> None:
         bits=2,
     )
     assert quantized.weight().tolist() == [[-4, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_at_rest_and_in_another_dtype_the_values_stay(bits: int) -> None:
+    _, _, quantized = problem(4, 2, 8, 1, bits=bits)
+    resting = quantized.at_rest()
+    assert resting.codes.dtype == torch.uint8 and torch.equal(resting.weight(), quantized.weight())
+    double = resting.to(torch.zeros(1, dtype=F64))
+    assert {double.codes.dtype, double.scales.dtype, double.zeros.dtype} == {F64}
+    torch.testing.assert_close(double.weight(), quantized.weight().double(), rtol=1e-6, atol=0)
+    assert torch.equal(double.codes.float(), quantized.codes) and double.g_idx is quantized.g_idx
