@@ -85,8 +85,11 @@ class Settings:
         from lord_quant.corpus import load_corpus
 
         values = asdict(self)
-        for name, split in (("calibration", "calibration"), ("heldout", "heldout")):
-            corpus = load_corpus(values[name], split=split)  # type: ignore[arg-type]
+        texts = {
+            "calibration": load_corpus(self.calibration, split="calibration"),
+            "heldout": load_corpus(self.heldout, split="heldout"),
+        }
+        for name, corpus in texts.items():
             values |= {name: corpus.source, f"{name}_sha256": corpus.sha256}
         if values["calibration_sha256"] == values["heldout_sha256"]:
             raise SystemExit("calibration and held-out text are the same; wanted disjoint ones")

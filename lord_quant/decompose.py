@@ -75,8 +75,13 @@ class Factors(NamedTuple):
     pivots: torch.Tensor | None = None
 
     def others(self) -> torch.Tensor:
-        """Returns the outputs that `up` predicts in the pivoted form: ascending indices."""
-        assert self.pivots is not None
+        """Returns the outputs that `up` predicts in the pivoted form: ascending indices.
+
+        Raises:
+            ValueError: The factors are not in the pivoted form.
+        """
+        if self.pivots is None:
+            raise ValueError("two-factor form: `up` computes all outputs; wanted the pivoted form")
         mask = torch.ones(len(self.down) + len(self.up), dtype=torch.bool, device=self.up.device)
         mask[self.pivots] = False
         return mask.nonzero()[:, 0]

@@ -26,7 +26,7 @@ from lord_quant.moments import MomentAccumulator, Moments
 from lord_quant.plan import LayerPlan, Plan
 from lord_quant.stream import block_kinds, capture
 from lord_quant.surgery import replace_layer
-from lord_quant.targets import dense_weight, find_blocks
+from lord_quant.targets import dense_bias, dense_weight, find_blocks
 
 
 @dataclass(frozen=True)
@@ -89,24 +89,23 @@ def decompose_model(
             for batch in stream:
                 batch.hidden = batch.run(block, kinds[index])
         moments = gathered.results(prefix)
-        for name, module in layers.items():
-            layer = planned[prefix + name]
-            records.append(_decompose_layer(model, layer, module, moments[name], plan.mean_correction))
+        for name in layers:
+            layer, rank = planned[prefix + name], plan.rank_pattern[prefix + name]
+            records.append(_decompose_layer(model, layer, rank, moments[name], plan.mean_correction))
     return records
 
 
 def _decompose_layer(
-    model: nn.Module, layer: LayerPlan, module: nn.Module, moments: Moments, mean_correction: bool
+    model: nn.Module, layer: LayerPlan, rank: int, moments: Moments, mean_correction: bool
 ) -> DecompositionRecord:
-    assert layer.rank is not None
     start = time.perf_counter()
-    weight, bias = dense_weight(module), module.bias
+    module = model.get_submodule(layer.name)
     try:
         factors, spectrum = decompose(
-            weight,
-            None if bias is None else bias.detach(),  # type: ignore[operator]
+            dense_weight(module),
+            dense_bias(module),
             moments,
-            layer.rank,
+            rank,
             form=layer.form,
             mean_correction=mean_correction,
         )
@@ -115,8 +114,8 @@ def _decompose_layer(
     replace_layer(model, layer.name, factors)
     return DecompositionRecord(
         name=layer.name,
-        rank=layer.rank,
-        rel_output_error=spectrum.discarded_share(layer.rank),
+        rank=rank,
+        rel_output_error=spectrum.discarded_share(rank),
         effective_rank=spectrum.effective_rank,
         num_tokens=moments.num_tokens,
         seconds=time.perf_counter() - start,

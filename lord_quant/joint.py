@@ -31,7 +31,7 @@ from lord_quant.refine import Quantized
 from lord_quant.stack import Solver, Stacked, stack_layer
 from lord_quant.stream import BlockCall, Replay, StopForward, block_kinds, capture
 from lord_quant.surgery import replace_layer, set_dense
-from lord_quant.targets import dense_weight, find_blocks
+from lord_quant.targets import dense_bias, dense_weight, find_blocks
 
 
 class StackRecord(NamedTuple):
@@ -156,7 +156,8 @@ class _Runner(NamedTuple):
 class _Inputs:
     """The distinct inputs of a block's layers in the dense stream, in the order in which layers were called."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix  # completes layer names in errors
         self.leader: dict[str, str] = {}
         self.batches: dict[str, list[torch.Tensor]] = {}
 
@@ -184,7 +185,7 @@ class _Inputs:
 
 def _record_inputs(dense: nn.Module, run: _Runner, layers: Sequence[str], prefix: str) -> _Inputs:
     """Runs the dense block once, keeps every distinct input, and moves the dense stream on."""
-    inputs = _Inputs()
+    inputs = _Inputs(prefix)
     seen: list[tuple[torch.Tensor, str]] = []  # held during one forward pass, so that identity means sameness
 
     def observe(name: str, x: torch.Tensor) -> None:
@@ -228,7 +229,8 @@ def _gather(
         dense = batches[counts[name]] if counts[name] < len(batches) else x[:0]
         if dense.shape != x.shape:
             raise CalibrationError(
-                f"layer {name!r} saw {tuple(dense.shape)} inputs in the dense model, now {tuple(x.shape)}"
+                f"layer {inputs.prefix + name!r} saw inputs {tuple(dense.shape)} in the dense model, {tuple(x.shape)} in "
+                "the compressed one, so the two cannot be paired; use --stack naive"
             )
         if name not in accumulators:
             accumulators[name] = PairedAccumulator(x.shape[-1], dtype, x.device)
@@ -269,16 +271,8 @@ def _compress(
 ) -> None:
     """Compresses one layer, puts it into the model and notes what was done."""
     start = time.perf_counter()
-    bias: Any = dense.bias
     try:
-        stacked = compress(
-            dense_weight(dense),
-            None if bias is None else bias.detach(),
-            moments,
-            layer.rank,
-            layer.form,
-            seed=seed,
-        )
+        stacked = compress(dense_weight(dense), dense_bias(dense), moments, layer.rank, layer.form, seed=seed)
     except NumericsError as error:
         raise NumericsError(f"layer {layer.name!r}: {error}") from error
     if stacked.factors is not None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lord_quant.config import FLOAT_BITS, FORMS, GROUP_SIZES, GptqConfig, LowrankConfig
-from lord_quant.errors import GroupSizeError, RankError
+from lord_quant.errors import ConfigError, GroupSizeError, RankError
 from lord_quant.modules import order_dtype
 from lord_quant.targets import LinearSite, find_matching, select
 
@@ -285,11 +285,12 @@ def _rank(site: LinearSite, lowrank: LowrankConfig, explicit: dict[str, int], st
         if lowrank.rank_ratio == 1:
             return None, ""
         wanted = lowrank.rank_ratio * smaller
-    else:
-        assert lowrank.param_ratio is not None
+    elif lowrank.param_ratio is not None:
         if lowrank.param_ratio == 1:
             return None, ""
         wanted = lowrank.param_ratio * dense / (site.in_features + site.out_features)
+    else:
+        raise ConfigError("no rank is chosen: wanted rank_ratio, param_ratio or rank_pattern")
     # The tolerance keeps 0.3 * 320 = 96.00000000000001 from snapping to the next multiple.
     rank = step * max(1, math.ceil(wanted / step - 1e-9))
     if rank > smaller:

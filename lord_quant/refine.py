@@ -80,8 +80,10 @@ def refine(weight: torch.Tensor, hessian: torch.Tensor, quantized: Quantized, sw
         sweeps: How often scales and codes are visited; 0 returns the start.
 
     Raises:
-        NumericsError: A scale came out NaN or inf.
+        NumericsError: Weight, Hessian or a scale that came out hold NaN or inf.
     """
+    require_finite(weight, "weight to be refined")
+    require_finite(hessian, "Hessian to refine in")
     if not sweeps or not hessian.diagonal().mean() > 0:
         return quantized
     perm = torch.argsort(quantized.g_idx, stable=True)  # groups lie together, whatever the activation order

@@ -151,8 +151,10 @@ def stack_layer(
             factors = pivoted(factors)
             coefficient = float(factors.up.abs().max())
         if quantize is not None:
-            stack = _stack_pivoted if form == "pivoted" else _stack_two_factor
-            quantized = stack(target, moments.covariance, factors, quantize, options, seed)
+            if form == "pivoted":
+                quantized = _stack_pivoted(target, moments.covariance, factors, quantize, options)
+            else:
+                quantized = _stack_two_factor(target, moments.covariance, factors, quantize, options, seed)
             factors = factors._replace(down=quantized[".down"].weight(), up=quantized[".up"].weight())
         result = factors.product()
     shifted = None if bias is None else bias.to(weight)
@@ -216,28 +218,32 @@ def _stack_two_factor(
             down = damped_right_solve(target.T @ grid, grid.T @ grid, 1e-7).T
         return {".down": quantize(down, covariance), ".up": first}
     metric = deflated(covariance, down) if options.deflate and options.refit else covariance
+    return _down_first(target, covariance, down, up, metric, quantize, options.refit)
+
+
+def _down_first(
+    target: torch.Tensor,
+    covariance: torch.Tensor,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    metric: torch.Tensor,
+    quantize: Solver,
+    refit: bool,
+) -> dict[str, Quantized]:
+    """Quantizes `down` in `metric`, then `up`, or its optimum for the quantized `down`, in the metric of the bottleneck."""
     first = quantize(down, metric)
     grid = first.weight()
-    if options.refit:
+    if refit:
         up = refit_up(target, covariance, grid, up)
     return {".down": first, ".up": quantize(up, grid @ covariance @ grid.T)}
 
 
 def _stack_pivoted(
-    target: torch.Tensor,
-    covariance: torch.Tensor,
-    factors: Factors,
-    quantize: Solver,
-    options: JointConfig,
-    seed: int,
+    target: torch.Tensor, covariance: torch.Tensor, factors: Factors, quantize: Solver, options: JointConfig
 ) -> dict[str, Quantized]:
     down, up, pivots, others = factors.down, factors.up, factors.pivots, factors.others()
     if options.order == "down_first":
-        first = quantize(down, covariance)
-        grid = first.weight()
-        if options.refit:
-            up = refit_up(target[others], covariance, grid, up)
-        return {".down": first, ".up": quantize(up, grid @ covariance @ grid.T)}
+        return _down_first(target[others], covariance, down, up, covariance, quantize, options.refit)
     first = quantize(up, down @ covariance @ down.T)
     grid = first.weight()
     metric = grid.T @ grid

@@ -50,7 +50,7 @@ def replace_layer(model: nn.Module, name: str, factors: Factors) -> LowRankLinea
         module.down.weight.copy_(factors.down)
         module.up.weight.copy_(factors.up)
         if factors.bias is not None:
-            _set_bias(module, factors)
+            _set_bias(module, factors, factors.bias)
         if factors.pivots is not None:
             # The output at pivots[i] is z[i], the output at others[j] is up(z)[j].
             places = torch.cat((factors.pivots, factors.others()))
@@ -61,13 +61,12 @@ def replace_layer(model: nn.Module, name: str, factors: Factors) -> LowRankLinea
     return module
 
 
-def _set_bias(module: LowRankLinear | PivotedLinear, factors: Factors) -> None:
-    assert factors.bias is not None
+def _set_bias(module: LowRankLinear | PivotedLinear, factors: Factors, bias: torch.Tensor) -> None:
     if factors.pivots is None:
-        module.up.bias.copy_(factors.bias)
+        module.up.bias.copy_(bias)
         return
     # A pivot's bias goes on with z into the outputs predicted from it; theirs makes up for it.
-    pivot_bias, other_bias = factors.bias[factors.pivots], factors.bias[factors.others()]
+    pivot_bias, other_bias = bias[factors.pivots], bias[factors.others()]
     module.down.bias.copy_(pivot_bias)
     module.up.bias.copy_(other_bias - factors.up @ pivot_bias)
 

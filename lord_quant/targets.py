@@ -61,8 +61,13 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def dense_weight(module: nn.Module) -> torch.Tensor:
     """Returns the weight of a linear layer with shape (out_features, in_features); a view, not a copy."""
-    weight = module.weight.detach()  # type: ignore[operator]
+    weight = module.get_parameter("weight").detach()
     return weight.T if is_conv1d(module) else weight
+
+
+def dense_bias(module: nn.Module) -> torch.Tensor | None:
+    """Returns the bias of a linear layer with shape (out_features,), or None; a view, not a copy."""
+    return None if module.bias is None else module.get_parameter("bias").detach()
 
 
 def find_blocks(model: nn.Module) -> Blocks:

@@ -212,10 +212,11 @@ def _without_packing_extension() -> Iterator[None]:
 def _record_solver(model: nn.Module) -> Iterator[list[GptqRecord]]:
     """Lets Optimum use a solver that also notes what it returned; the arithmetic is the host's."""
     module = host()
+    solver: Any = module.GPTQ
     names = {id(layer): name for name, layer in model.named_modules()}
     records: list[GptqRecord] = []
 
-    class RecordingGPTQ(module.GPTQ):  # type: ignore[name-defined]
+    class RecordingGPTQ(solver):
         def __init__(self, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
             super().__init__(layer, *args, **kwargs)
             self.lord_name = names[id(layer)]
@@ -228,12 +229,11 @@ def _record_solver(model: nn.Module) -> Iterator[list[GptqRecord]]:
             records.append(GptqRecord(self.lord_name, loss, float(damp), float(seconds)))
             return outputs
 
-    original = module.GPTQ
     module.GPTQ = RecordingGPTQ
     try:
         yield records
     finally:
-        module.GPTQ = original
+        module.GPTQ = solver
 
 
 def post_init(quantizer: Any, model: nn.Module) -> nn.Module:
@@ -248,7 +248,8 @@ def _keep_eager(model: nn.Module) -> None:
     Compilation needs a C++ compiler on the user's machine, takes longer than it saves on the CPU, and may compute other
     last bits than the same layer loaded elsewhere.
     """
-    for module in model.modules():
-        qweight = getattr(module, "qweight", None)
+    layer: Any
+    for layer in model.modules():
+        qweight = getattr(layer, "qweight", None)
         if isinstance(qweight, torch.Tensor) and qweight.device.type == "cpu":
-            module.optimized = True  # type: ignore[assignment]
+            layer.optimized = True

