@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+"""What a checkpoint's configuration says, and holding the tensors in its files against the plan."""
+
 import json
 import math
-import os
-import stat
 import struct
 from pathlib import Path
 
@@ -12,9 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lord_quant.checkpoint import (
-    atomic_folder,
     cast_floats,
-    check_output,
     check_tensors,
     check_version,
     quantization_config,
@@ -22,187 +20,13 @@ from lord_quant.checkpoint import (
     weight_files,
 )
 from lord_quant.config import GptqConfig, LowrankConfig
-from lord_quant.errors import CheckpointError, FormatVersionError, OutputError
+from lord_quant.errors import CheckpointError, FormatVersionError
 from lord_quant.plan import build_plan
 from lord_quant.targets import LinearSite
 from lord_quant.version import FORMAT_VERSION, __version__
 
 
-def listing(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-
-
-def model_folder(path: Path) -> Path:
-    path.mkdir(parents=True)
-    (path / "config.json").write_text('{"model_type": "gpt2"}')
-    (path / "model.safetensors").write_bytes(b"")
-    return path
-
-
-# What may be written to
-
-
-@pytest.mark.parametrize("name", ["new", "new/deeper/still", "empty"])
-def test_a_free_output_is_accepted_and_nothing_is_left_behind(tmp_path: Path, name: str) -> None:
-    (tmp_path / "empty").mkdir()
-    before = listing(tmp_path)
-    assert check_output(tmp_path / name) == tmp_path / name
-    assert listing(tmp_path) == before
-
-
-def test_a_relative_output_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert check_output("out") == tmp_path / "out"
-
-
-def test_a_folder_with_anything_in_it_needs_overwrite(tmp_path: Path) -> None:
-    out = model_folder(tmp_path / "out")
-    with pytest.raises(OutputError, match=r"out' is not empty.*--overwrite"):
-        check_output(out)
-    assert check_output(out, overwrite=True) == out
-
-
-def test_overwrite_only_replaces_model_folders(tmp_path: Path) -> None:
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "thesis.txt").write_text("years of work")
-    with pytest.raises(OutputError, match="no model folder"):
-        check_output(tmp_path / "home", overwrite=True)
-    (tmp_path / "home" / "config.json").write_text('{"editor": "vi"}')  # some other program's
-    (tmp_path / "home" / "x.safetensors").write_bytes(b"")
-    with pytest.raises(OutputError, match="no model folder"):
-        check_output(tmp_path / "home", overwrite=True)
-    (tmp_path / "empty").mkdir()
-    check_output(tmp_path / "empty", overwrite=True)
-
-
-@pytest.mark.parametrize("overwrite", [True, False])
-def test_a_file_is_no_folder(tmp_path: Path, overwrite: bool) -> None:
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(OutputError, match="is a file"):
-        check_output(tmp_path / "file", overwrite=overwrite)
-    with pytest.raises(OutputError, match="cannot be written"):
-        check_output(tmp_path / "file" / "below", overwrite=overwrite)
-
-
-@pytest.mark.parametrize("output", ["model", "model/../model", "link", "parent", "."])
-def test_the_model_itself_and_what_holds_it_are_refused_even_with_overwrite(tmp_path: Path, output: str) -> None:
-    folder = model_folder(tmp_path / "parent" / "model")
-    (folder.parent / "config.json").write_text("{}")
-    (folder.parent / "link").symlink_to(folder)
-    for given in (str(folder), str(folder.parent / "link")):
-        target = folder.parent / output if output not in ("parent", ".") else folder.parent / ("." if output == "." else "")
-        with pytest.raises(OutputError, match="is or holds the model itself"):
-            check_output(target, overwrite=True, model=given)
-    assert (folder / "config.json").is_file()
-
-
-def test_a_neighbour_of_the_model_and_a_hub_name_are_fine(tmp_path: Path) -> None:
-    folder = model_folder(tmp_path / "model")
-    check_output(tmp_path / "model-lord", model=str(folder))
-    check_output(tmp_path / "out", model="org/model")
-
-
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that not even root can write to")
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="cannot be written: /proc"):
-        check_output("/proc/lord-quant-test")
-
-
-def test_an_error_of_the_file_system_becomes_an_output_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(**kwargs: object) -> str:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr("lord_quant.checkpoint.tempfile.mkdtemp", refuse)
-    with pytest.raises(OutputError, match=r"cannot be written.*Permission denied"):
-        check_output(tmp_path / "out")
-
-
-# Atomic writing
-
-
-def test_the_folder_appears_whole(tmp_path: Path) -> None:
-    out = tmp_path / "deep" / "out"
-    with atomic_folder(out) as staging:
-        (staging / "a").write_text("1")
-        (staging / "sub").mkdir()
-        (staging / "sub" / "b").write_text("2")
-        assert not out.exists() and staging.parent == out.parent
-    assert listing(tmp_path) == ["deep", "deep/out", "deep/out/a", "deep/out/sub", "deep/out/sub/b"]
-
-
-@pytest.mark.parametrize("existing", [True, False])
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-def test_an_exception_changes_nothing(tmp_path: Path, existing: bool, error: type[BaseException]) -> None:
-    out = tmp_path / "out"
-    if existing:
-        out.mkdir()
-        (out / "old").write_text("old")
-    before = listing(tmp_path)
-    with pytest.raises(error), atomic_folder(out) as staging:
-        (staging / "new").write_text("new")
-        raise error
-    assert listing(tmp_path) == before
-
-
-def test_an_existing_folder_is_replaced_whole(tmp_path: Path) -> None:
-    out = model_folder(tmp_path / "out")
-    (out / "stale.safetensors").write_text("old")
-    with atomic_folder(out, overwrite=True) as staging:
-        (staging / "config.json").write_text("new")
-        assert (out / "stale.safetensors").read_text() == "old"  # still there while the new one is written
-    assert listing(tmp_path) == ["out", "out/config.json"] and (out / "config.json").read_text() == "new"
-
-
-def test_a_failing_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = model_folder(tmp_path / "out")
-    rename = Path.rename
-
-    def flaky(self: Path, target: Path) -> Path:
-        if ".partial-" in self.name:
-            raise OSError(5, "Input/output error")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", flaky)
-    with (
-        pytest.raises(OutputError, match=r"Input/output.*kept at") as caught,
-        atomic_folder(out, overwrite=True) as staging,
-    ):
-        (staging / "config.json").write_text("new")
-    assert "gpt2" in (out / "config.json").read_text()
-    assert str(staging) in str(caught.value) and (staging / "config.json").read_text() == "new"  # hours of work
-
-
-def test_what_appears_during_the_run_is_not_replaced_unasked(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with pytest.raises(OutputError, match=r"appeared.*kept at"), atomic_folder(out) as staging:
-        (staging / "config.json").write_text("new")
-        out.mkdir()
-        (out / "precious.txt").write_text("years of work")
-    assert (out / "precious.txt").read_text() == "years of work"
-    assert (staging / "config.json").read_text() == "new"
-
-
-def test_links_to_nowhere_and_mount_points_are_refused_before_the_run(tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(OutputError, match="does not exist"):
-        check_output(tmp_path / "link")
-    with pytest.raises(OutputError, match="mount point"):
-        check_output("/dev/shm")
-
-
-def test_the_folder_has_the_permissions_of_any_new_folder(tmp_path: Path) -> None:
-    old = os.umask(0o027)
-    try:
-        with atomic_folder(tmp_path / "out"):
-            pass
-        (tmp_path / "plain").mkdir()
-    finally:
-        os.umask(old)
-    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("out", "plain")]
-    assert modes == [0o750, 0o750]
-
-
-# What the configuration says
+# Configuration
 
 
 @pytest.mark.parametrize("version", [0, -1, "1", 1.0, None, True, [1]])
