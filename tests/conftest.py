@@ -19,6 +19,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+pytest.register_assert_rewrite("families", "model_runs")  # helpers whose assertions tests rely on
+
 CALIBRATION_FILES = ("textwrap.py", "bisect.py", "heapq.py", "shlex.py", "string.py", "fnmatch.py", "glob.py")
 
 

@@ -1,61 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
+"""The naive stack's engine over tiny models: the moments it collects, what it replaces, and what it refuses."""
+
 import copy
 import weakref
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from models import random_tokens, tiny_model
+from model_runs import (
+    BATCHES,
+    BOOM_PLACES,
+    POISONED,
+    TOKENS,
+    logits,
+    plan_of,
+    poison,
+    require_hooks_to_survive,
+    whole_model_inputs,
+)
+from models import tiny_model
 from torch import nn
 
 from lord_quant import engine
-from lord_quant.config import GptqConfig, LowrankConfig
 from lord_quant.decompose import Factors, OutputSpectrum, decompose
 from lord_quant.engine import DecompositionRecord, decompose_model
 from lord_quant.errors import CalibrationError, NumericsError
 from lord_quant.modules import LowRankLinear
 from lord_quant.moments import MomentAccumulator, Moments
-from lord_quant.plan import Plan, build_plan
-from lord_quant.targets import find_blocks, find_linears
+from lord_quant.plan import Plan
+from lord_quant.targets import find_linears
 
 
 FAMILIES = ["gpt2", "bigcode", "codegen", "llama", "qwen2", "gemma2", "gemma3"]
 SLIDING = ["qwen2", "gemma2", "gemma3"]
-TOKENS = random_tokens()
-BATCHES = list(TOKENS.split([4, 2]))
-
-
-def plan_of(model: nn.Module, **lowrank: Any) -> Plan:
-    settings = LowrankConfig(**(lowrank or {"rank_ratio": 0.5, "force_rank": True}))
-    gptq = GptqConfig(bits=16, group_size=32)
-    return build_plan(find_linears(model), settings, gptq, itemsize=8, other_bytes=0)
 
 
 def full_rank_plan(model: nn.Module) -> Plan:
     ranks = {site.name: min(site.in_features, site.out_features) for site in find_linears(model)}
-    return plan_of(model, rank_pattern=ranks, force_rank=True)
-
-
-def logits(model: nn.Module, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=tokens).logits
-
-
-def whole_model_inputs(model: nn.Module, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Inputs of layers by plain hooks while the whole model runs: the reference the engine is held against."""
-    seen: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda module, args, kept=seen[name]: kept.append(args[0].reshape(-1, args[0].shape[-1]).clone())
-        )
-        for name in names
-    ]
-    logits(model)
-    for handle in handles:
-        handle.remove()
-    return {name: torch.cat(parts).numpy() for name, parts in seen.items()}
+    return plan_of(model, rank_ratio=None, rank_pattern=ranks)
 
 
 @pytest.fixture
@@ -146,7 +129,7 @@ def test_batching_changes_nothing_but_rounding() -> None:
 def test_only_planned_layers_change_and_everything_else_is_the_same_tensor() -> None:
     model = tiny_model("gpt2")
     before = dict(model.named_parameters())
-    plan = plan_of(model, rank_pattern={"re:h.1.*c_fc": 32})
+    plan = plan_of(model, rank_ratio=None, rank_pattern={"re:h.1.*c_fc": 32})
     decompose_model(model, plan, BATCHES)
     after = dict(model.named_parameters())
     changed = {name for name in before.keys() | after.keys() if before.get(name) is not after.get(name)}
@@ -194,73 +177,15 @@ def test_inputs_of_earlier_batches_are_not_kept() -> None:
     assert alive == [0] * len(TOKENS)
 
 
-def hook_ids(model: nn.Module) -> dict[str, list[int]]:
-    return {
-        name: [*module._forward_pre_hooks, *module._forward_hooks, *module._forward_pre_hooks_with_kwargs]
-        for name, module in model.named_modules()
-    }
-
-
-class _Boom(Exception):
-    pass
-
-
-@pytest.mark.parametrize("failure", [None, "embedding", "first block", "second block"])
+@pytest.mark.parametrize("failure", [None, *BOOM_PLACES])
 def test_hooks_of_others_survive_and_ours_are_gone_whatever_happens(failure: str | None) -> None:
     model = tiny_model("llama")
-    calls = []
-    blocks = find_blocks(model).modules
-    for module in (model, *blocks, blocks[0].self_attn.q_proj, blocks[1].mlp.down_proj):
-        module.register_forward_pre_hook(lambda module, args: calls.append(module))
-        module.register_forward_hook(lambda module, args, output: calls.append(module))
-    boom = None
-    if failure:
-
-        def fail(*_: Any) -> None:
-            raise _Boom
-
-        inside = {
-            "embedding": model.model.embed_tokens,
-            "first block": blocks[0].mlp.act_fn,
-            "second block": blocks[1].mlp.act_fn,
-        }
-        boom = inside[failure].register_forward_hook(fail)
-    before = hook_ids(model)
-    plan = plan_of(model, rank_ratio=0.5, force_rank=True, targets=("o_proj", "up_proj"))
-    if failure:
-        with pytest.raises(_Boom):
-            decompose_model(model, plan, BATCHES)
-    else:
-        decompose_model(model, plan, BATCHES)
-    after = hook_ids(model)
-    assert calls and {name: after[name] for name in before if name in after} == {
-        name: ids for name, ids in before.items() if name in after
-    }
-    assert all(not ids for name, ids in after.items() if name not in before)
-    if boom:
-        boom.remove()
-    calls.clear()
-    logits(model)
-    assert {model, *blocks} <= set(calls)
-
-
-def poison(model: nn.Module, path: str, value: float) -> None:
-    def hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        output = output.clone()
-        output[..., 3] = value
-        return output
-
-    model.get_submodule(path).register_forward_hook(hook)
+    plan = plan_of(model, targets=("o_proj", "up_proj"))
+    require_hooks_to_survive(model, failure, lambda: decompose_model(model, plan, BATCHES))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize(
-    ("path", "layer"),
-    [
-        ("model.layers.1.post_attention_layernorm", "model.layers.1.mlp.gate_proj"),
-        ("model.layers.0.mlp.act_fn", "model.layers.0.mlp.down_proj"),
-    ],
-)
+@pytest.mark.parametrize(("path", "layer"), POISONED)
 def test_activations_that_are_not_finite_name_the_layer(path: str, layer: str, value: float) -> None:
     model = tiny_model("llama")
     poison(model, path, value)
@@ -282,7 +207,7 @@ def test_a_layer_that_no_token_reaches_is_named(reached: str) -> None:
     model = tiny_model("llama")
     mlp = model.model.layers[1].mlp
     mlp.forward = lambda x: x if reached == "never" else x + 0 * mlp.down_proj(mlp.up_proj(x[:0])).sum()
-    plan = plan_of(model, rank_ratio=0.5, targets=("up_proj", "down_proj"))
+    plan = plan_of(model, targets=("up_proj", "down_proj"))
     with pytest.raises(CalibrationError, match=r"no calibration token reached model\.layers\.1\.mlp\.up_proj"):
         decompose_model(model, plan, BATCHES)
 
@@ -299,11 +224,11 @@ def test_statistics_are_float32_and_layers_keep_their_dtype(dtype: torch.dtype, 
 def test_the_dense_models_statistics_are_used_for_every_block(seen_moments: list[Moments]) -> None:
     """Decomposing block 0 changes what block 1 sees; the naive stack must not notice."""
     model = tiny_model("llama")
-    decompose_model(model, plan_of(model, rank_ratio=0.5, force_rank=True), BATCHES, dtype=torch.float64)
+    decompose_model(model, plan_of(model), BATCHES, dtype=torch.float64)
     both = seen_moments[7:]
     del seen_moments[:]
     model = tiny_model("llama")
-    plan = plan_of(model, rank_ratio=0.5, force_rank=True, targets=("re:layers.1",))
+    plan = plan_of(model, targets=("re:layers.1",))
     decompose_model(model, plan, BATCHES, dtype=torch.float64)
     assert len(both) == len(seen_moments) == 7
     for left, right in zip(both, seen_moments, strict=True):
@@ -322,7 +247,7 @@ def test_a_run_is_reproducible() -> None:
 def test_mean_correction_off_leaves_biases_as_they_were(family: str) -> None:
     model = tiny_model(family)
     biases = {name: tensor.clone() for name, tensor in model.named_parameters() if name.endswith("bias")}
-    plan = plan_of(model, rank_ratio=0.5, force_rank=True, mean_correction=False)
+    plan = plan_of(model, mean_correction=False)
     for record in decompose_model(model, plan, BATCHES, dtype=torch.float64):
         bias = model.get_submodule(record.name).up.bias
         dense = biases.get(f"{record.name}.bias")

@@ -1,79 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
+"""The joint run over tiny models: what its two streams see, and what it leaves in the model."""
+
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from models import random_tokens, tiny_model
+from model_runs import BATCHES, IDEAS, TOKENS, logits, plan_of, rounding, run_joint, whole_model_inputs
+from models import tiny_model
 from torch import nn
 
 from lord_quant import joint
-from lord_quant.config import GptqConfig, JointConfig, LowrankConfig
+from lord_quant.config import JointConfig
 from lord_quant.engine import decompose_model
-from lord_quant.errors import CalibrationError, NumericsError
-from lord_quant.joint import StackedModel, stack_model
+from lord_quant.joint import stack_model
 from lord_quant.modules import LowRankLinear, PivotedLinear
 from lord_quant.moments import PairedAccumulator, PairedMoments
-from lord_quant.plan import Plan, build_plan
-from lord_quant.refine import Quantized
+from lord_quant.plan import Plan
 from lord_quant.stack import Stacked, stack_layer
 from lord_quant.targets import dense_weight, find_blocks, find_linears
 
 
 FAMILIES = ["gpt2", "bigcode", "codegen", "llama", "qwen2", "gemma2"]
 SLIDING = ["qwen2", "gemma2"]
-TOKENS = random_tokens()
-BATCHES = list(TOKENS.split([4, 2]))
-IDEAS = JointConfig()
 FORMS = {"two_factor": LowRankLinear, "pivoted": PivotedLinear}
-
-
-def plan_of(model: nn.Module, bits: int = 16, **lowrank: Any) -> Plan:
-    settings = LowrankConfig(**({"rank_ratio": 0.5, "force_rank": True} | lowrank))
-    return build_plan(find_linears(model), settings, GptqConfig(bits=bits, group_size=32), itemsize=8, other_bytes=0)
 
 
 def with_ranks(plan: Plan, rank_of: Any, form: str = "two_factor") -> Plan:
     """The same plan with ranks that no configuration would give."""
     layers = [dataclasses.replace(layer, rank=rank_of(layer), form=form) for layer in plan.layers]
     return dataclasses.replace(plan, layers=tuple(layers))
-
-
-def logits(model: nn.Module, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=tokens).logits
-
-
-def run(model: nn.Module, plan: Plan, solve: Any = None, options: JointConfig = IDEAS, **rest: Any) -> StackedModel:
-    batches = rest.pop("batches", BATCHES)
-    return stack_model(model, plan, batches, solve, options, **({"dtype": torch.float64} | rest))
-
-
-def rounding(weight: torch.Tensor, hessian: torch.Tensor) -> Quantized:
-    """Round to nearest, 4 bits, one group per row."""
-    scales = (weight.abs().amax(dim=1, keepdim=True) / 7).clamp_min(1e-6)
-    codes = (weight / scales).round().clamp(-8, 7) + 8
-    return Quantized(codes, scales, torch.full_like(scales, 8), torch.zeros(weight.shape[1], dtype=torch.int32), 4)
-
-
-def whole_model_inputs(model: nn.Module, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Inputs of layers by plain hooks while the whole model runs: the reference the two streams are held against."""
-    seen: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda module, args, kept=seen[name]: kept.append(args[0].reshape(-1, args[0].shape[-1]).clone())
-        )
-        for name in names
-    ]
-    logits(model)
-    for handle in handles:
-        handle.remove()
-    return {name: torch.cat(parts).double().numpy() for name, parts in seen.items()}
 
 
 @pytest.fixture
@@ -109,7 +69,7 @@ def test_every_layer_sees_the_dense_model_and_the_model_as_it_will_be(
     model = tiny_model(family)
     dense = copy.deepcopy(model)
     names = [site.name for site in find_linears(model)]
-    done = run(model, plan_of(model), solve)
+    done = run_joint(model, plan_of(model), solve)
     records = [record.name for record in done.records]
     assert sorted(records) == sorted(names)
     before, after = whole_model_inputs(dense, names), whole_model_inputs(model, names)
@@ -127,7 +87,7 @@ def test_the_test_above_notices_a_wrong_mask(
     names = [site.name for site in find_linears(model)]
     before = whole_model_inputs(copy.deepcopy(model), names)
     monkeypatch.setattr(joint, "block_kinds", lambda model, count: ["block"] * count)
-    done = run(model, plan_of(model))
+    done = run_joint(model, plan_of(model))
     after = whole_model_inputs(model, names)
     pairs = zip(done.records, seen_moments, strict=True)
     assert max(deviation(moments, before[record.name], after[record.name]) for record, moments in pairs) > 1e-4
@@ -141,8 +101,8 @@ def test_the_first_block_is_decomposed_like_the_engine_does(family: str, anchor:
     plan = plan_of(theirs)
     decompose_model(theirs, plan, BATCHES, dtype=torch.float64)
     options = JointConfig(anchor=anchor)
-    run(together, plan, options=options, true_sequential=False)
-    records = run(in_turn, plan, options=options).records
+    run_joint(together, plan, options=options, true_sequential=False)
+    records = run_joint(in_turn, plan, options=options).records
     first = [layer.name for layer in plan.layers if layer.block == 0]
     x = {layer.name: torch.randn(3, layer.in_features, dtype=torch.float64) for layer in plan.layers}
 
@@ -164,7 +124,7 @@ def test_the_dense_stream_does_not_notice_compression(family: str, seen_moments:
     for solve, sequential in ((None, True), (rounding, True), (rounding, False)):
         del seen_moments[:]
         model = tiny_model(family)
-        done = run(model, plan_of(model), solve, true_sequential=sequential)
+        done = run_joint(model, plan_of(model), solve, true_sequential=sequential)
         means.append({record.name: m.dense_mean for record, m in zip(done.records, seen_moments, strict=True)})
     for other in means[1:]:
         assert all(torch.equal(other[name], means[0][name]) for name in means[0])
@@ -185,7 +145,7 @@ def test_layers_fed_the_same_tensor_share_one_accumulator(
 
     monkeypatch.setattr(joint, "PairedAccumulator", Counted)
     model = tiny_model(family)
-    run(model, plan_of(model), true_sequential=true_sequential)
+    run_joint(model, plan_of(model), true_sequential=true_sequential)
     assert len(made) == 2 * per_block
     assert {accumulator.ours.num_tokens for accumulator in made} == {TOKENS.numel()}
 
@@ -201,7 +161,7 @@ def test_full_rank_leaves_the_logits_alone(family: str, form: str) -> None:
         return smaller if form == "two_factor" or layer.out_features > layer.in_features else None
 
     plan = with_ranks(plan_of(model), full, form)
-    done = run(model, plan)
+    done = run_joint(model, plan)
     assert len(done.records) == len(plan.rank_pattern) > 0 and done.quantized == {}
     assert all(record.rel_stacked_error < 1e-12 for record in done.records)
     assert {type(model.get_submodule(name)) for name in plan.rank_pattern} == {FORMS[form]}
@@ -216,7 +176,7 @@ def test_pivoted_and_two_factor_are_the_same_model_with_fewer_weights(family: st
         model = tiny_model(family, dtype)
         narrow = ("k_proj", "v_proj") if family in ("llama", "qwen2") else ()  # of full rank, where forms differ
         plan = plan_of(model, form=form, ignore=narrow)
-        run(model, plan, dtype=dtype)
+        run_joint(model, plan, dtype=dtype)
         layers = {name: model.get_submodule(name) for name in plan.rank_pattern}
         assert {type(layer) for layer in layers.values()} == {module}
         found[form], ranks[form] = logits(model), plan.rank_pattern
@@ -234,7 +194,7 @@ def test_pivoted_and_two_factor_are_the_same_model_with_fewer_weights(family: st
 def test_what_is_to_be_packed_is_what_the_layers_hold(family: str, form: str) -> None:
     model = tiny_model(family, torch.float32)
     plan = plan_of(model, bits=4, targets=("mlp",), form=form)
-    done = run(model, plan, rounding, dtype=torch.float32)
+    done = run_joint(model, plan, rounding, dtype=torch.float32)
     expected = {layer.name + suffix: layer for layer in plan.layers for suffix in layer.factor_shapes()}
     assert done.quantized.keys() == expected.keys()
     for name, item in done.quantized.items():
@@ -256,12 +216,12 @@ def test_quantization_alone_keeps_every_layer_dense() -> None:
     model = tiny_model("gpt2")
     kinds = [type(module) for module in model.modules()]
     dense = copy.deepcopy(model)
-    done = run(model, plan_of(model, bits=4, rank_ratio=1), rounding)
+    done = run_joint(model, plan_of(model, bits=4, rank_ratio=1), rounding)
     assert [type(module) for module in model.modules()] == kinds
     assert done.quantized.keys() == {site.name for site in find_linears(model)}
     assert all(torch.equal(dense_weight(model.get_submodule(n)), item.weight()) for n, item in done.quantized.items())
     plain = copy.deepcopy(dense)
-    run(plain, plan_of(dense, bits=4, rank_ratio=1), rounding, JointConfig(anchor=False, refine=0))
+    run_joint(plain, plan_of(dense, bits=4, rank_ratio=1), rounding, JointConfig(anchor=False, refine=0))
     wanted = logits(dense)
     assert (logits(model) - wanted).square().mean() < (logits(plain) - wanted).square().mean()
 
@@ -273,7 +233,7 @@ def test_ideas_bring_the_model_nearer_to_the_dense_one(family: str) -> None:
     for label, options in (("none", none), ("all", IDEAS)):
         model = tiny_model(family)
         wanted = logits(model)
-        run(model, plan_of(model, rank_ratio=0.75), rounding, options)
+        run_joint(model, plan_of(model, rank_ratio=0.75), rounding, options)
         error[label] = float((logits(model) - wanted).square().mean())
     assert error["all"] < 0.9 * error["none"]
 
@@ -297,7 +257,7 @@ def test_replaying_finished_parts_changes_nothing(
         attention = find_blocks(model).modules[0].get_submodule("attn" if family != "llama" else "self_attn")
         child = next(iter(attention.children()))  # below what is replayed, so that its calls are real ones
         child.register_forward_hook(counted)
-        run(model, plan_of(model, targets=(r"re:mlp|o_proj|out_proj|attn\.c_proj",)), true_sequential=true_sequential)
+        run_joint(model, plan_of(model, targets=(r"re:mlp|o_proj|out_proj|attn\.c_proj",)), true_sequential=true_sequential)
         states.append(model.state_dict())
         calls.append(count)
     assert states[0].keys() == states[1].keys()
@@ -309,7 +269,7 @@ def test_batching_changes_nothing_but_rounding_and_one_token_is_enough() -> None
     results = []
     for batches in ([TOKENS], list(TOKENS.split(1)), BATCHES):
         model = tiny_model("llama")
-        run(model, plan_of(model), batches=batches)
+        run_joint(model, plan_of(model), batches=batches)
         results.append(logits(model))
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=0, atol=1e-7)
@@ -323,7 +283,7 @@ def test_batches_of_one_token(family: str, solve: Any, form: str) -> None:
     tokens = TOKENS[:1, :3].T.contiguous()
     for batches, count in ((list(tokens.split(1)), 3), ([tokens[:1]], 1)):
         model = tiny_model(family, torch.float32)
-        done = run(model, plan_of(model, form=form), solve, batches=batches, dtype=torch.float32)
+        done = run_joint(model, plan_of(model, form=form), solve, batches=batches, dtype=torch.float32)
         assert {record.num_tokens for record in done.records} == {count}
         assert torch.isfinite(logits(model)).all()
 
@@ -332,7 +292,7 @@ def test_a_run_is_reproducible_and_its_seed_turns_the_rotations() -> None:
     states = []
     for seed in (0, 0, 1):
         model = tiny_model("gpt2", torch.float32)
-        run(model, plan_of(model), rounding, seed=seed, dtype=torch.float32)
+        run_joint(model, plan_of(model), rounding, seed=seed, dtype=torch.float32)
         states.append(model.state_dict())
     first, again, other = states
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -353,7 +313,7 @@ def test_only_planned_layers_change_and_everything_else_is_the_same_tensor(block
     model = tiny_model("gpt2")
     before = dict(model.named_parameters())
     values = {name: tensor.detach().clone() for name, tensor in before.items()}
-    run(model, plan_of(model, rank_ratio=None, rank_pattern={f"re:h.{block}.*c_fc": 32}))
+    run_joint(model, plan_of(model, rank_ratio=None, rank_pattern={f"re:h.{block}.*c_fc": 32}))
     after = dict(model.named_parameters())
     changed = {name for name in before.keys() | after.keys() if before.get(name) is not after.get(name)}
     assert changed == {
@@ -365,7 +325,7 @@ def test_only_planned_layers_change_and_everything_else_is_the_same_tensor(block
 def test_a_plan_without_ranks_does_not_run_the_model_in_float() -> None:
     model = tiny_model("gpt2")
     model.forward = None
-    done = run(model, plan_of(tiny_model("gpt2"), rank_ratio=1))
+    done = run_joint(model, plan_of(tiny_model("gpt2"), rank_ratio=1))
     assert done.records == [] and done.quantized == {}
 
 
@@ -374,7 +334,7 @@ def test_a_plan_without_ranks_does_not_run_the_model_in_float() -> None:
 def test_mean_correction_off_adds_no_bias(family: str, form: str) -> None:
     model = tiny_model(family)
     had = {site.name: site.has_bias for site in find_linears(model)}
-    for record in run(model, plan_of(model, mean_correction=False, form=form)).records:
+    for record in run_joint(model, plan_of(model, mean_correction=False, form=form)).records:
         layer = model.get_submodule(record.name)
         assert (layer.up.bias is not None) == had[record.name]
         assert (layer.down.bias is not None) == (had[record.name] and form == "pivoted")
@@ -384,7 +344,7 @@ def test_mean_correction_off_adds_no_bias(family: str, form: str) -> None:
 def test_the_mean_output_of_every_layer_is_the_dense_one(family: str, form: str) -> None:
     model = tiny_model(family)
     dense = copy.deepcopy(model)
-    done = run(model, plan_of(model, form=form), rounding)
+    done = run_joint(model, plan_of(model, form=form), rounding)
     biased = {site.name for site in find_linears(dense) if site.has_bias}
     names = [record.name for record in done.records if record.rank is not None or record.name in biased]
     assert len(names) >= 8
@@ -394,149 +354,3 @@ def test_the_mean_output_of_every_layer_is_the_dense_one(family: str, form: str)
             wanted = dense.get_submodule(name)(torch.from_numpy(before[name])).mean(0)
             found = model.get_submodule(name)(torch.from_numpy(after[name])).mean(0)
             torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9 * float(wanted.abs().max()))
-
-
-# Whatever happens
-
-
-def hook_ids(model: nn.Module) -> dict[str, list[int]]:
-    return {
-        name: [*module._forward_pre_hooks, *module._forward_hooks, *module._forward_pre_hooks_with_kwargs]
-        for name, module in model.named_modules()
-    }
-
-
-class _Boom(Exception):
-    pass
-
-
-@pytest.mark.parametrize("failure", [None, "embedding", "first block", "second block", "solver", "late solver"])
-def test_hooks_of_others_survive_and_ours_are_gone_whatever_happens(failure: str | None) -> None:
-    model = tiny_model("llama")
-    calls = []
-    blocks = find_blocks(model).modules
-    for module in (model, *blocks, blocks[0].self_attn.q_proj, blocks[1].mlp.down_proj):
-        module.register_forward_pre_hook(lambda module, args: calls.append(type(module)))
-        module.register_forward_hook(lambda module, args, output: calls.append(type(module)))
-    left = {"solver": 1, "late solver": 5}.get(str(failure), -1)
-
-    def solve(weight: torch.Tensor, hessian: torch.Tensor) -> Quantized:
-        nonlocal left
-        left -= 1
-        if not left:
-            raise _Boom
-        return rounding(weight, hessian)
-
-    boom = None
-    inside = {
-        "embedding": model.model.embed_tokens,
-        "first block": blocks[0].mlp.act_fn,
-        "second block": blocks[1].mlp.act_fn,
-    }
-    if failure in inside:
-
-        def fail(*_: Any) -> None:
-            raise _Boom
-
-        boom = inside[failure].register_forward_hook(fail)
-    before = hook_ids(model)
-    plan = plan_of(model, targets=("o_proj", "up_proj"))
-    if failure:
-        with pytest.raises(_Boom):
-            run(model, plan, solve)
-    else:
-        run(model, plan, solve)
-    after = hook_ids(model)
-    assert calls
-    assert {name: after[name] for name in before if name in after} == {n: ids for n, ids in before.items() if n in after}
-    assert all(not ids for name, ids in after.items() if name not in before)
-    assert not [name for name, module in model.named_modules() if "forward" in vars(module)]
-    if boom:
-        boom.remove()
-    calls.clear()
-    logits(model)
-    assert {type(model), *map(type, blocks)} <= set(calls)
-
-
-def poison(model: nn.Module, path: str, value: float) -> None:
-    def hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        output = output.clone()
-        output[..., 3] = value
-        return output
-
-    model.get_submodule(path).register_forward_hook(hook)
-
-
-@pytest.mark.parametrize("solve", [None, rounding], ids=["float", "rounded"])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize(
-    ("path", "layer"),
-    [
-        ("model.layers.1.post_attention_layernorm", "model.layers.1.mlp.gate_proj"),
-        ("model.layers.0.mlp.act_fn", "model.layers.0.mlp.down_proj"),
-    ],
-)
-def test_activations_that_are_not_finite_name_the_layer(path: str, layer: str, value: float, solve: Any) -> None:
-    model = tiny_model("llama")
-    poison(model, path, value)
-    with pytest.raises(NumericsError, match=f"inputs of layer '{layer}'.*NaN or inf"):
-        run(model, plan_of(model), solve)
-    assert type(model.get_submodule(layer)) is nn.Linear
-
-
-@pytest.mark.parametrize("rank_ratio", [0.5, 1])
-def test_weights_that_are_not_finite_name_the_layer(rank_ratio: float) -> None:
-    model = tiny_model("gpt2")
-    with torch.no_grad():
-        model.transformer.h[1].mlp.c_proj.weight[0, 0] = torch.nan
-    with pytest.raises(NumericsError, match=r"layer 'transformer\.h\.1\.mlp\.c_proj': .*NaN or inf"):
-        run(model, plan_of(model, rank_ratio=rank_ratio), rounding)
-
-
-@pytest.mark.parametrize("reached", ["never", "with no token"])
-def test_a_layer_that_no_token_reaches_is_named(reached: str) -> None:
-    model = tiny_model("llama")
-    mlp = model.model.layers[1].mlp
-    mlp.register_module("spare", nn.Linear(64, 64, dtype=torch.float64))
-    if reached == "with no token":
-        mlp.act_fn.register_forward_hook(lambda module, args, output: (mlp.spare(output[:0, ..., :64]), output)[1])
-    with pytest.raises(CalibrationError, match=r"no calibration token reached model\.layers\.1\.mlp\.spare; use more text"):
-        run(model, plan_of(model))
-
-
-class Router(nn.Module):
-    """Sends the tokens whose first value is positive through a layer, as a mixture of experts does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.expert = nn.Linear(64, 64, dtype=torch.float64)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        chosen = x[..., 0] > 0
-        return x.masked_scatter(chosen[..., None], self.expert(x[chosen]))
-
-
-def test_streams_that_part_ways_are_refused_by_name() -> None:
-    model = tiny_model("llama")
-    model.model.layers[1].mlp = Router()
-    with pytest.raises(CalibrationError, match=r"layer 'mlp\.expert' saw \(\d+, 64\) inputs in the dense model, now \("):
-        run(model, plan_of(model))
-
-
-class Twice(nn.Module):
-    """Sends everything through the same layer two times."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(64, 64, dtype=torch.float64)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(torch.tanh(self.layer(x)))
-
-
-def test_a_layer_that_is_called_twice_is_refused_by_name() -> None:
-    """Its inputs of one batch would be paired with those of another."""
-    model = tiny_model("llama")
-    model.model.layers[1].mlp = Twice()
-    with pytest.raises(CalibrationError, match=r"model\.layers\.1\.mlp\.layer: not called once.*--stack naive"):
-        run(model, plan_of(model))
