@@ -12,6 +12,7 @@ import gc
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,15 @@ def stored_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
     for path in sorted(Path(folder).glob("*.safetensors")):
         tensors |= load_file(path)
     return tensors
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Changes the tensors in the one file of a model folder."""
+    from safetensors.torch import save_file
+
+    tensors = stored_tensors(folder)
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def different_tensors(one: str | Path, other: str | Path) -> list[str]:

@@ -1,15 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bad input to the commands: exit code 2, one message that says what, where, found and wanted, and nothing written.
-
-Driven in this process through the code that optimum-cli runs; `test_cli.py` shows a few through the real thing.
-"""
+"""Bad input to `quantize`: exit code 2, one message that says what, where, found and wanted, and nothing written."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,56 +11,12 @@ from typing import Any
 import families
 import pytest
 import torch
-
-from lord_quant.commands import inspect as inspect_command
-from lord_quant.commands import plan as plan_command
-from lord_quant.commands import quantize as quantize_command
-
-
-COMMANDS = {"plan": plan_command, "quantize": quantize_command, "inspect": inspect_command}
-SHORT = ["--num-samples", "2", "--seq-len", "32"]
-
-
-def run_command(name: str, *arguments: str | Path) -> int:
-    """Parses and runs a command like optimum-cli does; returns the exit code."""
-    from optimum.commands.register.register_lord import _guarded
-
-    parser = argparse.ArgumentParser(prog=f"optimum-cli lord {name}")
-    COMMANDS[name].add_arguments(parser)
-    return _guarded(COMMANDS[name], parser.parse_args([*map(str, arguments)]))
-
-
-class Box:
-    """A model folder to be spoilt, a place for output, and the arguments of a run that would succeed."""
-
-    def __init__(self, root: Path, model: Path, corpus: Path) -> None:
-        self.root, self.original, self.corpus = root, model, corpus
-        self.output = root / "output"
-        self.flags: dict[str, Any] = {"--model": model, "--output": self.output, "--dataset": corpus, "--rank-ratio": 0.25}
-        self.flags["--group-size"] = 32
-
-    def copy(self) -> Path:
-        """Makes the run use a copy of the model, and returns it."""
-        self.flags["--model"] = shutil.copytree(self.original, self.root / "model")
-        return self.flags["--model"]
-
-    def arguments(self) -> list[str]:
-        listed = [(flag, value if isinstance(value, list) else [value]) for flag, value in self.flags.items()]
-        return [*SHORT, *(str(part) for flag, values in listed for part in (flag, *values))]
-
-
-@pytest.fixture
-def box(tmp_path: Path, model_folder: Callable[..., Path], corpus_file: Path) -> Box:
-    return Box(tmp_path, model_folder("gpt_bigcode"), corpus_file)
+from families import edit_tensors
+from in_process import Box, run_command, write_file
 
 
 def snapshot(root: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() if path.is_file() else b"" for path in root.rglob("*")}
-
-
-def write_file(path: Path, content: bytes | str) -> Path:
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
 
 
 def config_only(box: Box, **values: Any) -> None:
@@ -75,14 +25,6 @@ def config_only(box: Box, **values: Any) -> None:
     (folder / "config.json").write_text(json.dumps(values))
     families.copy_tokenizer(folder)
     box.flags["--model"] = folder
-
-
-def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    from safetensors.torch import save_file
-
-    tensors = families.stored_tensors(folder)
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def bin_only(box: Box) -> None:
@@ -104,18 +46,9 @@ def without_tokenizer(box: Box) -> None:
         (folder / name).unlink()
 
 
-def occupied(box: Box) -> None:
-    box.output.mkdir()
-    (box.output / "thesis.tex").write_text("mine")
-
-
 def already_compressed(box: Box, method: str) -> None:
     path = box.copy() / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": method, "bits": 4}}))
-
-
-def yaml_with(box: Box, text: str) -> None:
-    box.flags["--config"] = write_file(box.root / "run.yaml", text)
 
 
 def under_a_file(box: Box) -> None:
@@ -238,7 +171,7 @@ CASES: dict[str, tuple[Spoil, str, list[str]]] = {
         ["no layer would be decomposed", "transformer.h.0.mlp.c_fc", "smaller ratio"],
     ),
     "no output": (lambda box: box.flags.pop("--output"), "ConfigError", ["output is not given", "--dry-run"]),
-    "output not empty": (occupied, "OutputError", ["output'", "is not empty", "--overwrite"]),
+    "output not empty": (Box.occupy, "OutputError", ["output'", "is not empty", "--overwrite"]),
     "output is a file": (
         lambda box: box.flags.update({"--output": write_file(box.root / "taken", "x")}),
         "OutputError",
@@ -252,17 +185,17 @@ CASES: dict[str, tuple[Spoil, str, list[str]]] = {
         ["the model itself"],
     ),
     "unknown configuration key": (
-        lambda box: yaml_with(box, "lowrank:\n  rank_ration: 0.5\ngptq:\n  bits: 4\n"),
+        lambda box: box.configure("lowrank:\n  rank_ration: 0.5\ngptq:\n  bits: 4\n"),
         "ConfigError",
         ["section 'lowrank'", "'rank_ration'", "did you mean 'rank_ratio'"],
     ),
     "unknown configuration section": (
-        lambda box: yaml_with(box, "quantisation:\n  bits: 4\n"),
+        lambda box: box.configure("quantisation:\n  bits: 4\n"),
         "ConfigError",
         ["'quantisation'", "known keys"],
     ),
-    "configuration that is no YAML": (lambda box: yaml_with(box, "a: [1"), "ConfigError", ["run.yaml", "not YAML"]),
-    "configuration that is a list": (lambda box: yaml_with(box, "- a\n"), "ConfigError", ["run.yaml", "holds list"]),
+    "configuration that is no YAML": (lambda box: box.configure("a: [1"), "ConfigError", ["run.yaml", "not YAML"]),
+    "configuration that is a list": (lambda box: box.configure("- a\n"), "ConfigError", ["run.yaml", "holds list"]),
     "configuration that is missing": (
         lambda box: box.flags.update({"--config": "none.yaml"}),
         "ConfigError",
@@ -379,29 +312,6 @@ def test_nothing_but_the_message_is_printed(box: Box, capfd: pytest.CaptureFixtu
         assert out == "" and err.startswith("optimum-cli lord: ")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_write_permission_is_refused(box: Box, capfd: pytest.CaptureFixture[str]) -> None:
-    locked = box.root / "locked"
-    locked.mkdir(mode=0o555)
-    box.flags["--output"] = locked / "output"
-    assert run_command("quantize", *box.arguments()) == 2
-    assert "Permission denied" in capfd.readouterr().err
-
-
-def test_a_read_only_file_system_is_refused(box: Box, capfd: pytest.CaptureFixture[str]) -> None:
-    """As root too: /proc takes no folders."""
-    box.flags["--output"] = "/proc/lord-output"
-    assert run_command("quantize", *box.arguments()) == 2
-    assert "OutputError: output '/proc/lord-output' cannot be written" in capfd.readouterr().err
-
-
-def test_overwrite_never_replaces_what_is_no_model(box: Box, capfd: pytest.CaptureFixture[str]) -> None:
-    occupied(box)
-    assert run_command("quantize", "--overwrite", *box.arguments()) == 2
-    assert "no model folder" in capfd.readouterr().err
-    assert (box.output / "thesis.tex").read_text() == "mine"
-
-
 def test_few_tokens_are_a_warning_with_numbers(box: Box, capfd: pytest.CaptureFixture[str]) -> None:
     assert run_command("quantize", "--dry-run", *box.arguments()) == 0
     assert "warning: 64 calibration tokens are fewer than the 256 inputs of the widest layer" in capfd.readouterr().err
@@ -409,48 +319,3 @@ def test_few_tokens_are_a_warning_with_numbers(box: Box, capfd: pytest.CaptureFi
     assert run_command("quantize", "--dry-run", *box.arguments()) == 0
     assert "warning" not in capfd.readouterr().err
     assert not box.output.exists()
-
-
-def test_every_flag_of_the_stack_lands_in_its_place(box: Box) -> None:
-    from lord_quant.commands.options import config_from
-
-    parser = argparse.ArgumentParser()
-    quantize_command.add_arguments(parser)
-    usual = config_from(parser.parse_args(box.arguments()))
-    assert (usual.stack, usual.lowrank.form, usual.gptq.sym, usual.gptq.mse) == ("joint", "two_factor", False, 2.0)
-    ideas = ["anchor", "rotate", "refit", "deflate"]
-    flags = [*(f"--no-{idea}" for idea in ideas), "--order", "up_first", "--refine", "5", "--form", "pivoted"]
-    flags += ["--mse", "2.4", "--sym", "--stack", "naive"]
-    changed = config_from(parser.parse_args([*box.arguments(), *flags]))
-    for idea in ideas:
-        assert getattr(usual.joint, idea) and not getattr(changed.joint, idea)
-    assert (changed.joint.order, changed.joint.refine) == ("up_first", 5)
-    assert (changed.stack, changed.lowrank.form, changed.gptq.sym, changed.gptq.mse) == ("naive", "pivoted", True, 2.4)
-    yaml_with(box, "joint: {anchor: false, order: down_first}\nlowrank: {form: pivoted}\ngptq: {mse: 0}\n")
-    merged = config_from(parser.parse_args([*box.arguments(), "--order", "auto", "--anchor"]))
-    assert (merged.joint.anchor, merged.joint.order, merged.lowrank.form, merged.gptq.mse) == (True, "auto", "pivoted", 0)
-
-
-def test_plan_shares_the_refusals(box: Box, capfd: pytest.CaptureFixture[str]) -> None:
-    assert run_command("plan", "--model", box.original, "--rank-ratio", "0.25", "--targets", "mpl") == 2
-    assert "'mpl' matches no layer; did you mean 'mlp'" in capfd.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("make", "error"),
-    [
-        (lambda root: root / "nothing", "ModelError: .*holds no config.json"),
-        (lambda root: (root / "config.json").write_text("{}") and root, "ModelError: .*config.json cannot be read"),
-        (
-            lambda root: (root / "config.json").write_text('{"model_type": "gpt2", "n_layer": 1}') and root,
-            "CheckpointError: .*holds no safetensors file",
-        ),
-    ],
-)
-def test_inspect_names_what_is_wrong(
-    make: Callable[[Path], Path], error: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    import re
-
-    assert run_command("inspect", make(tmp_path)) == 2
-    assert re.search(error, capfd.readouterr().err)

@@ -19,6 +19,7 @@ import families
 import pytest
 import torch
 import yaml
+from in_process import run_command
 
 
 CLI = str(Path(sys.executable).parent / "optimum-cli")
@@ -29,12 +30,6 @@ def cli(*arguments: str | Path, **environment: str) -> subprocess.CompletedProce
     return subprocess.run(
         [CLI, "lord", *map(str, arguments)], capture_output=True, text=True, timeout=300, env=os.environ | environment
     )
-
-
-def in_process(name: str, *arguments: str | Path) -> int:
-    from test_bad_input import run_command
-
-    return run_command(name, *arguments)
 
 
 @pytest.mark.slow
@@ -128,36 +123,36 @@ def test_inspect_tells_what_is_in_the_files(
 ) -> None:
     output, _ = quantized
     report = json.loads((output / "lord_report.json").read_text())
-    assert in_process("inspect", output, "--json") == 0
+    assert run_command("inspect", output, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["tensor_bytes"] == report["totals"]["tensor_bytes"]
     assert found["bpw"] == pytest.approx(report["totals"]["bpw"], rel=1e-12)
     by_name = {layer["name"]: layer for layer in report["layers"]}
     for layer in found["layers"]:
         assert (layer["rank"], layer["bytes"]) == (by_name[layer["name"]]["rank"], by_name[layer["name"]]["bytes"])
-    assert in_process("inspect", output) == 0
+    assert run_command("inspect", output) == 0
     text = capsys.readouterr().out
     assert "two_factor packed" in text and "dense packed" in text and "lord_gptq, bits 4, group_size 32" in text
 
 
 def test_inspect_reads_dense_models(model_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
-    assert in_process("inspect", model_folder("gpt2"), "--json") == 0
+    assert run_command("inspect", model_folder("gpt2"), "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["bpw"] == 32 and {layer["form"] for layer in found["layers"]} == {"dense"}
 
 
 def test_plan_prints_shapes_ranks_and_bytes(model_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--model", model_folder("gpt_bigcode"), "--rank-ratio", "0.25", "--bits", "4", "--group-size", "32"]
-    assert in_process("plan", *arguments) == 0
+    assert run_command("plan", *arguments) == 0
     text = capsys.readouterr().out
     row = next(line for line in text.splitlines() if "transformer.h.0.mlp.c_fc" in line)
     assert "256x128" in row and re.search(r"\b32\b", row) and "kB" in row
     assert "bits per weight" in text and "8 of 8 layers decomposed" in text
-    assert in_process("plan", *arguments, "--json") == 0
+    assert run_command("plan", *arguments, "--json") == 0
     plan: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert plan["rank_pattern"]["transformer.h.0.mlp.c_fc"] == 32 and plan["totals"]["decomposed_layers"] == 8
     assert plan["form_pattern"] == {}
-    assert in_process("plan", *arguments, "--form", "pivoted", "--json") == 0
+    assert run_command("plan", *arguments, "--form", "pivoted", "--json") == 0
     pivoted: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert pivoted["rank_pattern"] == plan["rank_pattern"]
     assert pivoted["form_pattern"] == dict.fromkeys(plan["rank_pattern"], "pivoted")
@@ -168,7 +163,7 @@ def test_plan_prints_shapes_ranks_and_bytes(model_folder: Callable[..., Path], c
 def test_plan_needs_no_weights(model_folder: Callable[..., Path], tmp_path: Path) -> None:
     folder = shutil.copytree(model_folder("llama"), tmp_path / "model")
     (folder / "model.safetensors").unlink()
-    assert in_process("plan", "--model", folder, "--param-ratio", "0.6", "--bits", "16", "--group-size", "32") == 0
+    assert run_command("plan", "--model", folder, "--param-ratio", "0.6", "--bits", "16", "--group-size", "32") == 0
 
 
 def test_a_dry_run_writes_nothing(
@@ -179,7 +174,7 @@ def test_a_dry_run_writes_nothing(
     before = sorted(tmp_path.rglob("*"))
     arguments = ["--rank-ratio", "0.25", "--group-size", "32", "--num-samples", "4", "--seq-len", "64"]
     output = ["--output", tmp_path / "a" / "b"]
-    assert in_process("quantize", "--model", folder, "--dataset", corpus_file, *output, *arguments, "--dry-run") == 0
+    assert run_command("quantize", "--model", folder, "--dataset", corpus_file, *output, *arguments, "--dry-run") == 0
     text = capsys.readouterr().out
     assert "model.layers.0.mlp.up_proj" in text and "calibration   4 x 64 tokens of corpus.jsonl" in text
     assert "estimate" in text

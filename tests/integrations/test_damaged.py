@@ -12,6 +12,7 @@ from typing import Any
 import families
 import pytest
 import torch
+from families import edit_tensors
 
 from lord_quant.errors import CheckpointError, ConfigError, FormatVersionError, LordError, RankError
 from lord_quant.version import FORMAT_VERSION
@@ -46,14 +47,6 @@ def edit_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     values = json.loads(path.read_text())
     change(values["quantization_config"])
     path.write_text(json.dumps(values))
-
-
-def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    from safetensors.torch import save_file
-
-    tensors = families.stored_tensors(folder)
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def part(bits: int) -> str:

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Output folders that `quantize` refuses to write or to replace."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from in_process import Box, run_command
+
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def try_as_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where root runs the tests, who may write everywhere, the check of the output tries its folder as nobody."""
+    make = tempfile.mkdtemp
+
+    def make_as_nobody(*args: Any, **kwargs: Any) -> str:
+        os.seteuid(NOBODY)
+        try:
+            return make(*args, **kwargs)
+        finally:
+            os.seteuid(0)
+
+    if os.geteuid() == 0:
+        try:
+            os.seteuid(NOBODY)
+        except OSError as error:  # a container with no such user, or a root without rights
+            pytest.skip(f"root cannot act as nobody here: {error.strerror}")
+        os.seteuid(0)
+        monkeypatch.setattr("lord_quant.checkpoint.tempfile.mkdtemp", make_as_nobody)
+
+
+@pytest.fixture
+def public_folder() -> Iterator[Path]:
+    """A folder that everybody may enter; pytest's own are closed to all but their owner."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        yield Path(folder)
+
+
+@pytest.mark.usefixtures("try_as_nobody")
+def test_a_folder_without_write_permission_is_refused(
+    box: Box, public_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    box.flags["--output"] = public_folder / "output"
+    assert run_command("quantize", "--dry-run", *box.arguments()) == 0  # it can be entered and written
+    capfd.readouterr()
+    public_folder.chmod(0o555)
+    assert run_command("quantize", *box.arguments()) == 2
+    message = capfd.readouterr().err
+    assert "OutputError" in message and "Permission denied" in message
+    assert list(public_folder.iterdir()) == []
+
+
+def test_a_read_only_file_system_is_refused(box: Box, capfd: pytest.CaptureFixture[str]) -> None:
+    """As root too: /proc takes no folders."""
+    box.flags["--output"] = "/proc/lord-output"
+    assert run_command("quantize", *box.arguments()) == 2
+    assert "OutputError: output '/proc/lord-output' cannot be written" in capfd.readouterr().err
+
+
+def test_overwrite_never_replaces_what_is_no_model(box: Box, capfd: pytest.CaptureFixture[str]) -> None:
+    box.occupy()
+    assert run_command("quantize", "--overwrite", *box.arguments()) == 2
+    assert "no model folder" in capfd.readouterr().err
+    assert (box.output / "thesis.tex").read_text() == "mine"
