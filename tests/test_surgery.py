@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Putting factors and other weights into a model, and rebuilding its skeleton from a rank pattern."""
+
 import pytest
 import torch
 from models import tiny_model
@@ -11,6 +13,13 @@ from lord_quant.surgery import apply_rank_pattern, is_compressed, is_low_rank, r
 from lord_quant.targets import dense_weight, find_linears
 
 
+LAYER_KINDS = pytest.mark.parametrize(
+    ("family", "name"),
+    [("llama", "model.layers.1.mlp.down_proj"), ("gpt2", "transformer.h.0.mlp.c_fc")],
+    ids=["Linear", "Conv1D"],
+)
+
+
 def factors(rank: int, inputs: int, outputs: int, bias: bool = True, dtype: torch.dtype = torch.float64) -> Factors:
     generator = torch.Generator().manual_seed(0)
     down, up, offset = (
@@ -20,11 +29,7 @@ def factors(rank: int, inputs: int, outputs: int, bias: bool = True, dtype: torc
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(
-    ("family", "name"),
-    [("llama", "model.layers.1.mlp.down_proj"), ("gpt2", "transformer.h.0.mlp.c_fc")],
-    ids=["Linear", "Conv1D"],
-)
+@LAYER_KINDS
 def test_the_replaced_layer_computes_with_the_factors(family: str, name: str, bias: bool) -> None:
     model = tiny_model(family)
     outputs, inputs = dense_weight(model.get_submodule(name)).shape
@@ -128,11 +133,7 @@ def pivoted_factors(rank: int, inputs: int, outputs: int, bias: bool = True, dty
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(
-    ("family", "name"),
-    [("llama", "model.layers.1.mlp.down_proj"), ("gpt2", "transformer.h.0.mlp.c_fc")],
-    ids=["Linear", "Conv1D"],
-)
+@LAYER_KINDS
 def test_a_pivoted_layer_computes_with_the_factors_and_its_bias_is_exact(family: str, name: str, bias: bool) -> None:
     model = tiny_model(family)
     outputs, inputs = dense_weight(model.get_submodule(name)).shape
@@ -218,11 +219,7 @@ def test_factors_that_do_not_fit_the_dtype_are_named() -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(
-    ("family", "name"),
-    [("llama", "model.layers.1.mlp.down_proj"), ("gpt2", "transformer.h.0.mlp.c_fc")],
-    ids=["Linear", "Conv1D"],
-)
+@LAYER_KINDS
 def test_a_dense_layer_gets_another_weight(family: str, name: str, bias: bool) -> None:
     model = tiny_model(family)
     layer = model.get_submodule(name)
