@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Windows of calibration tokens: how they are drawn, how many there must be, what identifies them."""
+
 import itertools
 import random
 

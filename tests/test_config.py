@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Settings and their YAML: round trips, legal values, and what is said about others."""
+
 import copy
 import dataclasses
 import math

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Calibration text from files, folders, the standard library and the hub, and what is no text."""
+
 import hashlib
 import json
 import sys

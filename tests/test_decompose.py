@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Low-rank factors of one layer against numpy, hand calculation and the laws of least squares."""
+
 import itertools
 from typing import NamedTuple
 

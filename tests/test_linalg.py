@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Eigenvectors, solves, rotations and pivots against plain formulas, and on matrices that are hard on them."""
+
 import numpy as np
 import pytest
 import torch

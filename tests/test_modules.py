@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""The modules that stand in for decomposed layers: what they compute, hold, save and load."""
+
 import pytest
 import torch
 from torch import nn

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Streamed means and covariances, alone and in pairs, against formulas over all samples."""
+
 import numpy as np
 import pytest
 import torch

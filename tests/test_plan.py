@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Ranks, forms and bytes that a plan gives every layer, and the plans that are refused."""
+
 import math
 from itertools import pairwise
 

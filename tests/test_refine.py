@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Refining codes against their objective: never worse, on the grid, and as good as brute force."""
+
 import itertools
 
 import pytest

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""The report, its tables and the model card: their figures, and nothing of this machine."""
+
 import json
 import math
 from pathlib import Path

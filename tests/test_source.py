@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Which models are read, from which folders, and which are refused."""
+
 import json
 import shutil
 from collections.abc import Callable

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Measuring the tensors of a checkpoint folder, and folders that lack some."""
+
 import json
 import shutil
 from collections.abc import Callable

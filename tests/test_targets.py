@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Finding a model's blocks and linear layers, and choosing among them by pattern."""
+
 import re
 
 import pytest

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""The eval command: checks before any work, its table and its file."""
+
 from __future__ import annotations
 
 import argparse

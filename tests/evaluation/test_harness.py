@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Running tasks: consent, refusals before a model is loaded, own tasks, and scores that agree with the host's."""
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Scores of HumanEval samples: pass@k, and right and wrong solutions in the sandbox."""
+
 from __future__ import annotations
 
 import itertools

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Perplexity over windows of a token stream against an oracle."""
+
 from __future__ import annotations
 
 import math

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Speed and memory of a model beside its baseline."""
+
 from __future__ import annotations
 
 import time
