@@ -197,6 +197,8 @@ class JointConfig:
         order: Which factor is quantized first: `auto`, `down_first` or `up_first`.
         deflate: Quantize `down` modulo what the refit of `up` absorbs.
         refine: Sweeps over scales and codes after each solve; 0 for none.
+        fisher: Truncate in the metric of the model's loss, which takes a backward pass; otherwise in that of output error.
+        fisher_samples: Calibration windows of that backward pass, the first so many.
     """
 
     anchor: bool = True
@@ -205,15 +207,19 @@ class JointConfig:
     order: str = "auto"
     deflate: bool = True
     refine: int = 2
+    fisher: bool = True
+    fisher_samples: int = 8
 
     def __post_init__(self) -> None:
-        problems = _not_bool(self, "anchor", "rotate", "refit", "deflate")
+        problems = _not_bool(self, "anchor", "rotate", "refit", "deflate", "fisher")
         if self.order not in ORDERS:
             problems.append(
                 f"order is {self.order!r}; wanted one of {', '.join(ORDERS)}{nearest_name(str(self.order), ORDERS)}"
             )
         if not _is_int(self.refine) or not 0 <= self.refine <= 100:
             problems.append(f"refine is {self.refine!r}; wanted a number of sweeps from 0 to 100, such as 2")
+        if not _is_int(self.fisher_samples) or self.fisher_samples < 1:
+            problems.append(f"fisher_samples is {self.fisher_samples!r}; wanted a positive number of windows, such as 8")
         _check(problems, "joint")
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -76,6 +76,7 @@ def stack_model(
     solve: Solver | None,
     options: JointConfig,
     *,
+    sensitivity: Mapping[str, torch.Tensor] | None = None,
     true_sequential: bool = True,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
@@ -88,6 +89,7 @@ def stack_model(
         batches: Token windows with shape (batch, seq_len), all without padding.
         solve: Quantizes a weight in a metric; None leaves factors in float and other layers alone.
         options: Which ideas are on.
+        sensitivity: How much the loss minds errors in outputs, by full module path; layers it lacks count them alike.
         true_sequential: Whether later layers of a block see what was done to earlier ones, or only later blocks do.
         seed: Of the rotations.
         dtype: dtype of statistics and algebra.
@@ -120,8 +122,11 @@ def stack_model(
                 _require_finite(moments[leader], prefix + leader)
                 for name in inputs.members(leader):
                     source = dense.get_submodule(name)
-                    rotation_seed = seed * len(plan.layers) + len(done.records)
-                    _compress(model, layers[name], source, moments[leader], compress, rotation_seed, done)
+                    own = {
+                        "sensitivity": (sensitivity or {}).get(prefix + name),
+                        "seed": seed * len(plan.layers) + len(done.records),
+                    }
+                    _compress(model, layers[name], source, moments[leader], functools.partial(compress, **own), done)
                     open_layers.remove(name)
                 inputs.forget(leader)
         if index < last:
@@ -266,13 +271,12 @@ def _compress(
     dense: nn.Module,
     moments: PairedMoments,
     compress: Callable[..., Stacked],
-    seed: int,
     done: StackedModel,
 ) -> None:
     """Compresses one layer, puts it into the model and notes what was done."""
     start = time.perf_counter()
     try:
-        stacked = compress(dense_weight(dense), dense_bias(dense), moments, layer.rank, layer.form, seed=seed)
+        stacked = compress(dense_weight(dense), dense_bias(dense), moments, layer.rank, layer.form)
     except NumericsError as error:
         raise NumericsError(f"layer {layer.name!r}: {error}") from error
     if stacked.factors is not None:

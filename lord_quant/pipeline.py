@@ -40,6 +40,7 @@ from lord_quant.joint import StackRecord, stack_model
 from lord_quant.linalg import require_finite
 from lord_quant.plan import Plan, build_plan
 from lord_quant.report import build_report, model_card, to_json
+from lord_quant.sensitivity import output_sensitivity
 from lord_quant.source import (
     Source,
     build_skeleton,
@@ -224,16 +225,24 @@ def _compress_jointly(
     solve = None
     if plan.bits != FLOAT_BITS:
         solve = backend.make_solver(config.gptq, plan.group_size, windows.num_tokens)
+    dtype = torch.float64 if config.lowrank.float64 else torch.float32
+    batches, sensitivity = windows.batches(config.calibration.batch_size), None
+    if config.joint.fisher and plan.rank_pattern:
+        few = windows.input_ids[: config.joint.fisher_samples].split(config.calibration.batch_size)
+        with phases.measure("sensitivity"):
+            names = list(plan.rank_pattern)
+            sensitivity = output_sensitivity(model, names, few, seed=config.calibration.seed, dtype=dtype)
     with phases.measure("stack"):
         stacked = stack_model(
             model,
             plan,
-            windows.batches(config.calibration.batch_size),
+            batches,
             solve,
             config.joint,
+            sensitivity=sensitivity,
             true_sequential=config.gptq.true_sequential,
             seed=config.calibration.seed,
-            dtype=torch.float64 if config.lowrank.float64 else torch.float32,
+            dtype=dtype,
         )
     if solve is not None:
         with phases.measure("pack"):

@@ -17,20 +17,24 @@ below is closed form on H and C.
    Compare GPTAQ, arXiv 2504.02692.)
 
 2. Truncate. The best rank-r approximation of T in ‖·‖_H is LoRD on T: A₀ = U, the top-r eigenvectors of T H Tᵀ, and
-   B₀ = Uᵀ T.
+   B₀ = Uᵀ T. Not all outputs matter alike: with the loss's own metric G on the outputs (`sensitivity.py`; else G = I), cost
+   ‖D‖²_GH = tr G D H Dᵀ and G = SᵀS, it is LoRD on S T: A₀ = S⁻¹ U, B₀ = Uᵀ S T.
 
-3. Gauge. A B = (A Q)(Qᵀ B) for every orthogonal Q. In the eigenbasis the bottleneck z = B x′ has a diagonal covariance:
-   a solver can compensate nothing there and rounds, worst on the few loud channels. A random rotation makes the channels
-   alike and correlated. It is merged into the factors and costs nothing afterwards; AᵀA = I stays, so errors in all rows
-   of B weigh alike, which is what GPTQ assumes. One scalar moves between the factors so that both have entries of the same
-   size (scales are stored in float16).
+3. Gauge. A B = (A R⁻¹)(R B) for every invertible R. First, AᵀA = I with the outputs in units of √diag G: A is rounded row
+   by row, and the rows' errors cost Σᵢ Gᵢᵢ ‖aᵢ‖² times a power of det (B H Bᵀ), which for a given product of both is least
+   when Aᵀ diag(G) A is a multiple of I. (S⁻¹ U itself would be a bad choice: it is large wherever G is small.) Second, an
+   orthogonal Q is left free. In the eigenbasis the bottleneck z = B x′ has a diagonal covariance: a solver can compensate
+   nothing there and rounds, worst on the few loud channels. A random rotation makes the channels alike and correlated. It
+   is merged into the factors and costs nothing afterwards. Last, one scalar moves between the factors so that both have
+   entries of the same size (scales are stored in float16).
 
 4. Order and refit. Quantize one factor, then give the other its least-squares optimum *for the quantized one*, then
    quantize that. The first rounding error E is then partly absorbed:
 
        down first:  A = A₀ + (T H − A₀ B_q H) B_qᵀ (B_q H B_qᵀ + λI)⁻¹     what is lost of E x′ is uncorrelated with z
-       up first:    B = (A_qᵀ A_q)⁻¹ A_qᵀ T                                what is lost of E z is orthogonal to range(A_q)
+       up first:    B = (A_qᵀ G A_q)⁻¹ A_qᵀ G T                            what is lost of E z is G-orthogonal to range(A_q)
 
+   (The optimum of A does not depend on G: every output has its own row.)
    Rounding noise spreads over all n inputs of B, or all m outputs of A, and all but n − r, or m − r, of these dimensions
    are absorbed. So the factor with the *smaller* free dimension goes first: up where m < n, else down.
 
@@ -43,19 +47,21 @@ below is closed form on H and C.
    by `refine`. Last, b̂ = b + W μ − A_q B_q μ′.
 
 Pivoted form. Here B holds rows of the product itself, there is no gauge to choose, and an error in one pivot output also
-enters all outputs predicted from it: the metric on B's rows is G = I + AᵀA, far from I. So A is quantized first, B gets its
-optimum B = G_q⁻¹ (T_P + A_qᵀ T_N), and is quantized a few rows at a time: after rows 1 the others move to
+enters all outputs predicted from it: with P = [I; A] the metric on B's rows is N = Pᵀ G P, I + AᵀA if G = I, far from I. So
+A is quantized first, B gets its optimum B = N_q⁻¹ P_qᵀ G T, and is quantized a few rows at a time: after rows 1 the others
+move to
 
-       B₂ ← B₂ − G₂₂⁻¹ G₂₁ (B̂₁ − B₁),
+       B₂ ← B₂ − N₂₂⁻¹ N₂₁ (B̂₁ − B₁),
 
-the optimum for what was fixed. That is GPTQ's own feedback, along the outputs: rows cost the diagonal of G's Cholesky
-factorization instead of its trace, whose product is det G = 1/vol², which is why pivots of large volume are wanted.
+the optimum for what was fixed. That is GPTQ's own feedback, along the outputs: rows cost the diagonal of N's Cholesky
+factorization instead of its trace, whose product is det N (1/vol² if G = I): hence pivots of large volume are wanted.
 
 Failure cases. Singular H (few tokens, dead or duplicated channels): solves are damped, damping is raised until they exist;
 unseen directions keep W's values. Rank 1 to full are legal; at full rank with m ≤ n `up` is square and its error is
 absorbed entirely. Everything runs in the dtype of the moments; nothing given is modified.
 
-Sources: LoRD, arXiv 2309.14021; GPTQ, arXiv 2210.17323; PIFA, arXiv 2501.19090; and as named above.
+Sources: LoRD, arXiv 2309.14021; GPTQ, arXiv 2210.17323; PIFA, arXiv 2501.19090; and as named above and in
+`sensitivity.py`.
 """
 
 from __future__ import annotations
@@ -67,7 +73,7 @@ import torch
 
 from lord_quant.config import JointConfig
 from lord_quant.decompose import Factors, OutputSpectrum, output_spectrum, pivoted, two_factor
-from lord_quant.linalg import damped_right_solve, random_orthogonal
+from lord_quant.linalg import damped_right_solve, random_orthogonal, require_finite, thin_qr
 from lord_quant.moments import PairedMoments
 from lord_quant.refine import Quantized, refine
 
@@ -77,6 +83,8 @@ Solver = Callable[[torch.Tensor, torch.Tensor], Quantized]
 
 ANCHOR_DAMPING = 0.01
 REFIT_DAMPING = 0.01
+SENSITIVITY_DAMPING = 0.05
+"""Fraction of its mean diagonal added to G: of few tokens, and true for small errors only."""
 DEFLATED_SHARE = 0.1
 """μ: how much of H stays in the metric of a factor whose errors will be absorbed."""
 FEEDBACK_BLOCKS = 8
@@ -91,7 +99,7 @@ class Stacked(NamedTuple):
         weight: The weight of a layer that stays dense, as it will be read back; else None.
         bias: With shape (out_features,), or None.
         quantized: What to pack, by suffix: ``.down`` and ``.up``, or an empty suffix; empty for float.
-        spectrum: The decomposition's spectrum, or None for a layer that stays dense.
+        spectrum: The decomposition's spectrum, in the metric of its truncation, or None for a layer that stays dense.
         error: ‖Ŵ − T‖²_H / ‖T‖²_H: share of the output energy lost to truncation and rounding together.
         largest_coefficient: Largest magnitude in a pivoted layer's predictor before quantization, else None.
     """
@@ -114,6 +122,7 @@ def stack_layer(
     solve: Solver | None,
     options: JointConfig,
     *,
+    sensitivity: torch.Tensor | None = None,
     mean_correction: bool = True,
     seed: int = 0,
 ) -> Stacked:
@@ -127,11 +136,12 @@ def stack_layer(
         form: `two_factor` or `pivoted`.
         solve: Quantizes a weight in a metric; None leaves factors in float.
         options: Which ideas are on.
+        sensitivity: G with shape (m, m), in any unit; None or zero if all outputs count alike.
         mean_correction: Whether factors may get a bias their layer did not have.
         seed: Of the rotation.
 
     Raises:
-        NumericsError: Weight or moments hold NaN or inf.
+        NumericsError: Weight, moments or sensitivity hold NaN or inf.
         RankError: The rank is out of range for the form.
     """
     weight = weight.to(moments.covariance)
@@ -145,16 +155,17 @@ def stack_layer(
         quantized = {"": quantize(target, moments.covariance)} if quantize else {}
         result = quantized[""].weight() if quantized else target
     else:
-        spectrum = output_spectrum(target, moments.covariance)
-        factors = two_factor(target, None, spectrum, rank, None)
+        outputs = None if sensitivity is None else unit_metric(sensitivity.to(weight))
+        spectrum, factors = truncate(target, moments.covariance, rank, outputs)
         if form == "pivoted":
+            factors = factors if outputs is None else _orthonormal(factors)
             factors = pivoted(factors)
             coefficient = float(factors.up.abs().max())
         if quantize is not None:
             if form == "pivoted":
-                quantized = _stack_pivoted(target, moments.covariance, factors, quantize, options)
+                quantized = _stack_pivoted(target, moments.covariance, outputs, factors, quantize, options)
             else:
-                quantized = _stack_two_factor(target, moments.covariance, factors, quantize, options, seed)
+                quantized = _stack_two_factor(target, moments.covariance, outputs, factors, quantize, options, seed)
             factors = factors._replace(down=quantized[".down"].weight(), up=quantized[".up"].weight())
         result = factors.product()
     shifted = None if bias is None else bias.to(weight)
@@ -178,6 +189,44 @@ def anchored_target(weight: torch.Tensor, moments: PairedMoments) -> torch.Tenso
     return weight + damped_right_solve(drift, moments.covariance, ANCHOR_DAMPING)
 
 
+def unit_metric(sensitivity: torch.Tensor) -> torch.Tensor | None:
+    """Returns G damped and with a mean diagonal of 1, or None if it is zero.
+
+    Raises:
+        NumericsError: It holds NaN or inf.
+    """
+    require_finite(sensitivity, "output sensitivity")
+    mean = sensitivity.diagonal().mean()
+    if not mean > 0:
+        return None
+    metric = sensitivity / mean
+    metric.diagonal().add_(SENSITIVITY_DAMPING)
+    return metric / (1 + SENSITIVITY_DAMPING)
+
+
+def truncate(
+    target: torch.Tensor, covariance: torch.Tensor, rank: int, outputs: torch.Tensor | None
+) -> tuple[OutputSpectrum, Factors]:
+    """Returns the best factors of T in the metric `outputs` ⊗ H, `up` orthonormal in units of √diag G."""
+    if outputs is None:
+        spectrum = output_spectrum(target, covariance)
+        return spectrum, two_factor(target, None, spectrum, rank, None)
+    root = torch.linalg.cholesky(outputs, upper=True)
+    weighted = root @ target
+    spectrum = output_spectrum(weighted, covariance)
+    factors = two_factor(weighted, None, spectrum, rank, None)
+    up = torch.linalg.solve_triangular(root, factors.up, upper=True)
+    scale = outputs.diagonal().sqrt()[:, None]
+    even = _orthonormal(factors._replace(up=scale * up))
+    return spectrum, even._replace(up=even.up / scale)
+
+
+def _orthonormal(factors: Factors) -> Factors:
+    """Returns the same product with orthonormal columns of `up`."""
+    up, mix = thin_qr(factors.up)
+    return factors._replace(up=up, down=mix @ factors.down)
+
+
 def refit_up(
     target: torch.Tensor, covariance: torch.Tensor, down: torch.Tensor, up: torch.Tensor, damping: float = REFIT_DAMPING
 ) -> torch.Tensor:
@@ -197,6 +246,7 @@ def deflated(covariance: torch.Tensor, down: torch.Tensor, share: float = DEFLAT
 def _stack_two_factor(
     target: torch.Tensor,
     covariance: torch.Tensor,
+    metric: torch.Tensor | None,
     factors: Factors,
     quantize: Solver,
     options: JointConfig,
@@ -213,12 +263,13 @@ def _stack_two_factor(
     if options.order == "up_first" or (options.order == "auto" and outputs < inputs):
         first = quantize(up, down @ covariance @ down.T)
         if options.refit:
-            # The columns of `up` are orthonormal up to rounding, but for the balance: well conditioned.
+            # The columns of `up` are orthonormal up to rounding, units and the balance: well conditioned.
             grid = first.weight()
-            down = damped_right_solve(target.T @ grid, grid.T @ grid, 1e-7).T
+            seen = grid if metric is None else metric @ grid
+            down = damped_right_solve(target.T @ seen, grid.T @ seen, 1e-7).T
         return {".down": quantize(down, covariance), ".up": first}
-    metric = deflated(covariance, down) if options.deflate and options.refit else covariance
-    return _down_first(target, covariance, down, up, metric, quantize, options.refit)
+    left = deflated(covariance, down) if options.deflate and options.refit else covariance
+    return _down_first(target, covariance, down, up, left, quantize, options.refit)
 
 
 def _down_first(
@@ -239,19 +290,26 @@ def _down_first(
 
 
 def _stack_pivoted(
-    target: torch.Tensor, covariance: torch.Tensor, factors: Factors, quantize: Solver, options: JointConfig
+    target: torch.Tensor,
+    covariance: torch.Tensor,
+    metric: torch.Tensor | None,
+    factors: Factors,
+    quantize: Solver,
+    options: JointConfig,
 ) -> dict[str, Quantized]:
     down, up, pivots, others = factors.down, factors.up, factors.pivots, factors.others()
     if options.order == "down_first":
         return _down_first(target[others], covariance, down, up, covariance, quantize, options.refit)
     first = quantize(up, down @ covariance @ down.T)
-    grid = first.weight()
-    metric = grid.T @ grid
-    metric.diagonal().add_(1)
     if not options.refit:
         return {".down": quantize(down, covariance), ".up": first}
-    down = torch.linalg.solve(metric, target[pivots] + grid.T @ target[others])
-    return {".down": _quantize_rows(down, metric, covariance, quantize), ".up": first}
+    # What `down` computes enters all outputs: itself, and those predicted from it.
+    spread = target.new_zeros(len(target), len(down))
+    spread[pivots], spread[others] = torch.eye(len(down)).to(spread), first.weight()
+    seen = spread if metric is None else metric @ spread
+    rows = spread.T @ seen
+    down = torch.linalg.solve(rows, seen.T @ target)
+    return {".down": _quantize_rows(down, rows, covariance, quantize), ".up": first}
 
 
 def _quantize_rows(rows: torch.Tensor, metric: torch.Tensor, covariance: torch.Tensor, quantize: Solver) -> Quantized:

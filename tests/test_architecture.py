@@ -20,7 +20,7 @@ LAYERS = [
     {"errors", "linalg", "modules", "version", "silence"},
     {"config", "moments", "decompose", "refine", "corpus"},
     {"calibration", "targets", "plan"},
-    {"stack", "stream", "surgery", "checkpoint", "stored", "source", "estimate", "cautions", "report"},
+    {"sensitivity", "stack", "stream", "surgery", "checkpoint", "stored", "source", "estimate", "cautions", "report"},
     {"backends"},
     {"engine", "joint", "pipeline"},
     {"evaluation", "commands"},

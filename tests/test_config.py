@@ -56,7 +56,16 @@ CONFIGS = [
             mse=2.4,
             true_sequential=False,
         ),
-        joint=JointConfig(anchor=False, rotate=False, refit=False, order="up_first", deflate=False, refine=0),
+        joint=JointConfig(
+            anchor=False,
+            rotate=False,
+            refit=False,
+            order="up_first",
+            deflate=False,
+            refine=0,
+            fisher=False,
+            fisher_samples=3,
+        ),
     ),
     LordConfig(model="m", lowrank=LowrankConfig(param_ratio=1, force_rank=True, mean_correction=False)),
 ]
@@ -134,7 +143,10 @@ def test_all_unknown_keys_of_a_mapping_are_named_with_the_known_ones() -> None:
         (JointConfig, {"refine": 101}, ["refine is 101", "0 to 100"]),
         (JointConfig, {"refine": 2.0}, ["refine is 2.0"]),
         (JointConfig, {"refine": True}, ["refine is True"]),
-        *((JointConfig, {name: 1}, [f"{name} is 1", "true or false"]) for name in ("anchor", "rotate", "refit", "deflate")),
+        *(
+            (JointConfig, {name: 1}, [f"{name} is 1", "true or false"])
+            for name in ("anchor", "rotate", "refit", "deflate", "fisher")
+        ),
         (LowrankConfig, {"rank_ratio": 0.5, "form": "pivot"}, ["form is 'pivot'", "did you mean 'pivoted'"]),
         (LowrankConfig, {"rank_ratio": 0.5, "form": None}, ["form is None", "two_factor, pivoted"]),
         (LowrankConfig, {"rank_ratio": 0}, ["rank_ratio is 0", "(0, 1]"]),

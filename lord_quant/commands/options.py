@@ -39,6 +39,8 @@ PLACES: dict[str, tuple[str, ...]] = {
     "order": ("joint", "order"),
     "deflate": ("joint", "deflate"),
     "refine": ("joint", "refine"),
+    "fisher": ("joint", "fisher"),
+    "fisher_samples": ("joint", "fisher_samples"),
     "dataset": ("calibration", "dataset"),
     "text_key": ("calibration", "text_key"),
     "num_samples": ("calibration", "num_samples"),
@@ -105,11 +107,13 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         "rotate": "rotate the bottleneck",
         "refit": "give the second factor its optimum for the quantized first",
         "deflate": "quantize down modulo what the refit absorbs",
+        "fisher": "truncate in the metric of the model's loss, from one backward pass",
     }
     for idea, meaning in ideas.items():
         stack.add_argument(f"--{idea}", default=unset, action=argparse.BooleanOptionalAction, help=meaning)
     stack.add_argument("--order", default=unset, help="first factor: auto (default), down_first, up_first")
     stack.add_argument("--refine", default=unset, type=int, metavar="N", help="sweeps over scales and codes (2); 0: none")
+    stack.add_argument("--fisher-samples", default=unset, type=int, metavar="N", help="windows of the backward pass (8)")
     data = parser.add_argument_group("calibration")
     data.add_argument(
         "--dataset", default=unset, metavar="DATA",

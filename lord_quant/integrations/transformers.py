@@ -41,7 +41,7 @@ _FIXED = {
     "module_name_preceding_first_block": None,
     "modules_in_block_to_quantize": None,
 }
-_JOINT_KEYS = ("anchor", "rotate", "refit", "order", "deflate", "refine")
+_JOINT_KEYS = ("anchor", "rotate", "refit", "order", "deflate", "refine", "fisher", "fisher_samples")
 _HOST_KEYS = ("bits", "group_size", "sym", "desc_act", "act_group_aware", "damp_percent", "true_sequential")
 
 
@@ -61,7 +61,8 @@ class LordGPTQConfig(GPTQConfig):
         mean_correction: Correct biases for the mean input.
         float64: Run statistics in float64.
         stack: `joint`, or `naive`: Optimum's GPTQ after the decomposition.
-        anchor, rotate, refit, order, deflate, refine: The ideas of the joint stack, see `JointConfig`.
+        anchor, rotate, refit, order, deflate, refine, fisher, fisher_samples: The ideas of the joint stack, see
+            `JointConfig`.
         mse: Exponent of the search for scales; 0 for none.
         dataset: What `load_corpus` takes: a path, a hub name or `python-stdlib`.
         text_key: Field of the text in jsonl, parquet and hub datasets.
@@ -98,6 +99,8 @@ class LordGPTQConfig(GPTQConfig):
         order: str = "auto",
         deflate: bool = True,
         refine: int = 2,
+        fisher: bool = True,
+        fisher_samples: int = 8,
         mse: float = 2.0,
         sym: bool = False,
         damp_percent: float = 0.01,
@@ -135,7 +138,7 @@ class LordGPTQConfig(GPTQConfig):
         self.form, self.force_rank, self.mean_correction, self.float64 = form, force_rank, mean_correction, float64
         self.stack, self.mse = stack, mse
         self.anchor, self.rotate, self.refit, self.order = anchor, rotate, refit, order
-        self.deflate, self.refine = deflate, refine
+        self.deflate, self.refine, self.fisher, self.fisher_samples = deflate, refine, fisher, fisher_samples
         self.form_pattern = dict(form_pattern) if form_pattern else None
         self.dataset, self.text_key = dataset, text_key
         self.num_samples, self.seq_len, self.seed = num_samples, seq_len, seed

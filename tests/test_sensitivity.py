@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Output sensitivities: against gradients taken otherwise, and against the Fisher information of a softmax."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from model_runs import BATCHES, TOKENS, poison, require_hooks_to_survive
+from models import tiny_model
+from torch import nn
+
+from lord_quant.errors import NumericsError
+from lord_quant.sensitivity import _draw, output_sensitivity
+
+
+F64 = torch.float64
+FAMILIES = {
+    "bigcode": ["transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_proj"],
+    "codegen": ["transformer.h.0.attn.qkv_proj", "transformer.h.1.attn.out_proj"],
+    "llama": ["model.layers.0.self_attn.k_proj", "model.layers.0.mlp.gate_proj", "model.layers.1.mlp.down_proj"],
+}
+
+
+def by_added_errors(model: nn.Module, name: str, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """G from the gradient of an error added to the layer's outputs, token by token in numpy."""
+    error = torch.zeros(*tokens.shape, model.get_submodule(name)(_inputs_of(model, name, tokens)).shape[-1], dtype=F64)
+    error.requires_grad_()
+    handle = model.get_submodule(name).register_forward_hook(lambda module, args, output: output + error)
+    logits = model(input_ids=tokens).logits.flatten(0, 1)
+    handle.remove()
+    loss = -logits.log_softmax(dim=-1)[torch.arange(len(labels)), labels].sum()
+    (gradient,) = torch.autograd.grad(loss, error)
+    rows = gradient.flatten(0, 1).numpy()
+    return torch.from_numpy(sum(row[:, None] * row[None, :] for row in rows) / len(rows))
+
+
+def _inputs_of(model: nn.Module, name: str, tokens: torch.Tensor) -> torch.Tensor:
+    seen = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model(input_ids=tokens)
+    handle.remove()
+    return seen[0]
+
+
+def labels_drawn(model: nn.Module, tokens: torch.Tensor, seed: int) -> torch.Tensor:
+    chance = torch.rand(tokens.numel(), generator=torch.Generator().manual_seed(seed), dtype=F64)
+    with torch.no_grad():
+        return _draw(model(input_ids=tokens).logits.float().flatten(0, 1), chance)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_is_the_gradient_of_errors_added_to_the_outputs(family: str) -> None:
+    model = tiny_model(family)
+    found = output_sensitivity(model, FAMILIES[family], BATCHES, seed=3, dtype=F64)
+    assert list(found) == FAMILIES[family]
+    labels = labels_drawn(model, TOKENS, seed=3)
+    for name, matrix in found.items():
+        expected = by_added_errors(model, name, TOKENS, labels)
+        # logits pass through float32 on their way to the loss
+        torch.testing.assert_close(matrix, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
+        assert torch.equal(matrix, matrix.T)
+
+
+def test_batches_change_nothing_and_seeds_do() -> None:
+    model, names = tiny_model("llama"), FAMILIES["llama"]
+    one = output_sensitivity(model, names, [TOKENS], dtype=F64)
+    many = output_sensitivity(model, names, list(TOKENS.split(1)), dtype=F64)
+    other = output_sensitivity(model, names, [TOKENS], seed=1, dtype=F64)
+    for name in names:
+        torch.testing.assert_close(one[name], many[name], rtol=1e-5, atol=1e-5 * float(one[name].abs().max()))
+        assert (one[name] - other[name]).abs().max() > 0.01 * one[name].abs().max()
+
+
+class Classifier(nn.Module):
+    """A language model that is one linear layer: the Fisher information of its outputs is known."""
+
+    def __init__(self, vocabulary: int, width: int) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(vocabulary, width), nn.Linear(width, vocabulary)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = True) -> Any:
+        return SimpleNamespace(logits=self.head(self.embed(input_ids)))
+
+
+def test_it_estimates_the_fisher_information_of_a_softmax() -> None:
+    """E[g gᵀ] over labels drawn from p is diag p − p pᵀ; labels of a text would give something else."""
+    torch.manual_seed(0)
+    model = Classifier(7, 5).eval()
+    tokens = torch.randint(0, 7, (40, 1000), generator=torch.Generator().manual_seed(0))
+    found = output_sensitivity(model, ["head"], [tokens], dtype=F64)["head"]
+    p = model(tokens).logits.softmax(-1).flatten(0, 1).detach().double()
+    expected = torch.diag(p.mean(0)) - p.T @ p / len(p)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * float(expected.abs().max()))
+
+
+def test_labels_follow_the_predictions() -> None:
+    logits = torch.tensor([0.0, -torch.inf, 1.0, 2.0, -torch.inf]).repeat(200_000, 1)
+    chance = torch.rand(len(logits), generator=torch.Generator().manual_seed(0), dtype=F64)
+    share = _draw(logits, chance).bincount(minlength=5) / len(logits)
+    torch.testing.assert_close(share, logits[0].softmax(-1), rtol=0, atol=4e-3)
+    assert share[1] == share[4] == 0
+    edges = torch.tensor([0.0, 1 - 2.0**-53], dtype=F64)
+    assert _draw(logits[:2], edges).tolist() == [0, 3]
+
+
+@pytest.mark.parametrize("failure", [None, "first block"])
+def test_the_model_is_left_as_it_was(failure: str | None) -> None:
+    model = tiny_model("llama")
+    model.model.norm.weight.requires_grad_(False)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    require_hooks_to_survive(model, failure, lambda: output_sensitivity(model, FAMILIES["llama"], BATCHES))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) and parameter.grad is None
+        assert parameter.requires_grad == (name != "model.norm.weight")
+
+
+def test_a_layer_the_loss_does_not_see_counts_nothing() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.zero_()
+    found = output_sensitivity(model, ["model.layers.1.mlp.up_proj"], BATCHES)
+    assert found["model.layers.1.mlp.up_proj"].abs().max() == 0
+
+
+def test_broken_gradients_are_refused_by_name() -> None:
+    model = tiny_model("llama")
+    poison(model, "model.layers.1.mlp.act_fn", float("nan"))
+    with pytest.raises(NumericsError, match=r"model\.layers\.0\.mlp\.gate_proj.* NaN or inf.*--no-fisher"):
+        output_sensitivity(model, FAMILIES["llama"], BATCHES)

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The joint stack in the metric of the loss: truncation, gauge and refits are optimal in G ⊗ H."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layer_problems import F64, FORMS, PLAIN, Problem, crude, exact, problem, product, run
+
+from lord_quant.config import JointConfig
+from lord_quant.errors import NumericsError
+from lord_quant.refine import Quantized
+from lord_quant.stack import SENSITIVITY_DAMPING, anchored_target, unit_metric
+
+
+SHAPES = [(24, 10), (10, 24), (16, 16)]
+seeds = st.integers(0, 10**6)
+
+
+def sensitivity(m: int, seed: int = 0, tokens: int = 100) -> torch.Tensor:
+    """That of outputs which matter very differently, and together."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(m, m, generator=generator, dtype=F64) * torch.logspace(1, -1, m, dtype=F64)
+    rows = torch.randn(tokens, m, generator=generator, dtype=F64) @ mix
+    return 1e-7 * rows.T @ rows / tokens
+
+
+def cost(difference: torch.Tensor, g: torch.Tensor, p: Problem) -> float:
+    """tr G D H Dᵀ."""
+    return float(((g @ difference @ p.moments.covariance) * difference).sum())
+
+
+def metric(g: torch.Tensor) -> torch.Tensor:
+    found = unit_metric(g)
+    assert found is not None
+    return found
+
+
+def test_the_metric_has_unit_mean_and_is_damped() -> None:
+    g = sensitivity(12, tokens=3)  # singular
+    found = metric(g)
+    assert float(found.diagonal().mean()) == pytest.approx(1, rel=1e-12)
+    assert torch.linalg.eigvalsh(found)[0] == pytest.approx(SENSITIVITY_DAMPING / (1 + SENSITIVITY_DAMPING), rel=1e-9)
+    torch.testing.assert_close(metric(1e9 * g), found, rtol=1e-12, atol=1e-12)
+    assert unit_metric(torch.zeros(3, 3)) is None
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 10), st.integers(2, 10), seeds, st.sampled_from(FORMS), st.data())
+def test_nothing_of_the_same_rank_costs_less(m: int, n: int, seed: int, form: str, data: st.DataObject) -> None:
+    p, g = problem(m, n, seed), sensitivity(m, seed)
+    rank = data.draw(st.integers(1, min(m - 1, n)))
+    result = run(p, rank, form, None, JointConfig(), sensitivity=g)
+    target, g = anchored_target(p.weight, p.moments), metric(g)
+    assert result.factors is not None and result.spectrum is not None
+    best, whole = cost(product(result) - target, g, p), cost(target, g, p)
+    assert best == pytest.approx(float(result.spectrum.eigenvalues[rank:].sum()), abs=1e-8 * whole)
+    generator = torch.Generator().manual_seed(seed)
+    for part in ("down", "up"):
+        for step in (1e-3, 1e-1):
+            old = getattr(result.factors, part)
+            noise = step * old.abs().max() * torch.randn(old.shape, generator=generator, dtype=F64)
+            moved = result.factors._replace(**{part: old + noise}).product()
+            assert cost(moved - target, g, p) >= best - 1e-8 * whole
+    blind = product(run(p, rank, form, None, JointConfig()))
+    assert best <= cost(blind - target, g, p) + 1e-8 * whole
+
+
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+def test_both_forms_stand_for_the_same_weight(m: int, n: int) -> None:
+    p, g = problem(m, n), sensitivity(m)
+    for rank in (1, 4, min(m - 1, n)):
+        two, one = (run(p, rank, form, None, JointConfig(), sensitivity=g) for form in FORMS)
+        torch.testing.assert_close(product(one), product(two), rtol=0, atol=1e-8 * float(product(two).abs().max()))
+        assert one.largest_coefficient is not None and one.largest_coefficient <= 1.05 + 1e-9
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+def test_outputs_that_count_alike_are_as_without(m: int, n: int, form: str) -> None:
+    p = problem(m, n)
+    plain = run(p, 5, form, None, JointConfig())
+    same = run(p, 5, form, None, JointConfig(), sensitivity=1e-6 * torch.eye(m, dtype=F64))
+    torch.testing.assert_close(product(same), product(plain), rtol=0, atol=1e-9 * float(product(plain).abs().max()))
+    nothing = run(p, 5, form, crude(), JointConfig(), sensitivity=torch.zeros(m, m, dtype=F64))
+    expected = run(p, 5, form, crude(), JointConfig())
+    assert torch.equal(product(nothing), product(expected)) and nothing.error == expected.error
+
+
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+def test_rows_of_up_are_even_in_units_of_what_they_cost(m: int, n: int) -> None:
+    """Aᵀ diag(G) A is a multiple of I, before rounding; and the product stays."""
+    p, g = problem(m, n), sensitivity(m)
+    for options in (PLAIN, dataclasses.replace(PLAIN, rotate=True)):
+        result = run(p, 6, "two_factor", exact, options, sensitivity=g)
+        up = result.quantized[".up"].weight()
+        gram = up.T @ (metric(g).diagonal()[:, None] * up)
+        torch.testing.assert_close(gram / gram[0, 0], torch.eye(6, dtype=F64), rtol=0, atol=1e-9)
+        expected = product(run(p, 6, "two_factor", None, options, sensitivity=g))
+        torch.testing.assert_close(product(result), expected, rtol=0, atol=1e-9 * float(expected.abs().max()))
+
+
+def only(part: str, m: int, n: int) -> object:
+    """A solver that rounds the factor that goes first and takes the other as it is."""
+
+    def solve(weight: torch.Tensor, hessian: torch.Tensor) -> Quantized:
+        first = weight.shape == ((m, 4) if part == ".up" else (4, n))
+        return (crude() if first else exact)(weight, hessian)
+
+    return solve
+
+
+@pytest.mark.parametrize(("form", "outputs"), [("two_factor", 20), ("pivoted", 16)])
+def test_a_down_refitted_to_a_rounded_up_is_optimal_in_the_loss(form: str, outputs: int) -> None:
+    """The gradient of tr G D H Dᵀ over `down` vanishes, and without G it would not."""
+    p, g = problem(20, 24), sensitivity(20)
+    options = JointConfig(order="up_first", refine=0, anchor=False)
+    solve = only(".up", outputs, 24)
+    result = run(p, 4, form, solve, options, sensitivity=g)
+    assert result.factors is not None
+    whole = cost(p.weight, metric(g), p)
+    best = cost(product(result) - p.weight, metric(g), p)
+    generator = torch.Generator().manual_seed(0)
+    for step in (1e-3, 1e-1):
+        noise = step * torch.randn(4, 24, generator=generator, dtype=F64)
+        moved = result.factors._replace(down=result.factors.down + noise).product()
+        assert cost(moved - p.weight, metric(g), p) >= best - 1e-6 * whole
+    assert cost(product(run(p, 4, form, solve, options)) - p.weight, metric(g), p) > 1.02 * best
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+def test_it_lowers_what_rounding_and_truncation_cost(m: int, n: int, form: str) -> None:
+    total = {True: 0.0, False: 0.0}
+    for seed in range(10):
+        p, g = problem(m, n, seed), sensitivity(m, seed)
+        for used in total:
+            result = run(p, 8, form, crude(4), JointConfig(anchor=False), sensitivity=g if used else None, seed=seed)
+            total[used] += cost(product(result) - p.weight, metric(g), p) / cost(p.weight, metric(g), p)
+    assert total[True] < 0.9 * total[False]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_broken_sensitivity_is_refused(value: float) -> None:
+    g = sensitivity(8)
+    g[0, 0] = value
+    with pytest.raises(NumericsError, match="output sensitivity"):
+        run(problem(8, 8), 4, "two_factor", None, JointConfig(), sensitivity=g)
