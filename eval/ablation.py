@@ -20,6 +20,7 @@ from tables import markdown, stats, summary_line
 
 FULL = "joint"
 IDEAS: dict[str, tuple[str, ...]] = {
+    "no fisher": ("--no-fisher",),
     "no anchor": ("--no-anchor",),
     "no rotation": ("--no-rotate",),
     "no refit": ("--no-refit",),
@@ -39,7 +40,7 @@ COLUMNS = ("bpw", "perplexity", "over dense", "stacking penalty", "worse by", "H
 NOTE = (
     "Stacking penalty: perplexity over that of LoRD float with the same seed. Worse by: penalty of the row minus that of "
     "the full joint stack, paired by seed, in percentage points: what the idea brings. Means over seeds, with the smallest "
-    "and largest value. All ideas off: the six of the joint stack; scale search and asymmetric grids stay on."
+    "and largest value. All ideas off: the seven of the joint stack; scale search and asymmetric grids stay on."
 )
 
 

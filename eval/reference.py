@@ -20,16 +20,26 @@ from tables import markdown, summary_line
 from variants import OPTIMUM_DEFAULTS
 
 
-DENSE, FLOAT = "dense", "LoRD float"
+DENSE, FLOAT, JOINT_FLOAT = "dense", "LoRD float", "joint float"
 LABELS = (
     DENSE, "GPTQ 4-bit", "GPTQ 3-bit", FLOAT, "naive 4-bit",
-    "joint 8-bit", "joint 4-bit", "joint 3-bit", "joint pivoted 4-bit",
+    JOINT_FLOAT, "joint 8-bit", "joint 4-bit", "joint 3-bit", "joint pivoted 4-bit",
 )  # fmt: skip
-COLUMNS = ("bpw", "MB", "perplexity", "over dense", "stacking penalty", "HumanEval pass@1", "s to compress")
+COLUMNS = (
+    "bpw",
+    "MB",
+    "perplexity",
+    "over dense",
+    "stacking penalty",
+    "rounding alone",
+    "HumanEval pass@1",
+    "s to compress",
+)
 NOTE = (
     "Means over seeds, with the smallest and largest value. GPTQ rows: Optimum's quantizer on the dense model at its best "
     "settings. naive: float LoRD, then Optimum's quantizer at its defaults. Stacking penalty: perplexity over that of "
-    "LoRD float with the same seed."
+    "LoRD float with the same seed (the naive stack's, for least output error); below zero where the joint stack's "
+    "own truncation gains more than rounding loses. Rounding alone: perplexity over that of joint float with the same seed."
 )
 
 
@@ -61,6 +71,7 @@ def model_rows(model: str, seeds: list[int], rank_ratio: float, group_size: int)
         "GPTQ 3-bit": ("--stack", "naive", "--rank-ratio", "1", "--bits", "3", *group),
         FLOAT: ("--stack", "naive", "--bits", "16", *rank),
         "naive 4-bit": (*OPTIMUM_DEFAULTS, "--bits", "4", *rank),
+        JOINT_FLOAT: ("--stack", "joint", "--bits", "16", *rank),
         "joint 8-bit": ("--stack", "joint", "--bits", "8", *rank),
         "joint 4-bit": ("--stack", "joint", "--bits", "4", *rank),
         "joint 3-bit": ("--stack", "joint", "--bits", "3", *rank),
@@ -74,8 +85,15 @@ def summarise(results: Results, rows: list[Row]) -> list[dict[str, Any]]:
     """Returns one line per label of one model, over the seeds that are finished."""
     runs = {label: results.by_seed(rows, label) for label in LABELS}
     stacked = {label for label in LABELS if label.startswith(("naive", "joint"))}
+    packed = {label for label in LABELS if label.startswith("joint ") and label != JOINT_FLOAT}
     return [
-        summary_line(label, runs[label], runs[DENSE], runs[FLOAT] if label in stacked else {})
+        summary_line(
+            label,
+            runs[label],
+            runs[DENSE],
+            runs[FLOAT] if label in stacked else {},
+            runs[JOINT_FLOAT] if label in packed else {},
+        )
         for label in LABELS
         if runs[label]
     ]

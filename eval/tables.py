@@ -37,7 +37,11 @@ def ratios(runs: dict[int, Found], base: dict[int, Found]) -> list[float]:
 
 
 def summary_line(
-    label: str, runs: dict[int, Found], dense: dict[int, Found], floats: dict[int, Found] | None = None
+    label: str,
+    runs: dict[int, Found],
+    dense: dict[int, Found],
+    floats: dict[int, Found] | None = None,
+    unrounded: dict[int, Found] | None = None,
 ) -> dict[str, Any]:
     """Sums up the runs of one label.
 
@@ -46,6 +50,7 @@ def summary_line(
         runs: Finished rows by seed, at least one.
         dense: The dense row, which has no seed: alone under any key, or empty if it is not there.
         floats: Rows of float LoRD by seed for the stacking penalty, or None for rows that are no stack.
+        unrounded: Rows of the same stack in float by seed, or None.
     """
     every = list(runs.values())
     compressed = every[0]["flags"] is not None
@@ -58,6 +63,7 @@ def summary_line(
         "perplexity": mean([row["perplexity"] for row in every]),
         "over_dense": stats(ratios(runs, dict.fromkeys(runs, reference)) if compressed and reference else []),
         "stacking_penalty": stats(ratios(runs, floats or {})),
+        "rounding": stats(ratios(runs, unrounded or {})),
         "seconds": mean([row["seconds"] for row in every]) if compressed else None,
     }
     return line | ({"pass@1": stats([row["pass@1"] for row in every])} if "pass@1" in every[0] else {})
@@ -69,6 +75,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "perplexity": ("perplexity", "{:.3f}".format),
     "over dense": ("over_dense", spread),
     "stacking penalty": ("stacking_penalty", spread),
+    "rounding alone": ("rounding", spread),
     "worse by": ("worse_by", lambda points: spread(points, "+.2f")),
     "HumanEval pass@1": ("pass@1", lambda passed: spread(passed, ".3f")),
     "s to compress": ("seconds", "{:.0f}".format),
@@ -77,8 +84,8 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
 
 
 def markdown(lines: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
-    """Renders lines as a Markdown table; a column that no line has is left out."""
-    kept = [name for name in columns if any(COLUMNS[name][0] in line for line in lines)]
+    """Renders lines as a Markdown table; a column without any value is left out."""
+    kept = [name for name in columns if any(line.get(COLUMNS[name][0]) is not None for line in lines)]
     cells = [[line["label"], *(_cell(line.get(COLUMNS[name][0]), COLUMNS[name][1]) for name in kept)] for line in lines]
     return grid(["", *kept], cells)
 

@@ -40,7 +40,8 @@ class StackRecord(NamedTuple):
     Attributes:
         name: Full module path.
         rank: Rank of its factors, or None.
-        rel_output_error: Share of the output energy lost by truncation alone; None for a layer that stays dense.
+        rel_output_error: Share of the output energy, in the metric of the truncation, lost by truncation alone; None for a
+            layer that stays dense.
         rel_stacked_error: Share lost by truncation and rounding together.
         effective_rank: Numerical rank of the output covariance, or None.
         num_tokens: Tokens its statistics were taken from.

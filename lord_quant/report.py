@@ -179,7 +179,8 @@ def report_table(report: dict[str, Any], longest: int = 64) -> str:
     on_disk = totals.get("file_bytes_on_disk")
     return (
         tabulate(table, headers, disable_numparse=True, colalign=("left", *["right"] * (len(headers) - 1)))
-        + "\ntruncation, all in: share of a layer's output energy lost to decomposition; with rounding\n"
+        + "\ntruncation, all in: share of a layer's output energy (of what counts for the loss, with fisher) lost to "
+        "decomposition; with rounding\n"
         + f"\nscheme {report['scheme']}: {totals['bpw']:.3f} bits per weight all in, "
         + f"{totals['param_ratio']:.3f} of weights kept{f', {human_bytes(on_disk)} on disk' if on_disk else ''}; "
         + ", ".join(f"{name} {human_seconds(value)}" for name, value in seconds.items())

@@ -100,7 +100,8 @@ class Stacked(NamedTuple):
         bias: With shape (out_features,), or None.
         quantized: What to pack, by suffix: ``.down`` and ``.up``, or an empty suffix; empty for float.
         spectrum: The decomposition's spectrum, in the metric of its truncation, or None for a layer that stays dense.
-        error: ‖Ŵ − T‖²_H / ‖T‖²_H: share of the output energy lost to truncation and rounding together.
+        error: ‖Ŵ − T‖² / ‖T‖² in the metric of the truncation: share of the output energy, weighted by what it does to the
+            loss if that is known, lost to truncation and rounding together.
         largest_coefficient: Largest magnitude in a pivoted layer's predictor before quantization, else None.
     """
 
@@ -150,7 +151,7 @@ def stack_layer(
     target = anchored_target(weight, moments) if options.anchor else weight
     quantize = None if solve is None else _refined(solve, options.refine)
     quantized: dict[str, Quantized] = {}
-    factors, spectrum, coefficient = None, None, None
+    factors, spectrum, coefficient, outputs = None, None, None, None
     if rank is None:
         quantized = {"": quantize(target, moments.covariance)} if quantize else {}
         result = quantized[""].weight() if quantized else target
@@ -178,7 +179,7 @@ def stack_layer(
         bias=shifted,
         quantized=quantized,
         spectrum=spectrum,
-        error=_relative_error(result, target, moments.covariance),
+        error=_relative_error(result, target, moments.covariance, outputs),
         largest_coefficient=coefficient,
     )
 
@@ -343,9 +344,12 @@ def _refined(solve: Solver, sweeps: int) -> Solver:
     return quantize
 
 
-def _relative_error(result: torch.Tensor, target: torch.Tensor, covariance: torch.Tensor) -> float:
+def _relative_error(
+    result: torch.Tensor, target: torch.Tensor, covariance: torch.Tensor, outputs: torch.Tensor | None
+) -> float:
     def energy(weight: torch.Tensor) -> float:
-        return float(((weight @ covariance).double() * weight).sum())
+        weighted = weight if outputs is None else outputs @ weight
+        return float(((weighted @ covariance).double() * weight).sum())
 
     whole = energy(target)
     return energy(result - target) / whole if whole > 0 else 0.0

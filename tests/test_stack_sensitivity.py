@@ -59,6 +59,7 @@ def test_nothing_of_the_same_rank_costs_less(m: int, n: int, seed: int, form: st
     assert result.factors is not None and result.spectrum is not None
     best, whole = cost(product(result) - target, g, p), cost(target, g, p)
     assert best == pytest.approx(float(result.spectrum.eigenvalues[rank:].sum()), abs=1e-8 * whole)
+    assert result.error == pytest.approx(best / whole, abs=1e-8)
     generator = torch.Generator().manual_seed(seed)
     for part in ("down", "up"):
         for step in (1e-3, 1e-1):
