@@ -192,8 +192,23 @@ def check_output(
     Raises:
         OutputError: Not empty, not writable, or too precious to replace.
     """
+    where: Any = None
+    try:
+        path = _require_free(output, overwrite, {"model": model, "dataset": dataset})
+        where = path.parent
+        while not where.exists():
+            where = where.parent
+        os.rmdir(tempfile.mkdtemp(prefix=".lord-", dir=where))
+    except OSError as error:
+        place = where or error.filename  # on the way there, a folder that may not be entered
+        raise OutputError(f"output {str(output)!r} cannot be written: {place}: {error.strerror}") from error
+    return path
+
+
+def _require_free(output: str | Path, overwrite: bool, sources: Mapping[str, str | None]) -> Path:
+    """Returns the whole path of a folder that is not there, is empty, or may be replaced."""
     path = Path(output).expanduser().resolve()
-    for kind, name in (("model", model), ("dataset", dataset)):
+    for kind, name in sources.items():
         source = Path(name).expanduser().resolve() if name is not None and Path(name).expanduser().exists() else None
         if source is not None and (source == path or path in source.parents):
             raise OutputError(f"output {str(output)!r} is or holds the {kind} itself; wanted another folder")
@@ -211,13 +226,6 @@ def check_output(
                 f"output {str(output)!r} is not empty and no model folder (config.json with a model_type, safetensors): "
                 "--overwrite replaces nothing else"
             )
-    parent = path.parent
-    while not parent.exists():
-        parent = parent.parent
-    try:
-        os.rmdir(tempfile.mkdtemp(prefix=".lord-", dir=parent))
-    except OSError as error:
-        raise OutputError(f"output {str(output)!r} cannot be written: {parent}: {error.strerror}") from error
     return path
 
 

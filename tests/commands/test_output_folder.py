@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,9 @@ from typing import Any
 
 import pytest
 from in_process import Box, run_command
+
+from lord_quant.checkpoint import check_output
+from lord_quant.errors import OutputError
 
 
 NOBODY = 65534
@@ -57,6 +62,30 @@ def test_a_folder_without_write_permission_is_refused(
     message = capfd.readouterr().err
     assert "OutputError" in message and "Permission denied" in message
     assert list(public_folder.iterdir()) == []
+
+
+def test_a_folder_that_may_not_be_entered_is_refused(public_folder: Path) -> None:
+    """Below it nothing can even be looked at."""
+    (public_folder / "closed").mkdir(mode=0o000)
+    drop = f"os.setuid({NOBODY})" if os.geteuid() == 0 else "pass"  # for good, so in a process of its own, after imports
+    script = f"""import os
+from lord_quant.checkpoint import check_output
+{drop}
+check_output({str(public_folder / "closed" / "x" / "out")!r})"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert "OutputError" in done.stderr and "closed" in done.stderr.splitlines()[-1]
+    assert "Permission denied" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("kind", ["model", "dataset"])
+def test_what_is_read_is_not_written_over(kind: str, tmp_path: Path) -> None:
+    source = tmp_path / "data" / "text.txt"
+    source.parent.mkdir()
+    source.write_text("text")
+    for output in (source, source.parent):
+        with pytest.raises(OutputError, match=f"is or holds the {kind} itself"):
+            check_output(output, **{kind: str(source)})
+    assert check_output(tmp_path / "free", **{kind: str(source)}) == tmp_path / "free"
 
 
 def test_a_read_only_file_system_is_refused(box: Box, capfd: pytest.CaptureFixture[str]) -> None:
