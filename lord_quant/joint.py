@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from lord_quant.errors import CalibrationError, NumericsError
 from lord_quant.moments import PairedAccumulator, PairedMoments
 from lord_quant.plan import LayerPlan, Plan
 from lord_quant.refine import Quantized
+from lord_quant.sensitivity import Sensitivity
 from lord_quant.stack import Solver, Stacked, stack_layer
 from lord_quant.stream import BlockCall, Replay, StopForward, block_kinds, capture
 from lord_quant.surgery import replace_layer, set_dense
@@ -77,7 +78,7 @@ def stack_model(
     solve: Solver | None,
     options: JointConfig,
     *,
-    sensitivity: Mapping[str, torch.Tensor] | None = None,
+    sensitivity: Sensitivity | None = None,
     true_sequential: bool = True,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
@@ -90,7 +91,7 @@ def stack_model(
         batches: Token windows with shape (batch, seq_len), all without padding.
         solve: Quantizes a weight in a metric; None leaves factors in float and other layers alone.
         options: Which ideas are on.
-        sensitivity: How much the loss minds errors in outputs, by full module path; layers it lacks count them alike.
+        sensitivity: How much the loss minds errors in outputs; used up. None counts all outputs alike.
         true_sequential: Whether later layers of a block see what was done to earlier ones, or only later blocks do.
         seed: Of the rotations.
         dtype: dtype of statistics and algebra.
@@ -113,6 +114,10 @@ def stack_model(
         prefix = f"{blocks.path}.{index}."
         layers = {name: planned[prefix + name] for name, _ in block.named_modules() if prefix + name in planned}
         dense = copy.deepcopy(block)
+        minded = {}
+        if sensitivity is not None:
+            ranked = [name for name, layer in layers.items() if layer.rank is not None]
+            minded = sensitivity.of_block(dense, kinds[index], ranked, dtype)
         run = _Runner(stream, kinds[index], Replay(block))
         inputs = _record_inputs(dense, run, list(layers), prefix)
         open_layers = set(layers)
@@ -124,7 +129,7 @@ def stack_model(
                 for name in inputs.members(leader):
                     source = dense.get_submodule(name)
                     own = {
-                        "sensitivity": (sensitivity or {}).get(prefix + name),
+                        "sensitivity": minded.pop(name, None),
                         "seed": seed * len(plan.layers) + len(done.records),
                     }
                     _compress(model, layers[name], source, moments[leader], functools.partial(compress, **own), done)

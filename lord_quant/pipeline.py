@@ -40,7 +40,7 @@ from lord_quant.joint import StackRecord, stack_model
 from lord_quant.linalg import require_finite
 from lord_quant.plan import Plan, build_plan
 from lord_quant.report import build_report, model_card, to_json
-from lord_quant.sensitivity import output_sensitivity
+from lord_quant.sensitivity import Sensitivity
 from lord_quant.source import (
     Source,
     build_skeleton,
@@ -230,8 +230,7 @@ def _compress_jointly(
     if config.joint.fisher and plan.rank_pattern:
         few = windows.input_ids[: config.joint.fisher_samples].split(config.calibration.batch_size)
         with phases.measure("sensitivity"):
-            names = list(plan.rank_pattern)
-            sensitivity = output_sensitivity(model, names, few, seed=config.calibration.seed, dtype=dtype)
+            sensitivity = Sensitivity.measure(model, few, seed=config.calibration.seed)
     with phases.measure("stack"):
         stacked = stack_model(
             model,

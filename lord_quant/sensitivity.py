@@ -12,84 +12,163 @@ vanishes on memorised text, and not the curvature. (Kronecker-factored Fisher: K
 FWSVD, arXiv 2207.00112, has its diagonal; for rounding: YAQA, arXiv 2505.22988.) Labels are drawn once per token. The
 gradient at one position sums what it changes at all later ones.
 
-G has as many rows as the layer has outputs, so a few thousand tokens are enough; `stack.py` damps what they leave open.
+G has as many rows as the layer has outputs, so a few thousand tokens are enough; `stack.py` damps what they leave open. The
+matrices of a whole model would not fit in memory. So what is kept is the gradient at every block's output, found by going
+back through the blocks one at a time, each being run again for it; G of a block's layers is made when the block's turn
+comes, by going back through that block once more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from lord_quant.errors import NumericsError
+from lord_quant.stream import BlockCall, block_kinds, capture, first_of
+from lord_quant.targets import find_blocks
 
 
-def output_sensitivity(
-    model: nn.Module,
-    names: Sequence[str],
-    batches: Sequence[torch.Tensor],
-    *,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-) -> dict[str, torch.Tensor]:
-    """Returns G = E[g gᵀ] of the layers' outputs, the mean over tokens of the gradient's outer products.
+class Sensitivity:
+    """Output sensitivities of a model's layers, one block after another.
 
     Args:
-        model: A loaded causal language model in evaluation mode; left as it was, weights get no gradients.
-        names: Full module paths of the layers.
-        batches: Token windows with shape (batch, seq_len), all without padding; one batch's activations are held at a time.
-        seed: Of the labels drawn from the model's predictions.
-        dtype: dtype of the sums.
-
-    Returns:
-        Symmetric positive semidefinite matrices with shape (out_features, out_features), by name; zero for a layer the
-        loss does not depend on.
-
-    Raises:
-        NumericsError: Gradients hold NaN or inf; the layers are named.
+        stream: The windows on their way through the dense model, in front of its first block.
+        gradients: Gradient of the loss at every block's output, per batch of the stream.
     """
-    count = sum(batch.numel() for batch in batches)
-    chances = torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).split(
-        [batch.numel() for batch in batches]
-    )
-    sums: dict[str, torch.Tensor] = {}
 
-    def observe(name: str) -> Any:
-        def add(gradient: torch.Tensor) -> None:
-            rows = gradient.detach().reshape(-1, gradient.shape[-1]).to(dtype)
-            sums[name].addmm_(rows.T, rows)
+    def __init__(self, stream: list[BlockCall], gradients: list[list[torch.Tensor]]) -> None:
+        self._stream, self._gradients, self._next = stream, gradients, 0
 
-        def watch(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-            if name not in sums:
-                sums[name] = torch.zeros(output.shape[-1], output.shape[-1], dtype=dtype, device=output.device)
-            output.register_hook(add)
+    @classmethod
+    def measure(cls, model: nn.Module, batches: Sequence[torch.Tensor], *, seed: int = 0) -> Sensitivity:
+        """Runs a model forth and back; it is left as it was, and weights get no gradients.
 
-        return watch
+        Args:
+            model: A loaded causal language model in evaluation mode.
+            batches: Token windows with shape (batch, seq_len), all without padding.
+            seed: Of the labels drawn from the model's predictions.
+        """
+        blocks = find_blocks(model).modules
+        kinds = block_kinds(model, len(blocks))
+        count = sum(batch.numel() for batch in batches)
+        chances = torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        with torch.no_grad():
+            stream = capture(model, blocks, kinds, batches)
+        parts = chances.split([batch.numel() for batch in batches])
+        gradients = []
+        for batch, call, chance in zip(
+            tqdm(batches, "sensitivity", unit="batch", disable=None), stream, parts, strict=True
+        ):
+            inputs, gradient = _gradient_at_the_end(model, blocks, batch, chance)
+            steps = [gradient]
+            for index in range(len(blocks) - 1, 0, -1):
+                gradient = _back(blocks[index], kinds[index], call, inputs.pop(), gradient)
+                steps.append(gradient)
+            gradients.append(steps[::-1])
+        return cls(stream, [list(block) for block in zip(*gradients, strict=True)])
 
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    handles = [model.get_submodule(name).register_forward_hook(observe(name)) for name in names]
-    handles.append(_embedding(model).register_forward_hook(lambda module, args, output: output.requires_grad_()))
+    def of_block(
+        self, block: nn.Module, kind: str, names: Sequence[str], dtype: torch.dtype = torch.float32
+    ) -> dict[str, torch.Tensor]:
+        """Returns G = E[g gᵀ] of layers of the next block, the mean over tokens of the gradient's outer products.
+
+        Args:
+            block: The dense block; blocks must be asked for one after another, from the first.
+            kind: Its kind, see `block_kinds`.
+            names: Its layers, by path inside the block; none merely goes on to the next block.
+            dtype: dtype of the sums.
+
+        Returns:
+            Symmetric positive semidefinite matrices with shape (out_features, out_features), by name. Layers that were not
+            called are missing; zero stands for a layer the loss does not depend on.
+        """
+        sums: dict[str, torch.Tensor] = {}
+        tokens = 0
+        for call, gradient in zip(self._stream, self._gradients[self._next], strict=True):
+            with torch.enable_grad(), _outputs(block, names) as outputs:
+                leaving = call.run(block, kind, call.hidden.detach().requires_grad_())
+            seen = list(outputs.values())
+            found = torch.autograd.grad(leaving, seen, gradient, allow_unused=True) if seen else ()
+            for name, output, part in zip(outputs, seen, found, strict=True):
+                rows = torch.zeros_like(output) if part is None else part
+                rows = rows.reshape(-1, rows.shape[-1]).to(dtype)
+                sums[name] = sums.get(name, 0) + rows.T @ rows
+            tokens += gradient.numel() // gradient.shape[-1]
+            call.hidden = leaving.detach()
+        self._gradients[self._next] = []  # not needed any more
+        self._next += 1
+        return {name: total / tokens for name, total in sums.items()}
+
+
+def _gradient_at_the_end(
+    model: nn.Module, blocks: Sequence[nn.Module], batch: torch.Tensor, chance: torch.Tensor
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Returns the hidden states entering every block, and the gradient of the loss at the last one's output."""
+    inputs: list[torch.Tensor] = []
+    leaf: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs.append(args[0] if args else kwargs["hidden_states"])
+
+    def cut(module: nn.Module, args: Any, output: Any) -> Any:
+        leaf.append(first_of(output).detach().requires_grad_())
+        return type(output)((leaf[0], *output[1:])) if isinstance(output, tuple | list) else leaf[0]
+
+    handles = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks]
+    handles.append(blocks[-1].register_forward_hook(cut))
     try:
-        model.requires_grad_(False)  # gradients of activations are wanted, those of weights would cost as much again
-        for batch, chance in zip(tqdm(batches, desc="sensitivity", unit="batch", disable=None), chances, strict=True):
-            with torch.enable_grad():
-                logits = model(input_ids=batch.to(next(model.parameters()).device), use_cache=False).logits.float()
-                logits = logits.flatten(0, 1)
-                nn.functional.cross_entropy(logits, _draw(logits.detach(), chance), reduction="sum").backward()
+        with _weights_fixed(model), torch.enable_grad():
+            logits = model(input_ids=batch.to(next(model.parameters()).device), use_cache=False).logits
+            logits = logits.float().flatten(0, 1)
+            loss = nn.functional.cross_entropy(logits, _draw(logits.detach(), chance), reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, leaf)
     finally:
         for handle in handles:
             handle.remove()
+    return inputs, gradient
+
+
+def _back(block: nn.Module, kind: str, call: BlockCall, entering: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Returns the gradient at a block's input, given that at its output."""
+    entering = entering.detach().requires_grad_()
+    with torch.enable_grad():
+        leaving = call.run(block, kind, entering)
+    return torch.autograd.grad(leaving, entering, gradient)[0]
+
+
+@contextmanager
+def _outputs(block: nn.Module, names: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
+    """Collects the outputs of layers while the body runs the block once."""
+    outputs: dict[str, torch.Tensor] = {}
+
+    def hook(name: str) -> Any:
+        def keep(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            outputs[name] = output
+
+        return keep
+
+    handles = [block.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _weights_fixed(model: nn.Module) -> Iterator[None]:
+    """Gradients of activations are wanted; remembering what those of weights need would hold the whole model's."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-    broken = [name for name, total in sums.items() if not torch.isfinite(total).all()]
-    if broken:
-        raise NumericsError(
-            f"gradients of {', '.join(broken)} hold NaN or inf; wanted finite ones: compute in float32, or use --no-fisher"
-        )
-    return {name: total / count for name, total in sums.items()}
 
 
 def _draw(logits: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
@@ -100,9 +179,3 @@ def _draw(logits: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
     cumulated = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
     reached = torch.searchsorted(cumulated, chance.to(logits.device)[:, None] * cumulated[:, -1:], right=True)
     return reached[:, 0].clamp_max(logits.shape[-1] - 1)
-
-
-def _embedding(model: nn.Module) -> nn.Module:
-    """Returns the token embedding, where gradients start."""
-    host: Any = model
-    return host.get_input_embeddings()

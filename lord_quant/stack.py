@@ -196,7 +196,7 @@ def unit_metric(sensitivity: torch.Tensor) -> torch.Tensor | None:
     Raises:
         NumericsError: It holds NaN or inf.
     """
-    require_finite(sensitivity, "output sensitivity")
+    require_finite(sensitivity, "output sensitivity (gradients of the loss; --no-fisher does without)")
     mean = sensitivity.diagonal().mean()
     if not mean > 0:
         return None

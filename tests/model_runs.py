@@ -16,6 +16,8 @@ from lord_quant.config import GptqConfig, JointConfig, LowrankConfig
 from lord_quant.joint import StackedModel, stack_model
 from lord_quant.plan import Plan, build_plan
 from lord_quant.refine import Quantized
+from lord_quant.sensitivity import Sensitivity
+from lord_quant.stream import block_kinds
 from lord_quant.targets import find_blocks, find_linears
 
 
@@ -60,6 +62,22 @@ def whole_model_inputs(model: nn.Module, names: Sequence[str]) -> dict[str, np.n
     for handle in handles:
         handle.remove()
     return {name: torch.cat(parts).double().numpy() for name, parts in seen.items()}
+
+
+def sensitivities(
+    model: nn.Module, names: Sequence[str], batches: Sequence[torch.Tensor] = BATCHES, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Output sensitivities of layers of the whole model, by full path, in float64."""
+    blocks = find_blocks(model)
+    measured = Sensitivity.measure(model, batches, seed=seed)
+    kinds = block_kinds(model, len(blocks.modules))
+    found = {}
+    for index, (block, kind) in enumerate(zip(blocks.modules, kinds, strict=True)):
+        prefix = f"{blocks.path}.{index}."
+        inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+        of_block = measured.of_block(block, kind, inside, torch.float64)
+        found |= {prefix + name: matrix for name, matrix in of_block.items()}
+    return found
 
 
 class Boom(Exception):

@@ -4,41 +4,58 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from model_runs import BATCHES, plan_of, run_joint
 from models import VOCABULARY, tiny_model
+from torch import nn
 
 from lord_quant.calibration import TokenWindows, sample_windows
 from lord_quant.config import CalibrationConfig, GptqConfig, JointConfig, LordConfig, LowrankConfig
 from lord_quant.corpus import load_corpus
 from lord_quant.pipeline import compress_model
 from lord_quant.plan import build_plan
-from lord_quant.sensitivity import output_sensitivity
+from lord_quant.sensitivity import Sensitivity
 from lord_quant.targets import find_linears
 
 
 DEMO = Path(__file__).parents[1] / "eval" / "models" / "pycoder-starcoder-humaneval"
 
 
+class OfSomeLayers(Sensitivity):
+    """Leaves out all layers but some."""
+
+    kept: tuple[str, ...] = ()
+
+    def of_block(self, block: nn.Module, kind: str, names: Sequence[str], dtype: Any = torch.float32) -> Any:
+        inside = [name for name in names if any(kept.endswith(f".{self._next}.{name}") for kept in self.kept)]
+        return super().of_block(block, kind, inside, dtype)
+
+
 @pytest.mark.parametrize("family", ["bigcode", "codegen", "llama"])
 def test_a_sensitivity_changes_its_own_layer_alone(family: str) -> None:
     dense = tiny_model(family)
     plan = plan_of(dense)
-    last = plan.layers[-1].name
-    every = output_sensitivity(dense, [layer.name for layer in plan.layers], BATCHES, dtype=torch.float64)
+    names = tuple(layer.name for layer in plan.layers)
     runs = {}
-    for label, sensitivity in (("none", None), ("last", {last: every[last]}), ("all", every)):
+    for label, kept in (("none", ()), ("last", names[-1:]), ("all", names)):
         model = copy.deepcopy(dense)
+        sensitivity = OfSomeLayers.measure(model, BATCHES)
+        sensitivity.kept = kept
         runs[label] = run_joint(model, plan, sensitivity=sensitivity), model.state_dict()
-    for label, changed in (("last", {last}), ("all", {layer.name for layer in plan.layers})):
+    for label, changed in (("last", set(names[-1:])), ("all", set(names))):
         (records, state), (plain_records, plain) = runs[label], runs["none"]
         moved = {name.rsplit(".", 2)[0] for name in state if not torch.equal(state[name], plain[name])}
         assert moved == changed
         pairs = zip(records.records, plain_records.records, strict=True)
         assert {new.name for new, old in pairs if new.rel_stacked_error != old.rel_stacked_error} == changed
+    untouched = copy.deepcopy(dense)
+    run_joint(untouched, plan)
+    assert all(torch.equal(value, runs["none"][1][name]) for name, value in untouched.state_dict().items())
 
 
 def test_a_run_takes_the_first_windows_and_its_seed() -> None:
@@ -57,7 +74,7 @@ def test_a_run_takes_the_first_windows_and_its_seed() -> None:
     ours = copy.deepcopy(dense)
     assert "sensitivity" in compress_model(ours, plan, windows, config).seconds
     by_hand = copy.deepcopy(dense)
-    sensitivity = output_sensitivity(by_hand, list(plan.rank_pattern), tokens[:3].split(2), seed=5)
+    sensitivity = Sensitivity.measure(by_hand, tokens[:3].split(2), seed=5)
     run_joint(by_hand, plan, sensitivity=sensitivity, batches=tokens.split(2), seed=5, dtype=torch.float32)
     for (name, found), expected in zip(ours.state_dict().items(), by_hand.state_dict().values(), strict=True):
         assert torch.equal(found, expected), name
@@ -78,7 +95,7 @@ def test_a_trained_model_loses_less() -> None:
     }
     plan = plan_of(dense)
     batches = list(tokens["calibration"].split(8))
-    sensitivity = output_sensitivity(dense, list(plan.rank_pattern), batches[:1])
+    sensitivity = Sensitivity.measure(dense, batches[:1])
 
     def loss(model: torch.nn.Module) -> float:
         with torch.no_grad():

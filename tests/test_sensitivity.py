@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from model_runs import BATCHES, TOKENS, poison, require_hooks_to_survive
+from model_runs import BATCHES, TOKENS, plan_of, require_hooks_to_survive, run_joint, sensitivities
 from models import tiny_model
 from torch import nn
 
 from lord_quant.errors import NumericsError
-from lord_quant.sensitivity import _draw, output_sensitivity
+from lord_quant.sensitivity import Sensitivity, _draw
 
 
 F64 = torch.float64
@@ -54,7 +54,7 @@ def labels_drawn(model: nn.Module, tokens: torch.Tensor, seed: int) -> torch.Ten
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_is_the_gradient_of_errors_added_to_the_outputs(family: str) -> None:
     model = tiny_model(family)
-    found = output_sensitivity(model, FAMILIES[family], BATCHES, seed=3, dtype=F64)
+    found = sensitivities(model, FAMILIES[family], seed=3)
     assert list(found) == FAMILIES[family]
     labels = labels_drawn(model, TOKENS, seed=3)
     for name, matrix in found.items():
@@ -66,37 +66,48 @@ def test_it_is_the_gradient_of_errors_added_to_the_outputs(family: str) -> None:
 
 def test_batches_change_nothing_and_seeds_do() -> None:
     model, names = tiny_model("llama"), FAMILIES["llama"]
-    one = output_sensitivity(model, names, [TOKENS], dtype=F64)
-    many = output_sensitivity(model, names, list(TOKENS.split(1)), dtype=F64)
-    other = output_sensitivity(model, names, [TOKENS], seed=1, dtype=F64)
+    one = sensitivities(model, names, [TOKENS])
+    many = sensitivities(model, names, list(TOKENS.split(1)))
+    other = sensitivities(model, names, [TOKENS], seed=1)
     for name in names:
         torch.testing.assert_close(one[name], many[name], rtol=1e-5, atol=1e-5 * float(one[name].abs().max()))
         assert (one[name] - other[name]).abs().max() > 0.01 * one[name].abs().max()
 
 
 class Classifier(nn.Module):
-    """A language model that is one linear layer: the Fisher information of its outputs is known."""
+    """A language model of two blocks that hardly do anything: the Fisher information of its last outputs is known."""
 
-    def __init__(self, vocabulary: int, width: int) -> None:
+    class Block(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.linear = nn.Linear(width, width)
+
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return self.linear(hidden_states)
+
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.embed, self.head = nn.Embedding(vocabulary, width), nn.Linear(width, vocabulary)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed
+        self.embed, self.blocks = nn.Embedding(width, width), nn.ModuleList([self.Block(width), self.Block(width)])
 
     def forward(self, input_ids: torch.Tensor, use_cache: bool = True) -> Any:
-        return SimpleNamespace(logits=self.head(self.embed(input_ids)))
+        hidden = self.embed(input_ids)
+        for block in self.blocks:
+            hidden = block(hidden_states=hidden)
+        return SimpleNamespace(logits=hidden)
 
 
 def test_it_estimates_the_fisher_information_of_a_softmax() -> None:
     """E[g gᵀ] over labels drawn from p is diag p − p pᵀ; labels of a text would give something else."""
     torch.manual_seed(0)
-    model = Classifier(7, 5).eval()
+    model = Classifier(7).eval()
     tokens = torch.randint(0, 7, (40, 1000), generator=torch.Generator().manual_seed(0))
-    found = output_sensitivity(model, ["head"], [tokens], dtype=F64)["head"]
+    found = sensitivities(model, ["blocks.0.linear", "blocks.1.linear"], [tokens])
     p = model(tokens).logits.softmax(-1).flatten(0, 1).detach().double()
     expected = torch.diag(p.mean(0)) - p.T @ p / len(p)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * float(expected.abs().max()))
+    torch.testing.assert_close(found["blocks.1.linear"], expected, rtol=0, atol=0.02 * float(expected.abs().max()))
+    weight = model.blocks[1].linear.weight.detach().double()
+    before = weight.T @ expected @ weight  # what the block behind makes of an error
+    torch.testing.assert_close(found["blocks.0.linear"], before, rtol=0, atol=0.03 * float(before.abs().max()))
 
 
 def test_labels_follow_the_predictions() -> None:
@@ -114,7 +125,7 @@ def test_the_model_is_left_as_it_was(failure: str | None) -> None:
     model = tiny_model("llama")
     model.model.norm.weight.requires_grad_(False)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    require_hooks_to_survive(model, failure, lambda: output_sensitivity(model, FAMILIES["llama"], BATCHES))
+    require_hooks_to_survive(model, failure, lambda: sensitivities(model, FAMILIES["llama"]))
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) and parameter.grad is None
         assert parameter.requires_grad == (name != "model.norm.weight")
@@ -124,12 +135,18 @@ def test_a_layer_the_loss_does_not_see_counts_nothing() -> None:
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.zero_()
-    found = output_sensitivity(model, ["model.layers.1.mlp.up_proj"], BATCHES)
+    found = sensitivities(model, ["model.layers.1.mlp.up_proj"])
     assert found["model.layers.1.mlp.up_proj"].abs().max() == 0
 
 
 def test_broken_gradients_are_refused_by_name() -> None:
+    """Inputs may be finite where gradients are not: behind the layer something overflows."""
     model = tiny_model("llama")
-    poison(model, "model.layers.1.mlp.act_fn", float("nan"))
-    with pytest.raises(NumericsError, match=r"model\.layers\.0\.mlp\.gate_proj.* NaN or inf.*--no-fisher"):
-        output_sensitivity(model, FAMILIES["llama"], BATCHES)
+
+    def explode(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output + 0 * torch.sqrt(output - output.detach())  # zero, with an infinite slope
+
+    model.model.norm.register_forward_hook(explode)
+    plan = plan_of(model)
+    with pytest.raises(NumericsError, match=r"layer 'model\.layers\.0\.self_attn\.\w+': output sensitivity .*--no-fisher"):
+        run_joint(model, plan, sensitivity=Sensitivity.measure(model, BATCHES))
