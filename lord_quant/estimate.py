@@ -22,6 +22,8 @@ EIGEN_FLOPS = 10
 EIGEN_EFFICIENCY = 0.15
 SOLVER_EFFICIENCY = 0.02
 """The solver works column by column."""
+FISHER_PASSES = 5
+"""Of the dense model: forward once, then forward and back through every block twice."""
 JOINT_PASSES = 3
 """Passes of the compressed stream through a block of four stages, finished parts being replayed."""
 
@@ -39,17 +41,17 @@ class Estimate(NamedTuple):
 
 
 def estimate(
-    plan: Plan, num_tokens: int, window_shape: tuple[int, ...], device: torch.device, itemsize: int, joint: bool
+    plan: Plan, num_tokens: int, device: torch.device, itemsize: int, joint: bool, fisher_tokens: int = 0
 ) -> Estimate:
     """Predicts time and memory of a run on `device`.
 
     Args:
         plan: The plan.
         num_tokens: Calibration tokens.
-        window_shape: (num_samples, seq_len).
         device: Where it will run.
         itemsize: Bytes of a stored float value; the CPU computes in 4-byte floats whatever is stored.
         joint: Whether the joint stack runs: two streams, two moment matrices, a block's inputs held.
+        fisher_tokens: Tokens of the joint stack's backward pass; 0 for none.
     """
     speed = matrix_flops(device)
     dense = sum(layer.dense_weights for layer in plan.layers)
@@ -63,6 +65,8 @@ def estimate(
     per_block = len(plan.layers) / (plan.layers[-1].block + 1)
     if joint:
         forward += 2.0 * kept * num_tokens * JOINT_PASSES
+        forward += 2.0 * dense * fisher_tokens * FISHER_PASSES
+        forward += sum(2.0 * layer.out_features**2 * fisher_tokens for layer in plan.layers if layer.rank is not None)
     elif plan.bits != FLOAT_BITS:
         factors = sum(len(layer.factor_shapes()) for layer in plan.layers) / len(plan.layers)
         forward += 2.0 * kept * num_tokens * (per_block * factors + 1)  # true_sequential: a block once per layer
@@ -80,6 +84,11 @@ def estimate(
     if joint:
         first = plan.layers[0].block
         activations += num_tokens * held * sum(layer.in_features for layer in plan.layers if layer.block == first)
+        # every block's output gradients, one block's graph, and one block's matrices
+        blocks = plan.layers[-1].block + 1
+        inside = [layer for layer in plan.layers if layer.block == first]
+        activations += fisher_tokens * held * (2 * blocks * width + sum(layer.out_features for layer in inside))
+        activations += 4 * sum(layer.out_features**2 for layer in inside if layer.rank is not None) * bool(fisher_tokens)
     return Estimate(seconds, int(weights + activations + 4 * 4 * widest**2))
 
 

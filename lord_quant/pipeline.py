@@ -159,9 +159,9 @@ def prepare(config: LordConfig, *, overwrite: bool = False) -> Job:
     skeleton = build_skeleton(source)
     plan = plan_model(skeleton, config, source.dtype.itemsize)
     windows = calibrate(config, source.tokenizer, source.context)
-    guess = estimate(
-        plan, windows.num_tokens, tuple(windows.input_ids.shape), device, source.dtype.itemsize, config.stack == "joint"
-    )
+    joint = config.stack == "joint"
+    fisher_tokens = _fisher_windows(windows, config).numel() if joint and plan.rank_pattern else 0
+    guess = estimate(plan, windows.num_tokens, device, source.dtype.itemsize, joint, fisher_tokens)
     cautions = run_cautions(skeleton, plan, windows, device, config.stack)
     return Job(config, source, plan, windows, device, output, overwrite, guess, cautions)
 
@@ -227,10 +227,10 @@ def _compress_jointly(
         solve = backend.make_solver(config.gptq, plan.group_size, windows.num_tokens)
     dtype = torch.float64 if config.lowrank.float64 else torch.float32
     batches, sensitivity = windows.batches(config.calibration.batch_size), None
-    if config.joint.fisher and plan.rank_pattern:
-        few = windows.input_ids[: config.joint.fisher_samples].split(config.calibration.batch_size)
+    few = _fisher_windows(windows, config)
+    if len(few) and plan.rank_pattern:
         with phases.measure("sensitivity"):
-            sensitivity = Sensitivity.measure(model, few, seed=config.calibration.seed)
+            sensitivity = Sensitivity.measure(model, few.split(config.calibration.batch_size), seed=config.calibration.seed)
     with phases.measure("stack"):
         stacked = stack_model(
             model,
@@ -247,6 +247,11 @@ def _compress_jointly(
         with phases.measure("pack"):
             quantized = backend.pack_model(model, quantizer, stacked.quantized)
     return Compressed(stacked.records, quantized, phases.seconds)
+
+
+def _fisher_windows(windows: TokenWindows, config: LordConfig) -> torch.Tensor:
+    """Returns the windows of the joint stack's backward pass, with shape (fisher_samples, seq_len); none without it."""
+    return windows.input_ids[: config.joint.fisher_samples if config.joint.fisher else 0]
 
 
 def _compress_naively(

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Predicted cost: what must grow with what, at a fixed speed of the machine."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lord_quant import estimate as module
+from lord_quant.config import GptqConfig, LowrankConfig
+from lord_quant.estimate import Estimate, estimate, matrix_flops
+from lord_quant.plan import Plan, build_plan
+from lord_quant.targets import LinearSite
+
+
+CPU = torch.device("cpu")
+
+
+def plan_of(blocks: int = 4, width: int = 256, bits: int = 4, rank_ratio: float = 0.5) -> Plan:
+    shapes = {"attn": (width, width), "fc": (width, 4 * width), "proj": (4 * width, width)}
+    sites = [
+        LinearSite(f"h.{block}.{name}", block, inputs, outputs, True)
+        for block in range(blocks)
+        for name, (inputs, outputs) in shapes.items()
+    ]
+    lowrank = LowrankConfig(rank_ratio=rank_ratio, force_rank=True)
+    return build_plan(sites, lowrank, GptqConfig(bits=bits, group_size=32), itemsize=2, other_bytes=10**6)
+
+
+@pytest.fixture(autouse=True)
+def speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "matrix_flops", lambda device: 1e10)
+
+
+def predict(plan: Plan, tokens: int = 10_000, joint: bool = True, fisher_tokens: int = 0) -> Estimate:
+    return estimate(plan, tokens, CPU, 2, joint, fisher_tokens)
+
+
+@pytest.mark.parametrize("joint", [True, False])
+def test_time_is_linear_in_blocks_and_grows_with_tokens(joint: bool) -> None:
+    one, two = (predict(plan_of(blocks), joint=joint).seconds for blocks in (4, 8))
+    assert two == pytest.approx(2 * one, rel=1e-6)
+    assert predict(plan_of(), 20_000, joint).seconds > 1.1 * one
+
+
+def test_solving_takes_time_and_float_runs_have_none() -> None:
+    assert predict(plan_of(bits=4)).seconds > predict(plan_of(bits=16)).seconds
+
+
+def test_the_backward_pass_is_counted() -> None:
+    """Five passes of the dense model over its tokens and a square product per output; a gradient per block and token."""
+    plan, tokens = plan_of(), 2_000
+    without, with_it = predict(plan), predict(plan, fisher_tokens=tokens)
+    dense = sum(layer.dense_weights for layer in plan.layers)
+    squares = sum(layer.out_features**2 for layer in plan.layers)
+    assert with_it.seconds - without.seconds == pytest.approx(2 * tokens * (5 * dense + squares) / 1e10, rel=1e-9)
+    more = predict(plan_of(blocks=8), fisher_tokens=tokens).memory_bytes - predict(plan_of(blocks=8)).memory_bytes
+    less = with_it.memory_bytes - without.memory_bytes
+    assert more - less == 4 * 2 * 256 * tokens * 4  # four blocks more: inputs and gradients, 256 wide, 4 bytes each
+
+
+def test_memory_holds_at_least_the_model() -> None:
+    plan = plan_of()
+    weights = 4 * sum(layer.dense_weights for layer in plan.layers)
+    assert predict(plan).memory_bytes > predict(plan, joint=False).memory_bytes > weights
+
+
+def test_the_speed_of_the_machine_is_measured() -> None:
+    assert 1e7 < matrix_flops(CPU, size=64) < 1e15 and math.isfinite(matrix_flops(CPU, size=64))
