@@ -27,16 +27,16 @@ from tables import grid, spread, summary_line
 
 
 SCHEMES = (
-    "two_factor:0.375:4:32", "two_factor:0.5:3:128", "two_factor:0.5:3:64", "two_factor:0.5:4:64",
-    "two_factor:0.75:3:64", "two_factor:0.75:4:64",
-    "pivoted:0.5:3:64", "pivoted:0.5:4:64", "pivoted:0.75:3:64", "pivoted:0.75:4:64",
+    "two_factor:1:2:128", "two_factor:1:2:64", "two_factor:1:2:32", "two_factor:0.375:3:32",
+    "two_factor:0.5:3:128", "two_factor:0.5:3:64", "pivoted:0.5:4:64", "two_factor:1:3:128",
 )  # fmt: skip
-PLAIN = ("2:128", "2:64", "2:32", "3:128", "3:64", "4:128", "4:64")
+PLAIN = ("2:128", "2:64", "2:32", "3:128")
 BUDGETS = (2.25, 2.5, 2.75, 3.0, 3.5, 4.0)
 OFF_SCALE = 1.6
 """The plot ends at so many times the dense model's perplexity."""
 NOTE = (
-    "bpw counts every stored bit of the linear layers. Plain line: the non-dominated points of plain GPTQ, joined, read at "
+    "Rank 1 decomposes nothing: the joint stack's quantization of dense layers. bpw counts every stored bit of the linear "
+    "layers. Plain line: the non-dominated points of plain GPTQ, joined, read at "
     "the same bpw; n/a where plain GPTQ has nothing so small. Difference: perplexity over the line's, minus one; negative "
     "is better than plain GPTQ at equal bytes."
 )
