@@ -21,7 +21,7 @@ below is closed form on H and C.
    ‖D‖²_GH = tr G D H Dᵀ and G = SᵀS, it is LoRD on S T: A₀ = S⁻¹ U, B₀ = Uᵀ S T.
 
 3. Gauge. A B = (A R⁻¹)(R B) for every invertible R. First, AᵀA = I with the outputs in units of √diag G: A is rounded row
-   by row, and the rows' errors cost Σᵢ Gᵢᵢ ‖aᵢ‖² times a power of det (B H Bᵀ), which for a given product of both is least
+   by row, and the rows' errors cost Σᵢ Gᵢᵢ ‖aᵢ‖² times a power of det (B H Bᵀ), which for a given product A B is least
    when Aᵀ diag(G) A is a multiple of I. (S⁻¹ U itself would be a bad choice: it is large wherever G is small.) Second, an
    orthogonal Q is left free. In the eigenbasis the bottleneck z = B x′ has a diagonal covariance: a solver can compensate
    nothing there and rounds, worst on the few loud channels. A random rotation makes the channels alike and correlated. It
