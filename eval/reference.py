@@ -3,7 +3,8 @@
 
 Every row is a checkpoint written by the real command line and loaded again in another process; bytes and bits per weight
 are summed over the tensors in its files. The *stacking penalty* of a row is its perplexity over that of float LoRD with
-the same seed, minus one: what quantizing the factors added. Calibration and held-out text must be disjoint; that is the
+the same seed, minus one: for the naive stack, what quantizing the factors added. The joint stack truncates otherwise;
+*rounding alone* is over its own float row, with the same seed. Calibration and held-out text must be disjoint; that is the
 caller's responsibility. Started again with the same --output, a run that was cut off goes on.
 
     python eval/reference.py --models DIR … --calibration code.jsonl --heldout other.jsonl --output reference.json

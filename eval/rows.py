@@ -21,7 +21,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +181,10 @@ def run_rows(rows: Sequence[Row], settings: Settings, output: Path, workers: int
     rows, clock = list(dict.fromkeys(rows)), Clock()
     results = Results(output, settings.published(), digests(row.model for row in rows))
     todo = [row for row in rows if results.find(row) is None]
+    stale = [str(row) for row in rows if (old := results.find(row)) is not None and made_without_options(old)]
+    if stale:
+        shown = "\n  ".join(stale)
+        raise SystemExit(f"{output} holds rows of a joint stack with other options than today's; remove them:\n  {shown}")
     current = revision()
     found = [results.find(row) for row in rows]
     old = sum(row is not None and row["revision"] != current for row in found)
@@ -208,6 +212,14 @@ def run_rows(rows: Sequence[Row], settings: Settings, output: Path, workers: int
             f"{len(failed)} rows failed, see above; the same command makes them again:\n  " + "\n  ".join(failed)
         )
     return results
+
+
+def made_without_options(row: dict[str, Any]) -> bool:
+    """Tells whether a joint row is older than an option of the joint stack, whose default its flags now mean."""
+    from lord_quant.config import JointConfig
+
+    config = row.get("config", {})
+    return config.get("stack") == "joint" and set(config["joint"]) != {field.name for field in fields(JointConfig)}
 
 
 def describe(scores: dict[str, Any]) -> str:

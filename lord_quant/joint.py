@@ -117,7 +117,7 @@ def stack_model(
         minded = {}
         if sensitivity is not None:
             ranked = [name for name, layer in layers.items() if layer.rank is not None]
-            minded = sensitivity.of_block(dense, kinds[index], ranked, dtype)
+            minded = sensitivity.of_block(index, dense, kinds[index], ranked, dtype)
         run = _Runner(stream, kinds[index], Replay(block))
         inputs = _record_inputs(dense, run, list(layers), prefix)
         open_layers = set(layers)
@@ -197,26 +197,28 @@ class _Inputs:
 def _record_inputs(dense: nn.Module, run: _Runner, layers: Sequence[str], prefix: str) -> _Inputs:
     """Runs the dense block once, keeps every distinct input, and moves the dense stream on."""
     inputs = _Inputs(prefix)
-    seen: list[tuple[torch.Tensor, str]] = []  # held during one forward pass, so that identity means sameness
+    passing: dict[str, torch.Tensor] = {}  # inputs of leaders in one forward pass, held so that identity means sameness
+    parted = set()
 
     def observe(name: str, x: torch.Tensor) -> None:
-        if name not in inputs.leader:
-            inputs.leader[name] = next((leader for other, leader in seen if other is x), name)
-            seen.append((x, inputs.leader[name]))
-        if inputs.leader[name] == name:
+        leader = inputs.leader.setdefault(name, next((other for other, seen in passing.items() if seen is x), name))
+        if leader == name:
+            passing[name] = x
             inputs.batches.setdefault(name, []).append(x)
+        elif passing.get(leader) is not x:
+            parted.add(prefix + name)
 
     with _watch(dense, layers, observe):
         for batch in run.stream:
             batch.hidden = batch.run(dense, run.kind)
-            seen.clear()
+            passing.clear()
     unseen = [prefix + name for name in layers if not inputs.num_values(name)]
     if unseen:
         raise CalibrationError(f"no calibration token reached {', '.join(unseen)}; use more text, or --ignore them")
-    odd = [prefix + name for name, batches in inputs.batches.items() if len(batches) != len(run.stream)]
+    odd = [prefix + name for name, batches in inputs.batches.items() if len(batches) != len(run.stream)] + sorted(parted)
     if odd:
         raise CalibrationError(
-            f"{', '.join(odd)}: not called once per forward pass, so inputs of the two streams cannot be paired; "
+            f"{', '.join(odd)}: not called once per forward pass with the same input, so the two streams cannot be paired; "
             "use --stack naive"
         )
     return inputs

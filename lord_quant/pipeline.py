@@ -230,7 +230,7 @@ def _compress_jointly(
     few = _fisher_windows(windows, config)
     if len(few) and plan.rank_pattern:
         with phases.measure("sensitivity"):
-            sensitivity = Sensitivity.measure(model, few.split(config.calibration.batch_size), seed=config.calibration.seed)
+            sensitivity = Sensitivity.measure(model, few.split(1), seed=config.calibration.seed)
     with phases.measure("stack"):
         stacked = stack_model(
             model,
@@ -250,7 +250,7 @@ def _compress_jointly(
 
 
 def _fisher_windows(windows: TokenWindows, config: LordConfig) -> torch.Tensor:
-    """Returns the windows of the joint stack's backward pass, with shape (fisher_samples, seq_len); none without it."""
+    """Returns the windows of the joint stack's backward pass, with shape (≤ fisher_samples, seq_len); none without it."""
     return windows.input_ids[: config.joint.fisher_samples if config.joint.fisher else 0]
 
 

@@ -43,8 +43,9 @@ below is closed form on H and C.
    A near A₀: the solver moves its errors into directions that the refit takes back. In other words B only has to represent
    its row space.
 
-6. Both solves are GPTQ in the right metric (H or H_⊥ + μH for B; B_q H B_qᵀ, or B H Bᵀ if up goes first, for A), polished
-   by `refine`. Last, b̂ = b + W μ − A_q B_q μ′.
+6. Both solves are GPTQ in these metrics (H or H_⊥ + μH for B; B_q H B_qᵀ, or B H Bᵀ if up goes first, for A), polished by
+   `refine`. They take rows as independent, which G's coupling of outputs makes an approximation. Last,
+   b̂ = b + W μ − A_q B_q μ′.
 
 Pivoted form. Here B holds rows of the product itself, there is no gauge to choose, and an error in one pivot output also
 enters all outputs predicted from it: with P = [I; A] the metric on B's rows is N = Pᵀ G P, I + AᵀA if G = I, far from I. So
@@ -54,7 +55,7 @@ move to
        B₂ ← B₂ − N₂₂⁻¹ N₂₁ (B̂₁ − B₁),
 
 the optimum for what was fixed. That is GPTQ's own feedback, along the outputs: rows cost the diagonal of N's Cholesky
-factorization instead of its trace, whose product is det N (1/vol² if G = I): hence pivots of large volume are wanted.
+factorization instead of its trace, whose product is det N, a constant over vol²: hence pivots of large volume.
 
 Failure cases. Singular H (few tokens, dead or duplicated channels): solves are damped, damping is raised until they exist;
 unseen directions keep W's values. Rank 1 to full are legal; at full rank with m ≤ n `up` is square and its error is
@@ -73,6 +74,7 @@ import torch
 
 from lord_quant.config import JointConfig
 from lord_quant.decompose import Factors, OutputSpectrum, output_spectrum, pivoted, two_factor
+from lord_quant.errors import NumericsError
 from lord_quant.linalg import damped_right_solve, random_orthogonal, require_finite, thin_qr
 from lord_quant.moments import PairedMoments
 from lord_quant.refine import Quantized, refine
@@ -212,7 +214,9 @@ def truncate(
     if outputs is None:
         spectrum = output_spectrum(target, covariance)
         return spectrum, two_factor(target, None, spectrum, rank, None)
-    root = torch.linalg.cholesky(outputs, upper=True)
+    root, failed = torch.linalg.cholesky_ex(outputs, upper=True)
+    if failed:
+        raise NumericsError("the output sensitivity stayed indefinite with damping; --no-fisher does without")
     weighted = root @ target
     spectrum = output_spectrum(weighted, covariance)
     factors = two_factor(weighted, None, spectrum, rank, None)
@@ -264,7 +268,7 @@ def _stack_two_factor(
     if options.order == "up_first" or (options.order == "auto" and outputs < inputs):
         first = quantize(up, down @ covariance @ down.T)
         if options.refit:
-            # The columns of `up` are orthonormal up to rounding, units and the balance: well conditioned.
+            # A backward stable solve with a metric whose damping bounds its condition: near the optimum in what it costs.
             grid = first.weight()
             seen = grid if metric is None else metric @ grid
             down = damped_right_solve(target.T @ seen, grid.T @ seen, 1e-7).T

@@ -75,7 +75,7 @@ def sensitivities(
     for index, (block, kind) in enumerate(zip(blocks.modules, kinds, strict=True)):
         prefix = f"{blocks.path}.{index}."
         inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-        of_block = measured.of_block(block, kind, inside, torch.float64)
+        of_block = measured.of_block(index, block, kind, inside, torch.float64)
         found |= {prefix + name: matrix for name, matrix in of_block.items()}
     return found
 

@@ -29,6 +29,7 @@ def _config(family: str, **changes: object) -> PretrainedConfig:
         "codegen": ("CodeGenConfig", gpt2 | {"rotary_dim": 8, "n_ctx": 64}),
         "llama": ("LlamaConfig", llama),
         "qwen2": ("Qwen2Config", llama | sliding | {"use_sliding_window": True}),
+        "olmo": ("OlmoConfig", llama | {"clip_qkv": 0.3}),
         "gemma2": ("Gemma2Config", llama | sliding),
         "gemma3": ("Gemma3TextConfig", llama | sliding),
     }
@@ -40,7 +41,7 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float64, **changes: objec
     """Builds a model of `family` in evaluation mode, every parameter random, biases and norms too.
 
     Args:
-        family: gpt2, bigcode, codegen, llama, qwen2, gemma2 or gemma3; qwen2 and the gemmas have a sliding first block.
+        family: gpt2, bigcode, codegen, llama, olmo, qwen2, gemma2, gemma3; qwen2 and the gemmas: a sliding first block.
         dtype: dtype of its parameters.
         changes: Values of its configuration to replace.
     """

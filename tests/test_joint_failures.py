@@ -94,6 +94,24 @@ class Twice(nn.Module):
         return self.layer(torch.tanh(self.layer(x)))
 
 
+class Wanders(nn.Module):
+    """One layer follows another's input, and is called again with something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Linear(64, 64, dtype=torch.float64) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x) + self.second(x) + self.second(2 * x)
+
+
+def test_a_layer_that_leaves_the_input_it_shared_is_refused_by_name() -> None:
+    model = tiny_model("llama")
+    model.model.layers[1].mlp = Wanders()
+    with pytest.raises(CalibrationError, match=r"^model\.layers\.1\.mlp\.second: not called once.*--stack naive"):
+        run_joint(model, plan_of(model))
+
+
 def test_a_layer_that_is_called_twice_is_refused_by_name() -> None:
     """Its inputs of one batch would be paired with those of another."""
     model = tiny_model("llama")

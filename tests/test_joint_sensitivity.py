@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from model_runs import BATCHES, plan_of, run_joint
-from models import VOCABULARY, tiny_model
+from models import VOCABULARY, random_tokens, tiny_model
 from torch import nn
 
 from lord_quant.calibration import TokenWindows, sample_windows
@@ -31,9 +31,9 @@ class OfSomeLayers(Sensitivity):
 
     kept: tuple[str, ...] = ()
 
-    def of_block(self, block: nn.Module, kind: str, names: Sequence[str], dtype: Any = torch.float32) -> Any:
-        inside = [name for name in names if any(kept.endswith(f".{self._next}.{name}") for kept in self.kept)]
-        return super().of_block(block, kind, inside, dtype)
+    def of_block(self, index: int, block: nn.Module, kind: str, names: Sequence[str], dtype: Any = torch.float32) -> Any:
+        inside = [name for name in names if any(kept.endswith(f".{index}.{name}") for kept in self.kept)]
+        return super().of_block(index, block, kind, inside, dtype)
 
 
 @pytest.mark.parametrize("family", ["bigcode", "codegen", "llama"])
@@ -74,8 +74,29 @@ def test_a_run_takes_the_first_windows_and_its_seed() -> None:
     ours = copy.deepcopy(dense)
     assert "sensitivity" in compress_model(ours, plan, windows, config).seconds
     by_hand = copy.deepcopy(dense)
-    sensitivity = Sensitivity.measure(by_hand, tokens[:3].split(2), seed=5)
+    sensitivity = Sensitivity.measure(by_hand, tokens[:3].split(1), seed=5)
     run_joint(by_hand, plan, sensitivity=sensitivity, batches=tokens.split(2), seed=5, dtype=torch.float32)
+    for (name, found), expected in zip(ours.state_dict().items(), by_hand.state_dict().values(), strict=True):
+        assert torch.equal(found, expected), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "joint"), [({}, {"fisher": False}), ({"rank_ratio": 1, "force_rank": False}, {})], ids=["off", "dense"]
+)
+def test_without_it_nothing_goes_back(changes: dict[str, Any], joint: dict[str, Any]) -> None:
+    """Switched off, or with nothing to truncate: no backward pass, and the weights of a run that has no sensitivity."""
+    dense = tiny_model("llama", torch.float32)
+    windows = TokenWindows(random_tokens(), "random", "")
+    config = LordConfig(
+        model="m",
+        lowrank=LowrankConfig(**({"rank_ratio": 0.5, "force_rank": True} | changes)),
+        gptq=GptqConfig(bits=16, group_size=32),
+        joint=JointConfig(**joint),
+    )
+    plan = build_plan(find_linears(dense), config.lowrank, config.gptq, itemsize=4, other_bytes=0)
+    ours, by_hand = copy.deepcopy(dense), copy.deepcopy(dense)
+    assert "sensitivity" not in compress_model(ours, plan, windows, config).seconds
+    run_joint(by_hand, plan, batches=windows.batches(8), dtype=torch.float32)
     for (name, found), expected in zip(ours.state_dict().items(), by_hand.state_dict().values(), strict=True):
         assert torch.equal(found, expected), name
 

@@ -12,14 +12,19 @@ from model_runs import BATCHES, TOKENS, plan_of, require_hooks_to_survive, run_j
 from models import tiny_model
 from torch import nn
 
+from lord_quant import sensitivity
 from lord_quant.errors import NumericsError
-from lord_quant.sensitivity import Sensitivity, _draw
+from lord_quant.sensitivity import Sensitivity, _draw, _outputs
 
 
 F64 = torch.float64
 FAMILIES = {
     "bigcode": ["transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_proj"],
     "codegen": ["transformer.h.0.attn.qkv_proj", "transformer.h.1.attn.out_proj"],
+    "qwen2": ["model.layers.0.mlp.up_proj", "model.layers.1.self_attn.v_proj"],  # the first block's attention slides
+    "olmo": ["model.layers.0.self_attn.k_proj", "model.layers.1.self_attn.q_proj"],  # clamped in place
+    "gpt2": ["transformer.h.0.attn.c_attn"],
+    "gemma3": ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.gate_proj"],
     "llama": ["model.layers.0.self_attn.k_proj", "model.layers.0.mlp.gate_proj", "model.layers.1.mlp.down_proj"],
 }
 
@@ -137,6 +142,37 @@ def test_a_layer_the_loss_does_not_see_counts_nothing() -> None:
         model.model.layers[1].mlp.down_proj.weight.zero_()
     found = sensitivities(model, ["model.layers.1.mlp.up_proj"])
     assert found["model.layers.1.mlp.up_proj"].abs().max() == 0
+
+
+def test_a_block_that_changes_an_output_in_place_is_seen_before_that() -> None:
+    """As OLMo clamps its queries: what is clamped does not matter to the loss."""
+    block = nn.ModuleDict({"q_proj": nn.Linear(8, 8)})
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    with _outputs(block, ["q_proj"]) as outputs:
+        y = block["q_proj"](x).clamp_(-1e-9, 1e-9)
+    (gradient,) = torch.autograd.grad(y.sum(), outputs["q_proj"])
+    assert gradient.abs().max() == 0
+
+
+def test_blocks_are_asked_for_in_order_and_once() -> None:
+    model = tiny_model("llama")
+    measured = Sensitivity.measure(model, BATCHES)
+    blocks = model.model.layers
+    with pytest.raises(ValueError, match="block 1; wanted block 0"):
+        measured.of_block(1, blocks[1], "block", [])
+    measured.of_block(0, blocks[0], "block", [])
+    with pytest.raises(ValueError, match="block 0; wanted block 1"):
+        measured.of_block(0, blocks[0], "block", [])
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+def test_the_gradient_of_the_loss_is_the_one_autograd_finds(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sensitivity, "ROWS", rows)
+    logits = torch.randn(20, 11, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    chance = torch.rand(20, generator=torch.Generator().manual_seed(1), dtype=F64)
+    loss = nn.functional.cross_entropy(logits, _draw(logits.detach(), chance), reduction="sum")
+    (expected,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(sensitivity._loss_gradient(logits.detach(), chance), expected)
 
 
 def test_broken_gradients_are_refused_by_name() -> None:
