@@ -32,6 +32,7 @@ SCHEMES = (
 )  # fmt: skip
 PLAIN = ("2:128", "2:64", "2:32", "3:128")
 BUDGETS = (2.25, 2.5, 2.75, 3.0, 3.5, 4.0)
+DENSE_LAYERS = "dense layers"
 OFF_SCALE = 1.6
 """The plot ends at so many times the dense model's perplexity."""
 NOTE = (
@@ -253,15 +254,21 @@ def draw(summary: dict[str, Any], title: str, path: Path) -> None:
         edge = frontier([Point(line["label"], line["bpw"], line["perplexity"]) for line in lines])
         bpw, perplexity = [point.bpw for point in edge], [point.perplexity for point in edge]
         axes.plot(bpw, perplexity, color=colour, linewidth=1.3, linestyle=style, zorder=2, label=label)
-    _scatter(axes, plain, "0.25", "s", None, below=True)
-    for index, form in enumerate(dict.fromkeys(line["label"].split(":")[0] for line in ours)):
-        mine = [line for line in ours if line["label"].split(":")[0] == form]
-        _scatter(axes, mine, f"C{index}", "oDv^"[index % 4], f"joint, {form.replace('_', '-')}")
+    _scatter(axes, plain, "0.25", "s", None)
+    for index, kind in enumerate(dict.fromkeys(_kind(line["label"]) for line in ours)):
+        mine = [line for line in ours if _kind(line["label"]) == kind]
+        _scatter(axes, mine, f"C{index}", "oDv^"[index % 4], f"joint, {kind}", below=kind == DENSE_LAYERS)
     axes.margins(x=0.1)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, title="points: rank ratio, bits, group size", alignment="left")
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _kind(label: str) -> str:
+    """Returns what a scheme makes of layers."""
+    form, rank = label.split(":")[:2]
+    return DENSE_LAYERS if float(rank) == 1 else form.replace("_", "-")
 
 
 def _scatter(
@@ -274,9 +281,9 @@ def _scatter(
     axes.scatter(bpw, perplexity, color=colour, marker=marker, s=42, zorder=3, label=label)
     for line in lines:
         *rank, bits, group = line["label"].removeprefix("GPTQ ").split(":")[-3:]
-        name = " ".join([*rank, f"{bits}b", f"g{group}"])
+        name = " ".join([*(part for part in rank if part != "1"), f"{bits}b", f"g{group}"])
         height = line["perplexity"]
-        style: dict[str, Any] = {"xytext": (5, -11) if below else (5, 4)}
+        style: dict[str, Any] = {"xytext": (-5, -12), "horizontalalignment": "right"} if below else {"xytext": (5, 4)}
         if height > top:
             name, height = f"{name}: {height:.0f}", top - 0.015 * (top - low)
             style = {"xytext": (-3, -7), "rotation": -90, "verticalalignment": "top"}
