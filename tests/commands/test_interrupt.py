@@ -21,7 +21,8 @@ pytestmark = pytest.mark.slow
 
 # Says when the first layer is being solved, and stays there until a signal comes.
 WAIT_WHILE_SOLVING = """
-    import sys, time
+    import signal, sys, time
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background of a shell
     from optimum.commands.optimum_cli import main
     import lord_quant.backends.gptq as backend
 
