@@ -137,8 +137,7 @@ def compress(
     model = load_model(job.source, job.device)
     compress_model(model, job.plan, job.windows, config)
     cast_floats(model, job.source.dtype)
-    assert job.output is not None
-    with atomic_folder(job.output) as folder:
+    with atomic_folder(output) as folder:
         write_model(model, job.source.tokenizer, folder)
     return job.plan, probe_logits(model)
 

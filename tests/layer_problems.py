@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 
 from lord_quant.config import JointConfig
+from lord_quant.decompose import Factors
 from lord_quant.moments import PairedMoments
 from lord_quant.refine import Quantized
 from lord_quant.stack import Solver, Stacked, stack_layer
@@ -46,6 +48,16 @@ def problem(m: int, n: int, seed: int = 0, tokens: int | None = None, drift: flo
     x = draw(tokens or 12 * n, n) @ mix + draw(n)
     y = x @ (torch.eye(n, dtype=F64) + drift * draw(n, n) / n**0.5) + drift * draw(len(x), n) @ mix + drift * draw(n)
     return Problem(draw(m, n), draw(m), x, y, moments_of(x, y))
+
+
+def perturbed(factors: Factors, seed: int) -> Iterator[torch.Tensor]:
+    """Yields products of factors one of which was moved at random, a little and more."""
+    generator = torch.Generator().manual_seed(seed)
+    for part in ("down", "up"):
+        for step in (1e-3, 1e-1):
+            old = getattr(factors, part)
+            noise = step * old.abs().max() * torch.randn(old.shape, generator=generator, dtype=F64)
+            yield factors._replace(**{part: old + noise}).product()
 
 
 def squared(difference: torch.Tensor, covariance: torch.Tensor) -> float:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layer_problems import F64, FORMS, PLAIN, Problem, crude, exact, moments_of, problem, product, run, squared
+from layer_problems import F64, FORMS, PLAIN, Problem, crude, exact, moments_of, perturbed, problem, product, run, squared
 
 from lord_quant import stack
 from lord_quant.config import JointConfig
@@ -102,13 +102,8 @@ def test_nothing_of_the_same_rank_is_nearer_to_the_target(m: int, n: int, seed: 
     assert best == pytest.approx(float(result.spectrum.eigenvalues[rank:].sum()), abs=1e-9 * whole)
     assert result.error == pytest.approx(best / whole, abs=1e-9)
     assert result.error == pytest.approx(result.spectrum.discarded_share(rank), abs=1e-9)
-    generator = torch.Generator().manual_seed(seed)
-    for part in ("down", "up"):
-        for step in (1e-3, 1e-1):
-            old = getattr(result.factors, part)
-            noise = step * old.abs().max() * torch.randn(old.shape, generator=generator, dtype=F64)
-            moved = result.factors._replace(**{part: old + noise}).product()
-            assert squared(moved - target, covariance) >= best - 1e-9 * whole
+    for moved in perturbed(result.factors, seed):
+        assert squared(moved - target, covariance) >= best - 1e-9 * whole
 
 
 @pytest.mark.parametrize("options", [JointConfig(), PLAIN], ids=["all ideas", "none"])

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -26,11 +27,10 @@ from typing import Any
 def _load_kernel() -> types.ModuleType:
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
     try:
-        import sandbox_kernel  # type: ignore[import-not-found]
+        return importlib.import_module("sandbox_kernel")
     finally:
         del sys.path[0]
-    del sys.modules["sandbox_kernel"]
-    return sandbox_kernel
+        sys.modules.pop("sandbox_kernel", None)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import socket
@@ -147,6 +148,20 @@ def test_a_fake_scores_nothing(name: str, layers: frozenset[str]) -> None:
     result = run(FAKES[name], layers=layers)
     assert not result.passed
     assert result.reason != NOT_STARTED
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="namespaces and Landlock are Linux's")
+def test_what_the_kernel_gives_is_used(protections: tuple[str, ...]) -> None:
+    """Asked without our code, so that a protection we fail to take up is an error and not a skipped test."""
+    user = [] if os.getuid() == 0 else ["--user", "--map-current-user"]
+    unshare = ["unshare", *user, "--net", "--pid", "--fork", "--mount", "true"]
+    if shutil.which("unshare") and subprocess.run(unshare, capture_output=True, check=False).returncode == 0:
+        assert {"network-namespace", "process-namespace", "private-files"} <= set(protections)
+    ask_version = 1
+    abi = ctypes.CDLL(None).syscall(444, None, ctypes.c_size_t(0), ask_version)  # landlock_create_ruleset
+    wanted = {1: "landlock-files", 4: "landlock-tcp", 6: "landlock-signals"}
+    without = set(run(RIGHT, layers=WITHOUT_NAMESPACES).protections)
+    assert {name for since, name in wanted.items() if abi >= since} == {name for name in wanted.values() if name in without}
 
 
 def test_endless_loop_is_stopped_by_processor_time() -> None:
