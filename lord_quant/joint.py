@@ -5,32 +5,34 @@ The dense stream carries what the dense model computes, the other what the compr
 block the dense stream runs once and leaves each layer's input behind. Then the layers are compressed in the order in which
 they are called, those fed the same tensor (q, k and v) together: the compressed stream runs as far as their input, the
 moments of both inputs are taken in one pass over the batches, and `stack.stack_layer` does the rest. Parts of the block
-whose layers are all compressed (the attention, say) run once and are replayed. Only one block's inputs and one layer's
-moments exist at a time.
+whose layers are all compressed (a layer, then the attention) run once and are replayed. Only what one block's layers are
+fed and one layer's moments exist at a time.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
 from lord_quant.config import JointConfig
-from lord_quant.errors import CalibrationError, NumericsError
-from lord_quant.moments import PairedAccumulator, PairedMoments
+from lord_quant.errors import NumericsError
+from lord_quant.moments import PairedMoments
+from lord_quant.pairing import Runner, gather, record_inputs
 from lord_quant.plan import LayerPlan, Plan
 from lord_quant.refine import Quantized
 from lord_quant.sensitivity import Sensitivity
-from lord_quant.stack import Solver, Stacked, stack_layer
-from lord_quant.stream import BlockCall, Replay, StopForward, block_kinds, capture
+from lord_quant.solver import Solver
+from lord_quant.stack import Stacked, stack_layer
+from lord_quant.stream import Replay, block_kinds, capture
 from lord_quant.surgery import replace_layer, set_dense
 from lord_quant.targets import dense_bias, dense_weight, find_blocks
 
@@ -118,12 +120,12 @@ def stack_model(
         if sensitivity is not None:
             ranked = [name for name, layer in layers.items() if layer.rank is not None]
             minded = sensitivity.of_block(index, dense, kinds[index], ranked, dtype)
-        run = _Runner(stream, kinds[index], Replay(block))
-        inputs = _record_inputs(dense, run, list(layers), prefix)
+        run = Runner(stream, kinds[index], Replay(block))
+        inputs = record_inputs(dense, run, list(layers), prefix, outputs=options.anchor)
         open_layers = set(layers)
         for stage in inputs.stages(true_sequential):
-            with run.replay.of(_finished_children(layers, open_layers)):
-                moments = _gather(block, run, ours, inputs, stage, dtype, options.anchor)
+            with run.replay.of(_finished(layers, open_layers)):
+                moments = gather(block, run, ours, inputs, stage, dtype, options.anchor)
             for leader in stage:
                 _require_finite(moments[leader], prefix + leader)
                 for name in inputs.members(leader):
@@ -136,141 +138,20 @@ def stack_model(
                     open_layers.remove(name)
                 inputs.forget(leader)
         if index < last:
-            with run.replay.of(_finished_children(layers, inputs.of_last(true_sequential))):
+            with run.replay.of(_finished(layers, inputs.of_last(true_sequential))):
                 ours = list(run(block, ours))
     return done
 
 
-def _finished_children(layers: Iterable[str], still_open: Container[str]) -> list[str]:
-    """Names the direct children of a block all of whose planned layers are compressed."""
-    children = {name.partition(".")[0] for name in layers if "." in name}
-    waiting = {name.partition(".")[0] for name in layers if name in still_open}
-    return sorted(children - waiting)
+def _finished(layers: Iterable[str], still_open: Container[str]) -> list[str]:
+    """Names the parts of a block, layers or what holds them, all of whose planned layers are compressed."""
+    waiting = {part for name in layers if name in still_open for part in _holders(name)}
+    return sorted({part for name in layers for part in _holders(name)} - waiting)
 
 
-class _Runner(NamedTuple):
-    """Runs a block on every batch of a stream."""
-
-    stream: Sequence[BlockCall]
-    kind: str
-    replay: Replay
-
-    def __call__(self, block: nn.Module, hidden: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-        for position, (batch, states) in enumerate(zip(self.stream, hidden, strict=True)):
-            self.replay.at(position)
-            try:
-                yield batch.run(block, self.kind, states)
-            except StopForward:
-                continue
-
-
-class _Inputs:
-    """The distinct inputs of a block's layers in the dense stream, in the order in which layers were called."""
-
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix  # completes layer names in errors
-        self.leader: dict[str, str] = {}
-        self.batches: dict[str, list[torch.Tensor]] = {}
-
-    def members(self, leader: str) -> list[str]:
-        """Returns the layers fed the same tensor as `leader`."""
-        return [name for name, first in self.leader.items() if first == leader]
-
-    def num_values(self, layer: str) -> int:
-        """Counts the values that reached a layer."""
-        return sum(batch.numel() for batch in self.batches.get(self.leader.get(layer, ""), []))
-
-    def stages(self, true_sequential: bool) -> list[list[str]]:
-        """Returns which inputs are handled at once."""
-        leaders = list(self.batches)
-        return [[leader] for leader in leaders] if true_sequential or not leaders else [leaders]
-
-    def of_last(self, true_sequential: bool) -> list[str]:
-        """Returns the layers of the last stage, whose children ran to their end in no stage."""
-        return [name for stage in self.stages(true_sequential)[-1:] for leader in stage for name in self.members(leader)]
-
-    def forget(self, leader: str) -> None:
-        """Frees an input that is not needed any more."""
-        self.batches[leader] = []
-
-
-def _record_inputs(dense: nn.Module, run: _Runner, layers: Sequence[str], prefix: str) -> _Inputs:
-    """Runs the dense block once, keeps every distinct input, and moves the dense stream on."""
-    inputs = _Inputs(prefix)
-    passing: dict[str, torch.Tensor] = {}  # inputs of leaders in one forward pass, held so that identity means sameness
-    parted = set()
-
-    def observe(name: str, x: torch.Tensor) -> None:
-        leader = inputs.leader.setdefault(name, next((other for other, seen in passing.items() if seen is x), name))
-        if leader == name:
-            passing[name] = x
-            inputs.batches.setdefault(name, []).append(x)
-        elif passing.get(leader) is not x:
-            parted.add(prefix + name)
-
-    with _watch(dense, layers, observe):
-        for batch in run.stream:
-            batch.hidden = batch.run(dense, run.kind)
-            passing.clear()
-    unseen = [prefix + name for name in layers if not inputs.num_values(name)]
-    if unseen:
-        raise CalibrationError(f"no calibration token reached {', '.join(unseen)}; use more text, or --ignore them")
-    odd = [prefix + name for name, batches in inputs.batches.items() if len(batches) != len(run.stream)] + sorted(parted)
-    if odd:
-        raise CalibrationError(
-            f"{', '.join(odd)}: not called once per forward pass with the same input, so the two streams cannot be paired; "
-            "use --stack naive"
-        )
-    return inputs
-
-
-def _gather(
-    block: nn.Module,
-    run: _Runner,
-    ours: Sequence[torch.Tensor],
-    inputs: _Inputs,
-    stage: Sequence[str],
-    dtype: torch.dtype,
-    paired: bool,
-) -> dict[str, PairedMoments]:
-    """Runs the compressed stream as far as the inputs of a stage and takes the moments of both streams there."""
-    accumulators: dict[str, PairedAccumulator] = {}
-    counts = dict.fromkeys(stage, 0)
-
-    def observe(name: str, x: torch.Tensor) -> None:
-        batches = inputs.batches[name]
-        dense = batches[counts[name]] if counts[name] < len(batches) else x[:0]
-        if dense.shape != x.shape:
-            raise CalibrationError(
-                f"layer {inputs.prefix + name!r} saw inputs {tuple(dense.shape)} in the dense model, {tuple(x.shape)} in "
-                "the compressed one, so the two cannot be paired; use --stack naive"
-            )
-        if name not in accumulators:
-            accumulators[name] = PairedAccumulator(x.shape[-1], dtype, x.device)
-        accumulators[name].update(dense if paired else x, x)
-        counts[name] += 1
-        if name == stage[-1]:
-            raise StopForward
-
-    with _watch(block, stage, observe):
-        for _ in run(block, ours):
-            pass
-    return {name: accumulator.result() for name, accumulator in accumulators.items()}
-
-
-@contextmanager
-def _watch(block: nn.Module, layers: Sequence[str], observe: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
-    """Calls `observe` with every input of the layers, and removes exactly those hooks again, whatever happens."""
-
-    def hook(name: str) -> Any:
-        return lambda module, args: observe(name, args[0])
-
-    handles = [block.get_submodule(name).register_forward_pre_hook(hook(name)) for name in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _holders(name: str) -> Iterator[str]:
+    """Names a layer and the modules that hold it inside its block."""
+    return itertools.accumulate(name.split("."), "{}.{}".format)
 
 
 def _compress(
@@ -312,5 +193,8 @@ def _record(layer: LayerPlan, stacked: Stacked, num_tokens: int, seconds: float)
 
 
 def _require_finite(moments: PairedMoments, name: str) -> None:
-    if not all(torch.isfinite(tensor).all() for tensor in moments[:4]):
+    fine = [bool(torch.isfinite(tensor).all()) for tensor in moments[:4]]
+    if moments.of_outputs and fine == [False, True, True, False]:  # overflow, or a weight or bias that is not finite
+        raise NumericsError(f"layer {name!r}: its outputs in the dense model hold NaN or inf, its inputs do not")
+    if not all(fine):
         raise NumericsError(f"inputs of layer {name!r} hold NaN or inf; wanted finite activations")

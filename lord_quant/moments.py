@@ -110,14 +110,17 @@ def _gram(rows: torch.Tensor, parts: int = 4) -> torch.Tensor:
 
 
 class PairedMoments(NamedTuple):
-    """Moments of one layer's inputs in two streams: x of the dense model and x′ of the compressed one, n features.
+    """Moments of a layer's inputs in two streams: x of the dense model and x′ of the compressed one, n features.
+
+    On the dense side only W x matters, W the layer's weight (m, n); where m < n that may be seen instead, for less work.
 
     Attributes:
-        dense_mean: μ = E[x], with shape (n,).
+        dense_mean: μ = E[x], with shape (n,); or W μ, with shape (m,).
         mean: μ′ = E[x′], with shape (n,).
         covariance: H = E[(x′ − μ′)(x′ − μ′)ᵀ], with shape (n, n).
-        cross: C = E[(x − μ)(x′ − μ′)ᵀ], with shape (n, n).
+        cross: C = E[(x − μ)(x′ − μ′)ᵀ], with shape (n, n); or W C, with shape (m, n).
         num_tokens: How many pairs were seen.
+        of_outputs: Whether W x was seen on the dense side.
     """
 
     dense_mean: torch.Tensor
@@ -125,6 +128,17 @@ class PairedMoments(NamedTuple):
     covariance: torch.Tensor
     cross: torch.Tensor
     num_tokens: int
+    of_outputs: bool = False
+
+    def drift(self, weight: torch.Tensor) -> torch.Tensor:
+        """Returns W (C − H), with shape (m, n)."""
+        if self.of_outputs:
+            return self.cross - weight @ self.covariance
+        return weight @ (self.cross - self.covariance)
+
+    def output_mean(self, weight: torch.Tensor) -> torch.Tensor:
+        """Returns W μ, with shape (m,)."""
+        return self.dense_mean if self.of_outputs else weight @ self.dense_mean
 
     def raw(self) -> PairedMoments:
         """Returns the same with second moments about zero; for layers whose bias may not absorb a mean."""
@@ -135,21 +149,28 @@ class PairedMoments(NamedTuple):
 
 
 class PairedAccumulator:
-    """Accumulates the moments of paired inputs batch by batch; the formula above, with another vector on the left for C.
+    """Accumulates the moments of paired vectors batch by batch; the formula above, with another vector on the left for C.
 
     Args:
-        features: Number of features n.
+        features: Number of features n of x′.
         dtype: dtype of the statistics, float32 or float64.
         device: Where they live.
+        dense_features: Number of features on the dense side; n unless said otherwise.
     """
 
-    def __init__(self, features: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        features: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        dense_features: int | None = None,
+    ) -> None:
         self.ours = MomentAccumulator(features, dtype, device)
-        self.dense_mean = torch.zeros_like(self.ours.mean)
-        self.cross = torch.zeros_like(self.ours.scatter)
+        self.dense_mean = torch.zeros(dense_features or features, dtype=dtype, device=device)
+        self.cross = torch.zeros(dense_features or features, features, dtype=dtype, device=device)
 
     def update(self, dense: torch.Tensor, ours: torch.Tensor) -> None:
-        """Adds pairs: `dense` and `ours` with shape (..., n), any float dtype, row by row of the same tokens."""
+        """Adds pairs, with shapes (..., dense_features) and (..., n), any float dtype, row by row of the same tokens."""
         x, y = (batch.detach().reshape(-1, batch.shape[-1]).to(self.cross) for batch in (dense, ours))
         if not len(x):
             return

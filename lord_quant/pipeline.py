@@ -41,6 +41,7 @@ from lord_quant.linalg import require_finite
 from lord_quant.plan import Plan, build_plan
 from lord_quant.report import build_report, model_card, to_json
 from lord_quant.sensitivity import Sensitivity
+from lord_quant.solver import make_solver
 from lord_quant.source import (
     Source,
     build_skeleton,
@@ -224,7 +225,7 @@ def _compress_jointly(
     phases, quantized = Phases(), list[backend.GptqRecord]()
     solve = None
     if plan.bits != FLOAT_BITS:
-        solve = backend.make_solver(config.gptq, plan.group_size, windows.num_tokens)
+        solve = make_solver(config.gptq, plan.group_size, windows.num_tokens)
     dtype = torch.float64 if config.lowrank.float64 else torch.float32
     batches, sensitivity = windows.batches(config.calibration.batch_size), None
     few = _fisher_windows(windows, config)

@@ -20,6 +20,8 @@ Neither step can increase f but for the rounding of scales to float16, in which 
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -95,7 +97,7 @@ def refine(weight: torch.Tensor, hessian: torch.Tensor, quantized: Quantized, sw
     codes, scales, zeros = quantized.codes[:, perm].clone(), quantized.scales, quantized.zeros
     for _ in range(sweeps):
         scales = _fit_scales(target, metric, codes - zeros[:, groups], scales, groups)
-        codes = _descend(target, metric, codes, scales[:, groups], zeros[:, groups], 2**quantized.bits - 1)
+        codes = _descend(target, metric, codes, scales, zeros, groups, 2**quantized.bits - 1)
     return quantized._replace(codes=codes[:, back], scales=scales)
 
 
@@ -124,24 +126,32 @@ def _descend(
     codes: torch.Tensor,
     scales: torch.Tensor,
     zeros: torch.Tensor,
+    groups: torch.Tensor,
     largest: int,
 ) -> torch.Tensor:
-    # Transposed, so that a column of the weight is contiguous.
-    goal, codes = target.T.contiguous(), codes.T.contiguous()
-    scales, zeros = scales.T.contiguous(), zeros.T.contiguous()
-    current = scales * (codes - zeros)
-    residual = metric @ (current - goal)
+    # Transposed, so that a column of the weight is contiguous. Within a group, whose scale is one, in units of codes.
+    codes, steps = codes.T.contiguous(), scales.T.contiguous()
+    residual = metric @ (steps[groups] * (codes - zeros.T[groups]) - target.T)
     diagonal = metric.diagonal().tolist()
-    for start in range(0, len(codes), COLUMNS):
-        stop = min(start + COLUMNS, len(codes))
-        inside, block = residual[start:stop].clone(), metric[start:stop, start:stop]
-        moved = torch.zeros_like(inside)
-        for j in range(stop - start):
-            column = start + j
-            best = torch.add(current[column], inside[j], alpha=-1 / diagonal[column])
-            code = best.div_(scales[column]).round_().add_(zeros[column]).clamp_(0, largest)
-            torch.mul(scales[column], code - codes[column], out=moved[j])
-            codes[column] = code
-            inside[j + 1 :].addr_(block[j, j + 1 :], moved[j])
-        residual[stop:].addmm_(metric[stop:, start:stop], moved)
+    for start, stop in _spans(groups.tolist()):
+        step, old = steps[groups[start]], codes[start:stop]
+        inside, block = residual[start:stop] / step, metric[start:stop, start:stop]
+        new, moved = torch.empty_like(inside), torch.empty_like(inside)
+        rows = zip(old.unbind(), inside.unbind(), new.unbind(), moved.unbind(), diagonal[start:stop], strict=True)
+        for j, (before, force, code, change, own) in enumerate(rows):
+            torch.add(before, force, alpha=-1 / own, out=code).round_().clamp_(0, largest)
+            torch.sub(code, before, out=change)
+            inside[j + 1 :].addr_(block[j, j + 1 :], change)
+        codes[start:stop] = new
+        residual[stop:].addmm_(metric[stop:, start:stop], moved.mul_(step))
     return codes.T.contiguous()
+
+
+def _spans(groups: list[int]) -> Iterator[tuple[int, int]]:
+    """Yields ranges of at most `COLUMNS` columns of one group each."""
+    start = 0
+    for _, members in itertools.groupby(groups):
+        end = start + len(list(members))
+        for first in range(start, end, COLUMNS):
+            yield first, min(first + COLUMNS, end)
+        start = end

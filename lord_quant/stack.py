@@ -67,7 +67,6 @@ Sources: LoRD, arXiv 2309.14021; GPTQ, arXiv 2210.17323; PIFA, arXiv 2501.19090;
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -78,10 +77,8 @@ from lord_quant.errors import NumericsError
 from lord_quant.linalg import damped_right_solve, random_orthogonal, require_finite, thin_qr
 from lord_quant.moments import PairedMoments
 from lord_quant.refine import Quantized, refine
+from lord_quant.solver import Solver
 
-
-Solver = Callable[[torch.Tensor, torch.Tensor], Quantized]
-"""Quantizes a weight (m, n) in the metric of a Hessian (n, n)."""
 
 ANCHOR_DAMPING = 0.01
 REFIT_DAMPING = 0.01
@@ -173,7 +170,7 @@ def stack_layer(
         result = factors.product()
     shifted = None if bias is None else bias.to(weight)
     if may_shift:
-        shift = weight @ moments.dense_mean - result @ moments.mean
+        shift = moments.output_mean(weight) - result @ moments.mean
         shifted = shift if shifted is None else shifted + shift
     return Stacked(
         factors=None if factors is None else factors._replace(bias=shifted),
@@ -188,8 +185,7 @@ def stack_layer(
 
 def anchored_target(weight: torch.Tensor, moments: PairedMoments) -> torch.Tensor:
     """Returns T = W + W (C − H)(H + λI)⁻¹: the weight that best gives the dense outputs from the compressed inputs."""
-    drift = weight @ (moments.cross - moments.covariance)
-    return weight + damped_right_solve(drift, moments.covariance, ANCHOR_DAMPING)
+    return weight + damped_right_solve(moments.drift(weight), moments.covariance, ANCHOR_DAMPING)
 
 
 def unit_metric(sensitivity: torch.Tensor) -> torch.Tensor | None:

@@ -76,13 +76,13 @@ def first_of(output: Any) -> torch.Tensor:
 
 
 class Replay:
-    """Remembers what children of a block return for every batch, so that they run once and not again.
+    """Remembers what parts of a block return for every batch, so that they run once and not again.
 
-    For children whose output cannot change any more: the block's inputs are fixed, and so is everything that comes before
-    them in it. A child that is called more than once per batch is never replayed.
+    For modules whose output cannot change any more: the block's inputs are fixed, and so is everything that comes before
+    them in it. A module that is called more than once per batch is never replayed.
 
     Args:
-        block: The block whose direct children are meant.
+        block: The block whose parts are meant.
     """
 
     def __init__(self, block: nn.Module) -> None:
@@ -98,20 +98,23 @@ class Replay:
         self.calls.clear()
 
     @contextmanager
-    def of(self, children: Iterable[str]) -> Iterator[None]:
-        """Replays these children while the body runs; what was not seen yet runs once more and is remembered."""
-        replaced = {name: getattr(self.block, name) for name in children if name not in self.called_again}
-        own = {name: vars(child)["forward"] for name, child in replaced.items() if "forward" in vars(child)}
-        for name, child in replaced.items():
-            child.forward = self._remembering(name, child.forward)
+    def of(self, modules: Iterable[str]) -> Iterator[None]:
+        """Replays these modules, named by path, while the body runs; what was not seen yet runs once and is remembered.
+
+        Of a module that holds others only its own output is remembered, once it has one.
+        """
+        replaced = {name: self.block.get_submodule(name) for name in modules if name not in self.called_again}
+        own = {name: vars(module)["forward"] for name, module in replaced.items() if "forward" in vars(module)}
+        for name, module in replaced.items():
+            module.forward = self._remembering(name, module.forward)
         try:
             yield
         finally:
-            for name, child in replaced.items():
+            for name, module in replaced.items():
                 if name in own:  # put there by a host, as accelerate does
-                    child.forward = own[name]
+                    module.forward = own[name]
                 else:
-                    del child.forward
+                    del module.forward
 
     def _remembering(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         kept = self.kept.setdefault(name, {})
@@ -125,6 +128,9 @@ class Replay:
                 return forward(*args, **kwargs)
             if self.position not in kept:
                 kept[self.position] = forward(*args, **kwargs)
+                for other, inner in self.kept.items():
+                    if other.startswith(name + "."):
+                        inner.pop(self.position, None)
             return _copied(kept[self.position])  # a caller may add into it
 
         return remembered

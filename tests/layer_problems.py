@@ -12,7 +12,8 @@ from lord_quant.config import JointConfig
 from lord_quant.decompose import Factors
 from lord_quant.moments import PairedMoments
 from lord_quant.refine import Quantized
-from lord_quant.stack import Solver, Stacked, stack_layer
+from lord_quant.solver import Solver
+from lord_quant.stack import Stacked, stack_layer
 
 
 F64 = torch.float64
@@ -48,6 +49,14 @@ def problem(m: int, n: int, seed: int = 0, tokens: int | None = None, drift: flo
     x = draw(tokens or 12 * n, n) @ mix + draw(n)
     y = x @ (torch.eye(n, dtype=F64) + drift * draw(n, n) / n**0.5) + drift * draw(len(x), n) @ mix + drift * draw(n)
     return Problem(draw(m, n), draw(m), x, y, moments_of(x, y))
+
+
+def layer_of(m: int, n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight and the Hessian of correlated inputs of uneven loudness."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(6 * n, n, generator=generator) @ torch.randn(n, n, generator=generator) / n**0.5
+    x *= torch.logspace(-0.5, 0.5, n)[torch.randperm(n, generator=generator)]
+    return torch.randn(m, n, generator=generator), x.T @ x / len(x)
 
 
 def perturbed(factors: Factors, seed: int) -> Iterator[torch.Tensor]:

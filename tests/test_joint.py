@@ -14,7 +14,7 @@ from model_runs import BATCHES, IDEAS, TOKENS, logits, plan_of, rounding, run_jo
 from models import tiny_model
 from torch import nn
 
-from lord_quant import joint
+from lord_quant import joint, pairing
 from lord_quant.config import JointConfig
 from lord_quant.engine import decompose_model
 from lord_quant.joint import stack_model
@@ -49,8 +49,9 @@ def seen_moments(monkeypatch: pytest.MonkeyPatch) -> list[PairedMoments]:
     return kept
 
 
-def deviation(moments: PairedMoments, dense: np.ndarray, ours: np.ndarray) -> float:
-    """The worst relative deviation of moments from those of given inputs."""
+def deviation(moments: PairedMoments, dense: np.ndarray, ours: np.ndarray, weight: torch.Tensor) -> float:
+    """The worst relative deviation of moments from those of given inputs of a layer with this weight."""
+    dense = dense @ weight.numpy().T if moments.of_outputs else dense
     x, y = dense - dense.mean(0), ours - ours.mean(0)
     expected = dense.mean(0), ours.mean(0), y.T @ y / len(y), x.T @ y / len(x)
     assert moments.num_tokens == len(dense) == len(ours) == TOKENS.numel()
@@ -74,7 +75,9 @@ def test_every_layer_sees_the_dense_model_and_the_model_as_it_will_be(
     assert sorted(records) == sorted(names)
     before, after = whole_model_inputs(dense, names), whole_model_inputs(model, names)
     for name, moments in zip(records, seen_moments, strict=True):
-        assert deviation(moments, before[name], after[name]) < 1e-9, name
+        assert deviation(moments, before[name], after[name], dense_weight(dense.get_submodule(name))) < 1e-9, name
+    thin = {name for name, moments in zip(records, seen_moments, strict=True) if moments.of_outputs}
+    assert thin == {name for name in names if name.endswith(("down_proj", "fc_out", "mlp.c_proj"))}
     drifted = [name for name in names if not np.allclose(before[name], after[name], rtol=1e-3)]
     assert len(drifted) > len(names) / 2  # the test above can tell the streams apart
 
@@ -84,13 +87,16 @@ def test_the_test_above_notices_a_wrong_mask(
     family: str, seen_moments: list[PairedMoments], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model(family)
+    dense = copy.deepcopy(model)
     names = [site.name for site in find_linears(model)]
-    before = whole_model_inputs(copy.deepcopy(model), names)
+    before = whole_model_inputs(dense, names)
     monkeypatch.setattr(joint, "block_kinds", lambda model, count: ["block"] * count)
     done = run_joint(model, plan_of(model))
     after = whole_model_inputs(model, names)
     pairs = zip(done.records, seen_moments, strict=True)
-    assert max(deviation(moments, before[record.name], after[record.name]) for record, moments in pairs) > 1e-4
+    weights = {name: dense_weight(dense.get_submodule(name)) for name in names}
+    worst = max(deviation(seen, before[done.name], after[done.name], weights[done.name]) for done, seen in pairs)
+    assert worst > 1e-4
 
 
 @pytest.mark.parametrize("anchor", [True, False])
@@ -143,7 +149,7 @@ def test_layers_fed_the_same_tensor_share_one_accumulator(
             super().__init__(*args)
             made.append(self)
 
-    monkeypatch.setattr(joint, "PairedAccumulator", Counted)
+    monkeypatch.setattr(pairing, "PairedAccumulator", Counted)
     model = tiny_model(family)
     run_joint(model, plan_of(model), true_sequential=true_sequential)
     assert len(made) == 2 * per_block
@@ -246,7 +252,7 @@ def test_replaying_finished_parts_changes_nothing(
     states, calls = [], []
     for replay in (True, False):
         if not replay:
-            monkeypatch.setattr(joint, "_finished_children", lambda layers, still_open: [])
+            monkeypatch.setattr(joint, "_finished", lambda layers, still_open: [])
         model = tiny_model(family)
         count = 0
 

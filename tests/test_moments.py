@@ -129,7 +129,7 @@ def test_gradients_are_not_kept() -> None:
 
 
 def paired(x: torch.Tensor, y: torch.Tensor, sizes: list[int], dtype: torch.dtype = torch.float64) -> PairedMoments:
-    accumulator = PairedAccumulator(x.shape[-1], dtype)
+    accumulator = PairedAccumulator(y.shape[-1], dtype, dense_features=x.shape[-1])
     for one, other in zip(x.split(sizes), y.split(sizes), strict=True):
         accumulator.update(one, other)
     return accumulator.result()
@@ -173,6 +173,24 @@ def test_raw_moments_are_about_zero(tokens: int, features: int, seed: int) -> No
     torch.testing.assert_close(raw.cross, x.T @ y / tokens, rtol=1e-10, atol=1e-10)
     assert torch.equal(raw.mean, moments.mean) and torch.equal(raw.dense_mean, moments.dense_mean)
     assert_same_pairs(moments, paired(x, y, [tokens]), 0)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 20), st.integers(1, 6), st.integers(1, 6), st.integers(0, 1000), st.booleans())
+def test_seeing_outputs_is_as_good_as_seeing_inputs(m: int, n: int, tokens: int, seed: int, raw: bool) -> None:
+    """drift and output_mean say the same of W x as of x, and both what their formulas say."""
+    x, y = two_streams(tokens, n, seed)
+    weight = activations(m, n, seed + 3)
+    of_inputs = paired(x, y, [tokens])
+    of_outputs = paired(x @ weight.T, y, [tokens])._replace(of_outputs=True)
+    oracle = paired_oracle(x, y)
+    if raw:
+        of_inputs, of_outputs, oracle = of_inputs.raw(), of_outputs.raw(), oracle.raw()
+    drift = weight @ (oracle.cross - oracle.covariance)
+    size = float(weight.abs().max() * (oracle.cross.abs().max() + oracle.covariance.abs().max()))
+    for moments in (of_inputs, of_outputs):
+        torch.testing.assert_close(moments.drift(weight), drift, rtol=0, atol=1e-11 * (1 + size))
+        torch.testing.assert_close(moments.output_mean(weight), weight @ oracle.dense_mean, rtol=1e-10, atol=1e-10)
 
 
 def test_equal_streams_have_the_covariance_as_their_cross_moment() -> None:

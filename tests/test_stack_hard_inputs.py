@@ -9,8 +9,8 @@ import pytest
 import torch
 from layer_problems import FORMS, moments_of, problem, product, run
 
-from lord_quant.backends.gptq import make_solver
 from lord_quant.config import GptqConfig, JointConfig
+from lord_quant.solver import make_solver
 from lord_quant.stack import stack_layer
 
 

@@ -38,9 +38,9 @@ def batch(position: int) -> torch.Tensor:
     return torch.full((2, 3), float(position + 1))
 
 
-def run(replay: Replay, block: nn.Module, children: list[str], count: int = 2) -> list[torch.Tensor]:
+def run(replay: Replay, block: nn.Module, modules: list[str], count: int = 2) -> list[torch.Tensor]:
     outputs = []
-    with replay.of(children):
+    with replay.of(modules):
         for position in range(count):
             replay.at(position)
             outputs.append(block(batch(position)))
@@ -59,6 +59,22 @@ def test_a_child_runs_once_per_batch_and_its_output_is_remembered() -> None:
     assert block.first.calls == 3  # the third batch is new
     run(replay, block, [])
     assert block.first.calls == 5
+
+
+def test_of_what_holds_others_only_its_own_output_is_remembered() -> None:
+    block = Block()
+    replay = Replay(block)
+    run(replay, block, ["first.layer"])
+    assert set(replay.kept["first.layer"]) == {0, 1}
+    handle = block.first.layer.register_forward_hook(lambda module, args, output: calls.append(output))
+    calls: list[torch.Tensor] = []
+    outputs = run(replay, block, ["first", "first.layer"])  # first runs once more, on what its layer gave before
+    assert not replay.kept["first.layer"] and set(replay.kept["first"]) == {0, 1} and len(calls) == 2
+    again = run(replay, block, ["first", "first.layer"])
+    assert block.first.calls == 4 and len(calls) == 2
+    handle.remove()
+    for i, (output, other) in enumerate(zip(outputs, again, strict=True)):
+        assert torch.equal(output, 4 * batch(i)) and torch.equal(other, 4 * batch(i))
 
 
 def test_children_are_themselves_again_afterwards_whatever_happened() -> None:

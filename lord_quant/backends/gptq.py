@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The only place that imports Optimum's GPTQ and GPTQModel.
 
-Importing GPTQModel prints a banner, turns the root logger to INFO and redirects the Hugging Face cache through
-environment variables; `host` contains all that. Everything else here either runs the *unmodified* quantizer and reads what
-its solver reports, or hands the host's solver a Hessian and the host's packer a solution.
+Importing GPTQModel prints a banner, turns the root logger to INFO and redirects the Hugging Face cache XX
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from lord_quant.config import GptqConfig
 from lord_quant.errors import HostError
 from lord_quant.linalg import require_finite
 from lord_quant.refine import Quantized
@@ -60,53 +57,6 @@ def host() -> Any:
 def make_quantizer(**arguments: Any) -> Any:
     """Builds Optimum's `GPTQQuantizer` with the given arguments."""
     return host().GPTQQuantizer(**arguments)
-
-
-def make_solver(gptq: GptqConfig, group_size: int, num_tokens: int) -> Callable[[torch.Tensor, torch.Tensor], Quantized]:
-    """Returns GPTQModel's solver as a function of a weight (m, n) and a Hessian (n, n).
-
-    Args:
-        gptq: How to quantize.
-        group_size: Inputs per scale.
-        num_tokens: Tokens behind the Hessians; the solver divides its loss by them.
-    """
-    module = host()
-
-    def solve(weight: torch.Tensor, hessian: torch.Tensor) -> Quantized:
-        rows, columns = weight.shape
-        layer = nn.Linear(columns, rows, bias=False, device="meta")
-        layer.weight = nn.Parameter(weight.detach().float().clone(), requires_grad=False)
-        settings = module.QuantizeConfig(
-            bits=gptq.bits,
-            group_size=group_size,
-            sym=gptq.sym,
-            desc_act=gptq.desc_act,
-            act_group_aware=gptq.act_group_aware and not gptq.desc_act,
-            damp_percent=gptq.damp_percent,
-            mse=gptq.mse,
-            offload_to_disk=False,
-        )
-        solver = module.GPTQ(layer, settings)
-        # A coarser search than the host's 80 steps: `refine` fits the scales afterwards.
-        solver.quantizer.configure(bits=gptq.bits, sym=gptq.sym, perchannel=True, grid=20, maxshrink=0.6)
-        # The host accumulates 2/n Σ x xᵀ; a factor in the Hessian changes its loss only.
-        solver.H = 2 * hessian.detach().float()
-        solver.nsamples = solver._hessian_total_samples = num_tokens
-        scales, zeros, g_idx, seconds, loss, damp = solver.fasterquant(
-            percdamp=gptq.damp_percent, group_size=group_size, actorder=gptq.desc_act
-        )
-        require_finite(scales, "scales")
-        # Codes come from the solver's own scales; from here on scales have the precision they are stored in.
-        groups, solved = g_idx.long(), layer.weight.detach()
-        codes = (solved / scales[:, groups]).round_().add_(zeros[:, groups]).clamp_(0, 2**gptq.bits - 1)
-        stored = scales.half().float()
-        require_finite(stored, "scales stored as float16")
-        # A scale below float16 belongs to a group of weights that are zero for every purpose.
-        stored = torch.where(stored > 0, stored, torch.full_like(stored, torch.finfo(torch.float16).tiny))
-        loss = float(loss) if isinstance(loss, int | float) else None
-        return Quantized(codes, stored, zeros, g_idx, gptq.bits, loss, float(damp), float(seconds))
-
-    return solve
 
 
 def pack_model(model: nn.Module, quantizer: Any, quantized: Mapping[str, Quantized]) -> list[GptqRecord]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The host's solver as a function, and its packer on given codes."""
+"""The host's packer on given codes."""
 
 from __future__ import annotations
 
@@ -9,106 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from layer_problems import layer_of
 from torch import nn
 
-from lord_quant.backends.gptq import PACK_VARIABLE, make_quantizer, make_solver, pack_model
+from lord_quant.backends.gptq import PACK_VARIABLE, make_quantizer, pack_model
 from lord_quant.config import GptqConfig
 from lord_quant.errors import NumericsError
 from lord_quant.refine import Quantized
+from lord_quant.solver import make_solver
 
 
 GROUP = 32
-
-
-def layer_of(m: int, n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight and the Hessian of correlated inputs of uneven loudness."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(6 * n, n, generator=generator) @ torch.randn(n, n, generator=generator) / n**0.5
-    x *= torch.logspace(-0.5, 0.5, n)[torch.randperm(n, generator=generator)]
-    return torch.randn(m, n, generator=generator), x.T @ x / len(x)
-
-
-def lost(found: torch.Tensor, weight: torch.Tensor, hessian: torch.Tensor) -> float:
-    error = (found - weight).double()
-    return float(((error @ hessian.double()) * error).sum())
-
-
-def to_nearest(weight: torch.Tensor, solved: Quantized) -> torch.Tensor:
-    """Round to nearest on the solver's own grid."""
-    groups = solved.g_idx.long()
-    scales, zeros = solved.scales[:, groups], solved.zeros[:, groups]
-    return scales * ((weight / scales + zeros).round().clamp(0, 2**solved.bits - 1) - zeros)
-
-
-@pytest.mark.parametrize("sym", [True, False])
-@pytest.mark.parametrize("desc_act", [False, True])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_the_solver_beats_rounding_and_stays_on_its_grid(bits: int, desc_act: bool, sym: bool) -> None:
-    gptq = GptqConfig(bits=bits, sym=sym, desc_act=desc_act)
-    weight, hessian = layer_of(64, 96)
-    before = weight.clone(), hessian.clone()
-    solved = make_solver(gptq, GROUP, 576)(weight, hessian)
-    assert torch.equal(weight, before[0]) and torch.equal(hessian, before[1])
-    assert solved.codes.shape == (64, 96) and solved.scales.shape == solved.zeros.shape == (64, 3)
-    assert solved.g_idx.shape == (96,) and torch.equal(solved.g_idx.long().bincount(), torch.full((3,), 32))
-    assert torch.equal(solved.g_idx.sort().values, solved.g_idx) == (not desc_act)
-    assert solved.bits == bits and solved.loss is not None and solved.loss >= 0 and solved.seconds > 0
-    assert solved.damp_percent == gptq.damp_percent
-    for tensor in (solved.codes, solved.zeros):
-        assert torch.equal(tensor, tensor.round()) and tensor.min() >= 0 and tensor.max() <= 2**bits - 1
-    assert not sym or (solved.zeros == 2 ** (bits - 1)).all()
-    assert torch.equal(solved.scales, solved.scales.half().float()) and (solved.scales > 0).all()
-    reached = lost(solved.weight(), weight, hessian)
-    assert reached < 0.9 * lost(to_nearest(weight, solved), weight, hessian)
-    assert reached < lost(torch.zeros_like(weight), weight, hessian)
-
-
-def test_asymmetric_grids_and_searched_scales_are_better() -> None:
-    """With a Hessian that asks for nothing but small errors, which is all that the search for scales minimises."""
-    weight, identity = layer_of(64, 64)[0], torch.eye(64)
-
-    def error(**settings: Any) -> float:
-        return lost(make_solver(GptqConfig(bits=3, **settings), GROUP, 576)(weight, identity).weight(), weight, identity)
-
-    assert error(sym=False) < 0.95 * error(sym=True)
-    assert error(mse=2.0) < 0.95 * error(mse=0.0)
-
-
-def test_a_factor_in_the_hessian_and_the_count_of_tokens_change_nothing_but_the_loss() -> None:
-    weight, hessian = layer_of(32, 64)
-    one = make_solver(GptqConfig(), GROUP, 100)(weight, hessian)
-    other = make_solver(GptqConfig(), GROUP, 7)(weight, 4 * hessian)
-    assert torch.equal(one.codes, other.codes) and torch.equal(one.scales, other.scales)
-
-
-@pytest.mark.parametrize("kind", ["zero", "dead channels", "singular"])
-def test_the_solver_survives_singular_hessians(kind: str) -> None:
-    weight, hessian = layer_of(32, 64)
-    if kind == "zero":
-        hessian.zero_()
-    elif kind == "dead channels":
-        hessian[::3] = 0
-        hessian[:, ::3] = 0
-    else:
-        hessian = hessian[:, :4] @ torch.linalg.inv(hessian[:4, :4]) @ hessian[:4]
-    solved = make_solver(GptqConfig(), GROUP, 100)(weight, hessian)
-    assert torch.isfinite(solved.weight()).all()
-    assert lost(solved.weight(), weight, hessian) <= 0.05 * lost(torch.zeros_like(weight), weight, hessian)
-
-
-def test_groups_of_zeros_and_of_next_to_nothing_stay_finite() -> None:
-    weight, hessian = layer_of(32, 64)
-    hessian = torch.block_diag(hessian[:32, :32], hessian[32:, 32:])  # no errors come over from the other group
-    weight[:, :32], weight[3, 32:] = 0, 1e-12
-    solved = make_solver(GptqConfig(), GROUP, 100)(weight, hessian)
-    assert (solved.scales > 0).all() and torch.isfinite(solved.weight()).all()
-    assert not solved.weight()[:, :32].any() and solved.weight()[3].abs().max() < 1e-3
-
-
-def test_weights_beyond_float16_scales_are_an_error() -> None:
-    weight, hessian = layer_of(32, 64)
-    with pytest.raises(NumericsError, match="scales stored as float16"):
-        make_solver(GptqConfig(), GROUP, 100)(weight * 1e7, hessian)
 
 
 class Model(nn.Module):

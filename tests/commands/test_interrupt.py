@@ -24,9 +24,9 @@ WAIT_WHILE_SOLVING = """
     import signal, sys, time
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background of a shell
     from optimum.commands.optimum_cli import main
-    import lord_quant.backends.gptq as backend
+    import lord_quant.pipeline as pipeline
 
-    make = backend.make_solver
+    make = pipeline.make_solver
     def make_slow(*arguments):
         solve = make(*arguments)
         def slow(weight, hessian):
@@ -34,7 +34,7 @@ WAIT_WHILE_SOLVING = """
             time.sleep(100)
             return solve(weight, hessian)
         return slow
-    backend.make_solver = make_slow
+    pipeline.make_solver = make_slow
     main()
 """
 # Stands in for a power cut at the worst moment: weights, configuration and tokenizer are in the staging folder.

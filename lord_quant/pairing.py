@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pairs what the layers of one block see in the dense and in the compressed stream, and takes the moments of both."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from lord_quant.errors import CalibrationError
+from lord_quant.moments import PairedAccumulator, PairedMoments
+from lord_quant.stream import BlockCall, Replay, StopForward
+from lord_quant.targets import dense_bias, dense_weight
+
+
+class Runner(NamedTuple):
+    """Runs one block on every batch of a stream; parts of it may be replayed."""
+
+    stream: Sequence[BlockCall]
+    kind: str
+    replay: Replay
+
+    def __call__(self, block: nn.Module, hidden: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        for position, (batch, states) in enumerate(zip(self.stream, hidden, strict=True)):
+            self.replay.at(position)
+            try:
+                yield batch.run(block, self.kind, states)
+            except StopForward:
+                continue
+
+
+class Inputs:
+    """What the dense stream leaves behind in a block: its layers' distinct inputs, in the order in which layers are called.
+
+    Where an input feeds one layer alone and is wider than that layer's output (the second of an MLP), the output is kept
+    instead, without its bias.
+
+    Args:
+        prefix: Path of the block and a dot; completes layer names in errors.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+        self.leader: dict[str, str] = {}
+        self.batches: dict[str, list[torch.Tensor]] = {}
+        self.as_outputs: set[str] = set()
+
+    def members(self, leader: str) -> list[str]:
+        """Returns the layers fed the same tensor as `leader`."""
+        return [name for name, first in self.leader.items() if first == leader]
+
+    def num_values(self, layer: str) -> int:
+        """Counts the values kept for a layer."""
+        return sum(batch.numel() for batch in self.batches.get(self.leader.get(layer, ""), []))
+
+    def stages(self, true_sequential: bool) -> list[list[str]]:
+        """Returns which inputs are handled at once."""
+        leaders = list(self.batches)
+        return [[leader] for leader in leaders] if true_sequential or not leaders else [leaders]
+
+    def of_last(self, true_sequential: bool) -> list[str]:
+        """Returns the layers of the last stage, which ran to their end in no stage."""
+        return [name for stage in self.stages(true_sequential)[-1:] for leader in stage for name in self.members(leader)]
+
+    def forget(self, leader: str) -> None:
+        """Frees what is not needed any more."""
+        self.batches[leader] = []
+
+
+def record_inputs(dense: nn.Module, run: Runner, layers: Sequence[str], prefix: str, *, outputs: bool) -> Inputs:
+    """Runs the dense block once, keeps what its layers are fed, and moves the dense stream on.
+
+    Args:
+        dense: The dense block.
+        run: Runs it on the dense stream.
+        layers: Layers to be compressed, by path inside the block.
+        prefix: Path of the block and a dot.
+        outputs: Whether outputs may be kept instead of wide inputs.
+
+    Raises:
+        CalibrationError: No token reached a layer, or one was not called once per batch with the same input.
+    """
+    inputs = Inputs(prefix)
+    entering: dict[str, torch.Tensor] = {}  # inputs of leaders in one forward pass, held so that identity means sameness
+    leaving: dict[str, torch.Tensor] = {}
+    calls: Counter[str] = Counter()
+    parted: set[str] = set()
+
+    def observe(name: str, x: torch.Tensor) -> None:
+        leader = inputs.leader.setdefault(name, next((other for other, seen in entering.items() if seen is x), name))
+        calls[name] += 1
+        if leader == name:
+            entering[name] = x
+            inputs.batches.setdefault(name, [])
+        elif entering.get(leader) is not x:
+            parted.add(name)
+
+    narrowing = [name for name in layers if outputs and operator.lt(*dense_weight(dense.get_submodule(name)).shape)]
+    with _watch(dense, layers, observe), _products(dense, narrowing, leaving):
+        for count, batch in enumerate(run.stream, start=1):
+            batch.hidden = batch.run(dense, run.kind)
+            inputs.as_outputs = {name for name in narrowing if inputs.members(name) == [name]}
+            for name, x in entering.items():
+                inputs.batches[name].append(leaving[name] if name in inputs.as_outputs else x)
+            parted |= {name for name in inputs.leader if calls[name] != count}
+            entering.clear()
+            leaving.clear()
+    unseen = [prefix + name for name in layers if not inputs.num_values(name)]
+    if unseen:
+        raise CalibrationError(f"no calibration token reached {', '.join(unseen)}; use more text, or --ignore them")
+    odd = [prefix + name for name in inputs.leader if name in parted]
+    if odd:
+        raise CalibrationError(
+            f"{', '.join(odd)}: not called once per forward pass with the same input, so the two streams cannot be paired; "
+            "use --stack naive"
+        )
+    return inputs
+
+
+def gather(
+    block: nn.Module,
+    run: Runner,
+    ours: Sequence[torch.Tensor],
+    inputs: Inputs,
+    stage: Sequence[str],
+    dtype: torch.dtype,
+    paired: bool,
+) -> dict[str, PairedMoments]:
+    """Runs the compressed stream as far as the inputs of a stage and takes the moments of both streams there.
+
+    Args:
+        block: The block, compressed up to this stage.
+        run: Runs it.
+        ours: The compressed stream's hidden states in front of the block, per batch.
+        inputs: What the dense stream left behind.
+        stage: Leaders of the stage, in calling order.
+        dtype: dtype of the moments.
+        paired: Whether the dense stream counts; else the compressed one stands on both sides.
+
+    Raises:
+        CalibrationError: The streams differ in tokens.
+    """
+    accumulators: dict[str, PairedAccumulator] = {}
+    counts = dict.fromkeys(stage, 0)
+
+    def observe(name: str, x: torch.Tensor) -> None:
+        batches = inputs.batches[name]
+        dense = batches[counts[name]] if counts[name] < len(batches) else x[:0]
+        if dense.shape[:-1] != x.shape[:-1]:
+            raise CalibrationError(
+                f"layer {inputs.prefix + name!r} saw {tuple(dense.shape[:-1])} tokens in the dense model, "
+                f"{tuple(x.shape[:-1])} in the compressed one, so the two cannot be paired; use --stack naive"
+            )
+        if name not in accumulators:
+            accumulators[name] = PairedAccumulator(x.shape[-1], dtype, x.device, dense.shape[-1])
+        accumulators[name].update(dense if paired else x, x)
+        counts[name] += 1
+        if name == stage[-1]:
+            raise StopForward
+
+    with _watch(block, stage, observe):
+        for _ in run(block, ours):
+            pass
+    return {
+        name: accumulator.result()._replace(of_outputs=name in inputs.as_outputs)
+        for name, accumulator in accumulators.items()
+    }
+
+
+@contextmanager
+def _products(block: nn.Module, layers: Sequence[str], kept: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Keeps W x of the layers' latest calls: their outputs without bias."""
+
+    def hook(name: str, bias: torch.Tensor | None) -> Any:
+        def keep(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            kept[name] = output.clone() if bias is None else output - bias  # a copy: the block may add into it
+
+        return keep
+
+    with ExitStack() as hooks:
+        for name in layers:
+            layer = block.get_submodule(name)
+            hooks.callback(layer.register_forward_hook(hook(name, dense_bias(layer))).remove)
+        yield
+
+
+@contextmanager
+def _watch(block: nn.Module, layers: Sequence[str], observe: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+    """Calls `observe` with every input of the layers, and removes exactly those hooks again, whatever happens."""
+
+    def hook(name: str) -> Any:
+        return lambda module, args: observe(name, args[0])
+
+    with ExitStack() as hooks:
+        for name in layers:
+            hooks.callback(block.get_submodule(name).register_forward_pre_hook(hook(name)).remove)
+        yield

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GPTQ: rounding a weight column by column, each error passed on to the columns still open.
+
+The problem. Find Ŵ = s (q − z) near W with small tr (Ŵ − W) H (Ŵ − W)ᵀ. Rows are independent. With the first columns
+fixed, the best values of the others are linear in what was done so far: with H⁻¹ = UᵀU, U upper triangular, rounding column
+j to ŵ_j moves every later column k by − (w_j − ŵ_j) U_jk / U_jj, and costs ((w_j − ŵ_j) / U_jj)² for good.
+
+U comes from one factorization: reversing the order of rows and columns of H, its Cholesky factor L is, reversed back, an
+upper triangular R with H = R Rᵀ, so U = R⁻¹. H is damped; if it still has no factor, more.
+
+Scales and zeros of a group are chosen when its turn comes, for the weights as they are then (the host's solver looks at
+them a block of 128 columns at a time, so that with smaller groups some are chosen for weights that are out of date): of a
+few shrunken ranges the one with the least error. Scales have the precision in which they are stored before anything is
+rounded to them, so that their own error is passed on as well.
+
+Inside a group everything happens in units of codes, t = w / s + z, in which feedback has the same coefficients: a column
+costs four operations. A few columns are done at a time; what comes after them is updated by one product.
+
+With act_group_aware, columns go in order of falling H_jj within their group, and groups in order of their largest: most of
+the gain of desc_act, and groups stay where they are.
+
+Sources: GPTQ, arXiv 2210.17323; activation order inside whole groups as in GPTQModel.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from lord_quant.config import GptqConfig
+from lord_quant.errors import NumericsError
+from lord_quant.linalg import require_finite
+from lord_quant.refine import Quantized
+
+
+Solver = Callable[[torch.Tensor, torch.Tensor], Quantized]
+"""Quantizes a weight (m, n) in the metric of a Hessian (n, n)."""
+
+COLUMNS = 32
+"""Columns done before later ones hear of it."""
+SHRINKS = tuple(1 - step / 20 for step in range(12))
+"""Ranges tried for a group, as shares of its full one; finer steps gain nothing once `refine` has fitted the scales."""
+
+
+def make_solver(gptq: GptqConfig, group_size: int, num_tokens: int) -> Solver:
+    """Returns `solve` with its settings filled in.
+
+    Args:
+        gptq: How to quantize.
+        group_size: Inputs per scale.
+        num_tokens: Tokens behind the Hessians; the reported loss is divided by them, as the host does.
+    """
+    return functools.partial(solve, gptq=gptq, group_size=group_size, num_tokens=num_tokens)
+
+
+def solve(weight: torch.Tensor, hessian: torch.Tensor, *, gptq: GptqConfig, group_size: int, num_tokens: int) -> Quantized:
+    """Quantizes a weight with GPTQ.
+
+    Args:
+        weight: W with shape (m, n), any float dtype; the work is done in float32 at least.
+        hessian: H with shape (n, n), symmetric positive semidefinite, in any unit.
+        gptq: Bits, symmetry, order of columns, damping and the norm that scales minimise.
+        group_size: Columns per scale; the last group may be short.
+        num_tokens: What the loss is divided by.
+
+    Returns:
+        Codes, with the scales in float16 precision; ``loss`` is the error in the metric of H over `num_tokens`.
+
+    Raises:
+        NumericsError: Weight or Hessian hold NaN or inf, scales overflow float16, or no damping below 1 helped.
+    """
+    start = time.perf_counter()
+    require_finite(weight, "weight to be quantized")
+    require_finite(hessian, "Hessian to quantize in")
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    size = hessian.diagonal().double().mean()
+    metric = (hessian / size if size > 0 else torch.eye(len(hessian), device=hessian.device)).to(dtype)
+    order = _column_order(metric.diagonal(), group_size, gptq)
+    upper, damp = _inverse_factor(metric[order][:, order], gptq.damp_percent)
+    positions = torch.arange(len(order), device=order.device) if gptq.desc_act else order
+    groups = positions.div(group_size, rounding_mode="floor")  # of columns in order
+    rest = weight.detach().to(dtype).T[order]  # transposed: a column of the weight is contiguous
+    codes = torch.empty_like(rest)
+    largest, loss = 2**gptq.bits - 1, 0.0
+    scales, zeros = (rest.new_empty(int(groups.max()) + 1, rest.shape[1]) for _ in range(2))
+    for begin in range(0, len(rest), group_size):
+        end = min(begin + group_size, len(rest))
+        scale, zero = _grid(rest[begin:end], largest, gptq.sym, gptq.mse)
+        scales[groups[begin]], zeros[groups[begin]] = scale, zero
+        for first in range(begin, end, COLUMNS):
+            last = min(first + COLUMNS, end)
+            own = upper[first:last, first:last]
+            errors = _round(rest[first:last] / scale + zero, own, codes[first:last], largest)
+            errors *= scale / own.diagonal()[:, None]
+            loss += float(errors.double().square().sum())
+            rest[last:].addmm_(upper[first:last, last:].T, errors, alpha=-1)
+    back = torch.argsort(order)
+    return Quantized(
+        codes=codes[back].T.contiguous(),
+        scales=scales.T.contiguous(),
+        zeros=zeros.T.contiguous(),
+        g_idx=groups[back].to(torch.int32),
+        bits=gptq.bits,
+        loss=loss * float(size) / num_tokens,
+        damp_percent=damp,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _column_order(diagonal: torch.Tensor, group_size: int, gptq: GptqConfig) -> torch.Tensor:
+    """Returns in which order columns are rounded, with shape (n,)."""
+    if gptq.desc_act:
+        return torch.argsort(diagonal, descending=True, stable=True)
+    columns = torch.arange(len(diagonal), device=diagonal.device)
+    whole = len(diagonal) // group_size
+    if not gptq.act_group_aware or not whole:
+        return columns
+    cut = whole * group_size
+    values, inside = diagonal[:cut].view(whole, group_size).sort(dim=1, descending=True, stable=True)
+    groups = torch.argsort(values[:, 0], descending=True, stable=True)
+    return torch.cat([columns[:cut].view(whole, group_size).gather(1, inside)[groups].flatten(), columns[cut:]])
+
+
+def _inverse_factor(metric: torch.Tensor, damp_percent: float) -> tuple[torch.Tensor, float]:
+    """Returns U with (H + λ I)⁻¹ = UᵀU, and λ; H has a mean diagonal of 1."""
+    damp = damp_percent
+    while damp < 1:
+        damped = metric.clone()
+        damped.diagonal().add_(damp)
+        factor, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not failed:
+            return torch.linalg.solve_triangular(factor.flip(0, 1), torch.eye(len(metric)).to(metric), upper=True), damp
+        damp = 2 * damp
+    raise NumericsError(
+        f"a {tuple(metric.shape)} Hessian stayed indefinite with damp_percent {damp / 2:g}; wanted a covariance"
+    )
+
+
+def _grid(columns: torch.Tensor, largest: int, sym: bool, norm: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Chooses scale and zero of a group for every row of the weight.
+
+    Args:
+        columns: The group, transposed, with shape (columns, m).
+        largest: Largest code.
+        sym: Whether the zero stays in the middle.
+        norm: Exponent of the error to be small; 0 takes the full range.
+
+    Returns:
+        Scales of float16 precision and integral zeros, with shape (m,).
+    """
+    low, high = columns.amin(dim=0).clamp_max(0), columns.amax(dim=0).clamp_min(0)
+    if sym:
+        high = torch.maximum(-low, high)
+        low = -high
+    empty = low == high
+    low, high = torch.where(empty, -1, low), torch.where(empty, 1, high)
+    best: torch.Tensor | None = None
+    for shrink in SHRINKS if norm else SHRINKS[:1]:
+        scale = ((high - low) * (shrink / largest)).half().to(columns)
+        require_finite(scale, "scales stored as float16")
+        scale = scale.clamp_min(
+            torch.finfo(torch.float16).tiny
+        )  # smaller ones belong to weights that are zero for all purposes
+        for zero in _zeros(-low * shrink / scale, largest, sym):
+            error = _error(columns, scale, zero, largest, norm)
+            if best is None:
+                best, scales, zeros = error, scale, zero
+            else:
+                better = error < best
+                best = torch.where(better, error, best)
+                scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
+    return scales, zeros
+
+
+def _zeros(ideal: torch.Tensor, largest: int, sym: bool) -> Iterator[torch.Tensor]:
+    """Yields which zeros to try; with four codes, whether there is one more above or below it makes a difference."""
+    if sym:
+        yield torch.full_like(ideal, (largest + 1) / 2)
+    elif largest > 3:
+        yield ideal.round().clamp_(0, largest)
+    else:
+        yield ideal.floor().clamp_(0, largest)
+        yield ideal.ceil().clamp_(0, largest)
+
+
+def _error(columns: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, largest: int, norm: float) -> torch.Tensor:
+    error = (columns / scale).round_().add_(zero).clamp_(0, largest).sub_(zero).mul_(scale).sub_(columns)
+    return (error.square_() if norm in (0, 2) else error.abs_().pow_(norm)).sum(dim=0)
+
+
+def _round(wanted: torch.Tensor, upper: torch.Tensor, codes: torch.Tensor, largest: int) -> torch.Tensor:
+    """Rounds a few columns one after the other; all in units of codes, with shape (columns, m).
+
+    Args:
+        wanted: What they should be; overwritten.
+        upper: Their part of U.
+        codes: Where the codes go.
+        largest: Largest code.
+
+    Returns:
+        By how much each column misses what it should have been when its turn came.
+    """
+    errors = torch.empty_like(wanted)
+    rows = zip(wanted.unbind(), codes.unbind(), errors.unbind(), upper.diagonal().tolist(), strict=True)
+    for column, (goal, code, error, pivot) in enumerate(rows):
+        torch.round(goal, out=code).clamp_(0, largest)
+        torch.sub(goal, code, out=error)
+        wanted[column + 1 :].addr_(upper[column, column + 1 :], error, alpha=-1 / pivot)
+    return errors
