@@ -65,7 +65,7 @@ class CalibrationConfig:
     num_samples: int = 128
     seq_len: int | None = None
     seed: int = 0
-    batch_size: int = 8
+    batch_size: int = 4
 
     def __post_init__(self) -> None:
         problems = []

@@ -68,7 +68,7 @@ class MomentAccumulator:
 
     def merge_centred(self, count: int, mean: torch.Tensor, centred: torch.Tensor) -> None:
         """Adds `count` vectors given as their mean and their deviations from it, with shape (count, n)."""
-        self._merge(count, mean, _gram(centred))
+        self._merge(count, mean, gram(centred))
 
     def merge(self, other: MomentAccumulator) -> None:
         """Adds everything `other` has seen; `other` is left as it was."""
@@ -95,7 +95,7 @@ class MomentAccumulator:
         return Moments(self.mean.clone(), self.scatter / self.num_tokens, self.num_tokens)
 
 
-def _gram(rows: torch.Tensor, parts: int = 4) -> torch.Tensor:
+def gram(rows: torch.Tensor, parts: int = 4) -> torch.Tensor:
     """Returns XᵀX; of wide matrices only the blocks on and above the diagonal are multiplied, the others mirrored."""
     features = rows.shape[1]
     if features < SPLIT_FEATURES:

@@ -61,6 +61,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_SEQ_LEN = 2048
+BACKWARD_TOKENS = 2048
+"""Tokens per backward pass: enough to keep a processor busy, few enough for a large vocabulary's logits."""
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,8 @@ def _compress_jointly(
     few = _fisher_windows(windows, config)
     if len(few) and plan.rank_pattern:
         with phases.measure("sensitivity"):
-            sensitivity = Sensitivity.measure(model, few.split(1), seed=config.calibration.seed)
+            at_once = max(1, BACKWARD_TOKENS // few.shape[1])
+            sensitivity = Sensitivity.measure(model, few.split(at_once), seed=config.calibration.seed)
     with phases.measure("stack"):
         stacked = stack_model(
             model,

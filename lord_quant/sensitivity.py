@@ -30,6 +30,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lord_quant.errors import CalibrationError
+from lord_quant.moments import gram
 from lord_quant.stream import BlockCall, block_kinds, capture, first_of
 from lord_quant.targets import find_blocks
 
@@ -115,7 +116,7 @@ class Sensitivity:
                 part = parts.get(name)
                 rows = torch.zeros_like(output) if part is None else part
                 rows = rows.reshape(-1, rows.shape[-1]).to(dtype)
-                sums[name] = sums.get(name, 0) + rows.T @ rows
+                sums[name] = sums.get(name, 0) + gram(rows)
             tokens += gradient.numel() // gradient.shape[-1]
             call.hidden = leaving.detach()
         self._gradients[self._next] = []  # not needed any more
