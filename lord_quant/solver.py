@@ -157,21 +157,21 @@ def _grid(columns: torch.Tensor, largest: int, sym: bool, norm: float) -> tuple[
         low = -high
     empty = low == high
     low, high = torch.where(empty, -1, low), torch.where(empty, 1, high)
-    best: torch.Tensor | None = None
+    require_finite(((high - low) / largest).half(), "scales stored as float16")
+    least, scales, zeros = torch.full_like(low, torch.inf), torch.ones_like(low), torch.zeros_like(low)
     for shrink in SHRINKS if norm else SHRINKS[:1]:
         scale = ((high - low) * (shrink / largest)).half().to(columns)
-        require_finite(scale, "scales stored as float16")
-        scale = scale.clamp_min(
-            torch.finfo(torch.float16).tiny
-        )  # smaller ones belong to weights that are zero for all purposes
+        # A scale below float16 belongs to a group of weights that are zero for every purpose.
+        scale = scale.clamp_min(torch.finfo(torch.float16).tiny)
+        steps = columns / scale
+        nearest = steps.round()
         for zero in _zeros(-low * shrink / scale, largest, sym):
-            error = _error(columns, scale, zero, largest, norm)
-            if best is None:
-                best, scales, zeros = error, scale, zero
-            else:
-                better = error < best
-                best = torch.where(better, error, best)
-                scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
+            missed = nearest.clamp(-zero, largest - zero).sub_(steps)
+            missed = missed.square_() if norm in (0, 2) else missed.abs_().pow_(norm)
+            error = missed.sum(dim=0) * scale ** (norm or 2)
+            better = error < least
+            least = torch.where(better, error, least)
+            scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
     return scales, zeros
 
 
@@ -184,11 +184,6 @@ def _zeros(ideal: torch.Tensor, largest: int, sym: bool) -> Iterator[torch.Tenso
     else:
         yield ideal.floor().clamp_(0, largest)
         yield ideal.ceil().clamp_(0, largest)
-
-
-def _error(columns: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, largest: int, norm: float) -> torch.Tensor:
-    error = (columns / scale).round_().add_(zero).clamp_(0, largest).sub_(zero).mul_(scale).sub_(columns)
-    return (error.square_() if norm in (0, 2) else error.abs_().pow_(norm)).sum(dim=0)
 
 
 def _round(wanted: torch.Tensor, upper: torch.Tensor, codes: torch.Tensor, largest: int) -> torch.Tensor:

@@ -123,7 +123,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--num-samples", default=unset, type=int, metavar="N", help="token windows (default 128)")
     data.add_argument("--seq-len", default=unset, type=int, metavar="L", help="tokens per window (context, at most 2048)")
     data.add_argument("--seed", default=unset, type=int, metavar="S", help="sampling seed (default 0)")
-    data.add_argument("--batch-size", default=unset, type=int, metavar="N", help="windows per forward pass (default 8)")
+    data.add_argument("--batch-size", default=unset, type=int, metavar="N", help="windows per forward pass (default 4)")
     data.add_argument("--device", default=unset, help="auto (default), cpu, cuda, cuda:1, …")
 
 
