@@ -4,7 +4,8 @@
 A checkpoint is an ordinary transformers folder (safetensors, config.json, tokenizer) whose `quantization_config` carries
 one of two methods of this package:
 
-* ``lord_gptq``: layers packed by GPTQ, some of them replaced by two packed factors (`rank_pattern`, possibly empty);
+* ``lord_gptq``: layers packed by GPTQ, some of them replaced by two packed factors (`rank_pattern`, possibly empty), each
+  layer with bits and group size of its own where `bits_pattern` and `group_size_pattern` name it;
 * ``lord``: float low-rank factors, nothing packed.
 
 Beside the weights lie `lord_report.json` (what was done and measured) and `README.md` (the model card).
@@ -27,7 +28,7 @@ from lord_quant.config import FLOAT_BITS, GptqConfig
 from lord_quant.errors import CheckpointError, FormatVersionError, OutputError
 from lord_quant.linalg import require_finite
 from lord_quant.plan import Plan
-from lord_quant.version import FORMAT_VERSION, __version__
+from lord_quant.version import FORMAT_VERSION, UNIFORM_FORMAT_VERSION, __version__
 
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 METHOD_GPTQ = "lord_gptq"
 METHOD_FLOAT = "lord"
 REPORT_NAME = "lord_report.json"
+PATTERNS = ("rank_pattern", "form_pattern", "bits_pattern", "group_size_pattern")
+"""What a configuration says of layers, by full module path of the dense layer."""
 
 
 def quantization_config(plan: Plan, gptq: GptqConfig, host_format: str) -> dict[str, Any]:
@@ -48,7 +51,7 @@ def quantization_config(plan: Plan, gptq: GptqConfig, host_format: str) -> dict[
     """
     values: dict[str, Any] = {
         "quant_method": METHOD_FLOAT if plan.bits == FLOAT_BITS else METHOD_GPTQ,
-        "format_version": FORMAT_VERSION,
+        "format_version": format_version(plan),
         "lord_quant_version": __version__,
         "rank_pattern": plan.rank_pattern,
         "mean_correction": plan.mean_correction,
@@ -67,7 +70,14 @@ def quantization_config(plan: Plan, gptq: GptqConfig, host_format: str) -> dict[
             "format": host_format,
             "block_name_to_quantize": plan.block_path,
         }
+        patterns = {"bits_pattern": plan.bits_pattern, "group_size_pattern": plan.group_size_pattern}
+        values |= {name: pattern for name, pattern in patterns.items() if pattern}
     return values
+
+
+def format_version(plan: Plan) -> int:
+    """Returns the version a checkpoint of this plan has: all but mixed ones can be read by releases before that was one."""
+    return FORMAT_VERSION if plan.mixed else UNIFORM_FORMAT_VERSION
 
 
 def check_version(values: Mapping[str, Any]) -> None:
@@ -75,7 +85,7 @@ def check_version(values: Mapping[str, Any]) -> None:
 
     Raises:
         FormatVersionError: Its `format_version` is newer than ours.
-        CheckpointError: It is no version at all, or `rank_pattern` or `form_pattern` is no mapping.
+        CheckpointError: It is no version at all, or one of its patterns is no mapping.
     """
     version = values.get("format_version", FORMAT_VERSION)
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
@@ -85,8 +95,9 @@ def check_version(values: Mapping[str, Any]) -> None:
             f"the checkpoint has format_version {version}, this lord-quant {__version__} reads up to {FORMAT_VERSION}: "
             "pip install --upgrade lord-quant"
         )
-    for key, wanted in (("rank_pattern", "rank"), ("form_pattern", "form")):
+    for key in PATTERNS:
         if not isinstance(values.get(key) or {}, Mapping):
+            wanted = key.removesuffix("_pattern")
             raise CheckpointError(f"{key} is {type(values[key]).__name__}; wanted a mapping of path to {wanted}")
 
 

@@ -8,7 +8,7 @@ ranks, group sizes) is checked when the plan is built. An unknown key is an erro
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from lord_quant.errors import ConfigError, nearest_name, unknown_keys
 
 
 FLOAT_BITS = 16
-BITS = (2, 3, 4, 8, FLOAT_BITS)
+PACKED_BITS = (2, 3, 4, 8)
+BITS = (*PACKED_BITS, FLOAT_BITS)
 GROUP_SIZES = (32, 64, 128, 256)
 """Group sizes that every kernel of the host accepts at 4 bits on the CPU."""
 STACKS = ("joint", "naive")
@@ -34,12 +35,38 @@ def _check(problems: list[str], where: str) -> None:
         raise ConfigError("\n".join([f"illegal {where} settings:", *(f"  {problem}" for problem in problems)]))
 
 
-def _nearest(value: float, legal: tuple[int, ...]) -> int:
-    return min(legal, key=lambda candidate: abs(candidate - value))
-
-
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _one_of(where: str, value: Any, legal: Sequence[Any]) -> list[str]:
+    """Says what is wrong with a value that must be one of some numbers or names; 4.0 is no 4."""
+    if value in legal and (_is_int(value) or isinstance(value, str)):
+        return []
+    if isinstance(legal[0], str):
+        hint = nearest_name(str(value), legal)
+    else:
+        numeric = isinstance(value, int | float)
+        hint = f"; nearest: {min(legal, key=lambda candidate: abs(candidate - value))}" if numeric else ""
+    return [f"{where} is {value!r}; wanted one of {', '.join(map(str, legal))}{hint}"]
+
+
+def _pattern_keys(name: str, pattern: Mapping[Any, Any]) -> list[str]:
+    return [
+        f"{name} has the key {key!r}; wanted a layer pattern, quoted if it is a number"
+        for key in pattern
+        if not isinstance(key, str) or not key
+    ]
+
+
+def pattern_problems(name: str, pattern: Any, legal: Sequence[Any]) -> list[str]:
+    """Says what is wrong with a mapping of layer pattern to one of some legal values; None is a mapping of nothing."""
+    if pattern is None:
+        return []
+    if not isinstance(pattern, Mapping):
+        return [f"{name} is {pattern!r}; wanted a mapping of layer pattern to {name.removesuffix('_pattern')}"]
+    values = [problem for key, value in pattern.items() for problem in _one_of(f"{name}[{key!r}]", value, legal)]
+    return _pattern_keys(name, pattern) + values
 
 
 def _not_bool(owner: object, *names: str) -> list[str]:
@@ -94,6 +121,7 @@ class LowrankConfig:
         targets: Presets and patterns of the layers to decompose (see `targets.select`).
         ignore: Patterns taken away from the targets.
         form: How a decomposed layer is stored: `two_factor`, or `pivoted` with rank² weights fewer, exact in float.
+        form_pattern: Form by layer pattern, of layers that get a rank; `form` is that of the others.
         force_rank: Decompose also where that makes a layer larger.
         mean_correction: Correct the bias for the mean input; adds a bias to layers that had none.
         float64: Run statistics and eigendecompositions in float64 instead of float32.
@@ -105,6 +133,7 @@ class LowrankConfig:
     targets: tuple[str, ...] = ("all",)
     ignore: tuple[str, ...] = ()
     form: str = "two_factor"
+    form_pattern: Mapping[str, str] | None = None
     force_rank: bool = False
     mean_correction: bool = True
     float64: bool = False
@@ -128,17 +157,15 @@ class LowrankConfig:
             if not isinstance(value, tuple) or not all(isinstance(item, str) and item for item in value):
                 problems.append(f"{name} is {value!r}; wanted a list of patterns")
         problems += _not_bool(self, "force_rank", "mean_correction", "float64")
-        if self.form not in FORMS:
-            problems.append(f"form is {self.form!r}; wanted one of {', '.join(FORMS)}{nearest_name(str(self.form), FORMS)}")
+        problems += _one_of("form", self.form, FORMS) + pattern_problems("form_pattern", self.form_pattern, FORMS)
         if self.targets == ():
             problems.append("targets is empty; wanted at least one pattern, such as 'all'")
         ranks = self.rank_pattern if self.rank_pattern is not None else {}
         if not isinstance(ranks, Mapping):
             problems.append(f"rank_pattern is {ranks!r}; wanted a mapping of layer pattern to rank")
             ranks = {}
+        problems += _pattern_keys("rank_pattern", ranks)
         for pattern, rank in ranks.items():
-            if not isinstance(pattern, str) or not pattern:
-                problems.append(f"rank_pattern has the key {pattern!r}; wanted a layer pattern, quoted if it is a number")
             if not _is_int(rank) or rank < 1:
                 problems.append(f"rank_pattern[{pattern!r}] is {rank!r}; wanted an integer of at least 1")
         _check(problems, "lowrank")
@@ -151,6 +178,9 @@ class GptqConfig:
     Attributes:
         bits: 8 and 4 are the product, 3 and 2 pass through to the host, 16 leaves weights in float.
         group_size: Inputs that share one scale; None takes the largest of 128, 64, 32 that suits the model's shapes.
+        bits_pattern: Bits by layer pattern, later entries winning; `bits` is that of the other layers. Both factors of a
+            layer share its bits.
+        group_size_pattern: Group size by layer pattern, likewise.
         sym: Symmetric quantization: zeros in the middle. Zeros are stored either way, so asymmetric grids, which are
             better, cost no byte; some GPU kernels (Marlin) want symmetric ones.
         desc_act: Quantize inputs in order of decreasing activation.
@@ -162,6 +192,8 @@ class GptqConfig:
 
     bits: int = 4
     group_size: int | None = None
+    bits_pattern: Mapping[str, int] | None = None
+    group_size_pattern: Mapping[str, int] | None = None
     sym: bool = False
     desc_act: bool = False
     act_group_aware: bool = True
@@ -170,14 +202,16 @@ class GptqConfig:
     true_sequential: bool = True
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.bits not in BITS or not _is_int(self.bits):
-            hint = f"; nearest: {_nearest(self.bits, BITS)}" if isinstance(self.bits, int | float) else ""
-            problems.append(f"bits is {self.bits!r}; wanted one of {', '.join(map(str, BITS))}{hint}")
-        if self.group_size is not None and (self.group_size not in GROUP_SIZES or not _is_int(self.group_size)):
-            numeric = isinstance(self.group_size, int | float)
-            hint = f"; nearest: {_nearest(self.group_size, GROUP_SIZES)}" if numeric else ""
-            problems.append(f"group_size is {self.group_size!r}; wanted one of {GROUP_SIZES}{hint}")
+        problems = _one_of("bits", self.bits, BITS)
+        if self.group_size is not None:
+            problems += _one_of("group_size", self.group_size, GROUP_SIZES)
+        problems += pattern_problems("bits_pattern", self.bits_pattern, PACKED_BITS)
+        problems += pattern_problems("group_size_pattern", self.group_size_pattern, GROUP_SIZES)
+        if self.bits == FLOAT_BITS and self.bits_pattern:
+            wanted = ", ".join(map(str, PACKED_BITS))
+            problems.append(
+                f"bits is {FLOAT_BITS} and bits_pattern is given; wanted bits of the other layers among {wanted}"
+            )
         problems += _not_bool(self, "sym", "desc_act", "act_group_aware", "true_sequential")
         if not isinstance(self.damp_percent, int | float) or not 0 < self.damp_percent < 1:
             problems.append(f"damp_percent is {self.damp_percent!r}; wanted a fraction in (0, 1), such as 0.01")
@@ -212,10 +246,7 @@ class JointConfig:
 
     def __post_init__(self) -> None:
         problems = _not_bool(self, "anchor", "rotate", "refit", "deflate", "fisher")
-        if self.order not in ORDERS:
-            problems.append(
-                f"order is {self.order!r}; wanted one of {', '.join(ORDERS)}{nearest_name(str(self.order), ORDERS)}"
-            )
+        problems += _one_of("order", self.order, ORDERS)
         if not _is_int(self.refine) or not 0 <= self.refine <= 100:
             problems.append(f"refine is {self.refine!r}; wanted a number of sweeps from 0 to 100, such as 2")
         if not _is_int(self.fisher_samples) or self.fisher_samples < 1:
@@ -259,10 +290,10 @@ class LordConfig:
             problems.append(f"output is {self.output!r}; wanted a folder, or none")
         if not isinstance(self.device, str) or not self.device:
             problems.append(f"device is {self.device!r}; wanted a name such as 'auto', 'cpu' or 'cuda:0'")
-        for name, legal in (("stack", STACKS), ("dtype", DTYPES)):
-            value = getattr(self, name)
-            if value not in legal:
-                problems.append(f"{name} is {value!r}; wanted one of {', '.join(legal)}{nearest_name(str(value), legal)}")
+        problems += _one_of("stack", self.stack, STACKS) + _one_of("dtype", self.dtype, DTYPES)
+        given = [name for name in ("bits_pattern", "group_size_pattern") if getattr(self.gptq, name)]
+        if self.stack == "naive" and given:
+            problems.append(f"{' and '.join(given)} given: the naive stack packs all layers alike; wanted --stack joint")
         _check(problems, "run")
 
     def to_dict(self) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def decompose_model(
         layers = {
             name: module for name, module in block.named_modules() if planned.get(prefix + name, _DENSE).rank is not None
         }
-        with _gather(layers, dtype) as gathered:
+        with gather(layers, dtype) as gathered:
             for batch in stream:
                 batch.hidden = batch.run(block, kinds[index])
         moments = gathered.results(prefix)
@@ -124,7 +124,7 @@ def _decompose_layer(
     )
 
 
-class _Gathered:
+class Gathered:
     """Accumulators of one block, one per *distinct input*: layers fed the same tensor (q, k and v) share one."""
 
     def __init__(self, layers: Iterable[str]) -> None:
@@ -149,9 +149,9 @@ class _Gathered:
 
 
 @contextmanager
-def _gather(layers: dict[str, nn.Module], dtype: torch.dtype) -> Iterator[_Gathered]:
+def gather(layers: dict[str, nn.Module], dtype: torch.dtype) -> Iterator[Gathered]:
     """Installs hooks that accumulate input moments, and removes exactly those hooks again, whatever happens."""
-    gathered = _Gathered(layers)
+    gathered = Gathered(layers)
     inputs: list[tuple[torch.Tensor, str]] = []  # held while the first forward runs, so that identity means sameness
 
     def hook(name: str) -> Any:

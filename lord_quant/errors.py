@@ -35,6 +35,10 @@ class RankError(LordError, ValueError):
     """A rank is illegal for a layer, or no layer would be decomposed."""
 
 
+class BudgetError(LordError, ValueError):
+    """A budget cannot be met by any plan."""
+
+
 class GroupSizeError(LordError, ValueError):
     """A group size or feature count is illegal for packing."""
 

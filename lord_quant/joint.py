@@ -77,7 +77,7 @@ def stack_model(
     model: nn.Module,
     plan: Plan,
     batches: Sequence[torch.Tensor],
-    solve: Solver | None,
+    solve: Callable[[LayerPlan], Solver] | None,
     options: JointConfig,
     *,
     sensitivity: Sensitivity | None = None,
@@ -91,7 +91,8 @@ def stack_model(
         model: A loaded dense model in evaluation mode; changed in place.
         plan: What becomes of every layer.
         batches: Token windows with shape (batch, seq_len), all without padding.
-        solve: Quantizes a weight in a metric; None leaves factors in float and other layers alone.
+        solve: Gives a layer's solver, which quantizes a weight in a metric; None leaves factors in float and other layers
+            alone.
         options: Which ideas are on.
         sensitivity: How much the loss minds errors in outputs; used up. None counts all outputs alike.
         true_sequential: Whether later layers of a block see what was done to earlier ones, or only later blocks do.
@@ -106,7 +107,7 @@ def stack_model(
     planned = {layer.name: layer for layer in plan.layers if solve is not None or layer.rank is not None}
     if not planned:
         return done
-    compress = functools.partial(stack_layer, solve=solve, options=options, mean_correction=plan.mean_correction)
+    compress = functools.partial(stack_layer, options=options, mean_correction=plan.mean_correction)
     blocks = find_blocks(model)
     kinds = block_kinds(model, len(blocks.modules))
     stream = capture(model, blocks.modules, kinds, batches)
@@ -131,6 +132,7 @@ def stack_model(
                 for name in inputs.members(leader):
                     source = dense.get_submodule(name)
                     own = {
+                        "solve": None if solve is None else solve(layers[name]),
                         "sensitivity": minded.pop(name, None),
                         "seed": seed * len(plan.layers) + len(done.records),
                     }

@@ -9,6 +9,7 @@ already loaded.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import time
 from contextlib import contextmanager
@@ -31,17 +32,17 @@ from lord_quant.checkpoint import (
     weight_files,
     write_model,
 )
-from lord_quant.config import FLOAT_BITS, LordConfig
+from lord_quant.config import FLOAT_BITS, GptqConfig, LordConfig
 from lord_quant.corpus import Corpus, load_corpus
 from lord_quant.engine import DecompositionRecord, decompose_model
 from lord_quant.errors import CalibrationError, ModelError
 from lord_quant.estimate import Estimate, estimate
 from lord_quant.joint import StackRecord, stack_model
 from lord_quant.linalg import require_finite
-from lord_quant.plan import Plan, build_plan
+from lord_quant.plan import LayerPlan, Plan, build_plan
 from lord_quant.report import build_report, model_card, to_json
 from lord_quant.sensitivity import Sensitivity
-from lord_quant.solver import make_solver
+from lord_quant.solver import Solver, make_solver
 from lord_quant.source import (
     Source,
     build_skeleton,
@@ -227,14 +228,13 @@ def _compress_jointly(
     phases, quantized = Phases(), list[backend.GptqRecord]()
     solve = None
     if plan.bits != FLOAT_BITS:
-        solve = make_solver(config.gptq, plan.group_size, windows.num_tokens)
+        solve = functools.partial(_solver_of, gptq=config.gptq, num_tokens=windows.num_tokens)
     dtype = torch.float64 if config.lowrank.float64 else torch.float32
     batches, sensitivity = windows.batches(config.calibration.batch_size), None
     few = _fisher_windows(windows, config)
     if len(few) and plan.rank_pattern:
         with phases.measure("sensitivity"):
-            at_once = max(1, BACKWARD_TOKENS // few.shape[1])
-            sensitivity = Sensitivity.measure(model, few.split(at_once), seed=config.calibration.seed)
+            sensitivity = Sensitivity.measure(model, backward_batches(windows, config), seed=config.calibration.seed)
     with phases.measure("stack"):
         stacked = stack_model(
             model,
@@ -249,13 +249,22 @@ def _compress_jointly(
         )
     if solve is not None:
         with phases.measure("pack"):
-            quantized = backend.pack_model(model, quantizer, stacked.quantized)
+            quantized = backend.pack_model(model, quantizer, stacked.quantized, plan.packings)
     return Compressed(stacked.records, quantized, phases.seconds)
+
+
+def _solver_of(layer: LayerPlan, gptq: GptqConfig, num_tokens: int) -> Solver:
+    return make_solver(dataclasses.replace(gptq, bits=layer.bits), layer.group_size, num_tokens)
 
 
 def _fisher_windows(windows: TokenWindows, config: LordConfig) -> torch.Tensor:
     """Returns the windows of the joint stack's backward pass, with shape (≤ fisher_samples, seq_len); none without it."""
     return windows.input_ids[: config.joint.fisher_samples if config.joint.fisher else 0]
+
+
+def backward_batches(windows: TokenWindows, config: LordConfig) -> list[torch.Tensor]:
+    """Returns the windows of the backward pass in batches of about `BACKWARD_TOKENS`."""
+    return list(_fisher_windows(windows, config).split(max(1, BACKWARD_TOKENS // windows.input_ids.shape[1])))
 
 
 def _compress_naively(

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What becomes of every linear layer: rank, bits, exact stored bytes. Pure arithmetic on shapes, no model.
 
-Ranks are snapped *up* to a multiple of lcm(32, group_size), at every bit width alike: packing wants features in
-multiples of 32, 4-bit CPU kernels want whole groups, and float and quantized runs of one command line must have the same
-ranks to be comparable. A layer whose two factors would not be smaller than itself stays dense unless forced.
+Every layer has its own bits and group size, which its factors share. Ranks are snapped *up* to a multiple of
+lcm(32, group_size), at every bit width alike: packing wants features in multiples of 32, 4-bit CPU kernels want whole
+groups, and float and quantized runs of one command line must have the same ranks to be comparable. A layer whose two
+factors would not be smaller than itself stays dense unless forced.
 
 Stored bytes of a packed layer with n inputs and m outputs, at b bits and group size g (the GPTQ checkpoint format):
 
@@ -15,9 +16,9 @@ In the pivoted form the second factor has m − r outputs, and the order of outp
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from lord_quant.config import FLOAT_BITS, FORMS, GROUP_SIZES, GptqConfig, LowrankConfig
 from lord_quant.errors import ConfigError, GroupSizeError, RankError
@@ -27,6 +28,14 @@ from lord_quant.targets import LinearSite, find_matching, select
 
 PACK_MULTIPLE = 32
 TWO_FACTOR, PIVOTED = FORMS
+_Value = TypeVar("_Value")
+
+
+class Packing(NamedTuple):
+    """How a layer is packed: bits of its weights (16 for float) and inputs per scale."""
+
+    bits: int
+    group_size: int
 
 
 class LinearBytes(NamedTuple):
@@ -73,6 +82,8 @@ class LayerPlan:
         bias_bytes: Stored bytes of the bias.
         note: Why a targeted layer stays dense; empty otherwise.
         form: How a decomposed layer is stored: `two_factor` or `pivoted`.
+        bits: Bits of its packed weights; 16 for float.
+        group_size: Inputs per scale.
     """
 
     name: str
@@ -86,6 +97,8 @@ class LayerPlan:
     bias_bytes: int
     note: str = ""
     form: str = TWO_FACTOR
+    bits: int = FLOAT_BITS
+    group_size: int = PACK_MULTIPLE
 
     @property
     def dense_weights(self) -> int:
@@ -120,8 +133,8 @@ class Plan:
 
     Attributes:
         layers: One entry per linear layer of the transformer blocks, in registration order.
-        bits: Bits of every packed weight; 16 for float.
-        group_size: Inputs per scale.
+        bits: Bits of packed weights where a layer's own say nothing else; 16 for float, everywhere.
+        group_size: Inputs per scale, likewise.
         mean_correction: Whether decomposed layers carry a bias corrected for the mean.
         other_bytes: Stored bytes of everything else: embeddings, norms, head.
     """
@@ -141,6 +154,30 @@ class Plan:
     def form_pattern(self) -> dict[str, str]:
         """Form of every decomposed layer that is not `two_factor`, by full module path; what the checkpoint records."""
         return {layer.name: layer.form for layer in self.layers if layer.rank is not None and layer.form != TWO_FACTOR}
+
+    @property
+    def bits_pattern(self) -> dict[str, int]:
+        """Bits of every layer whose bits are not the plan's, by full module path; what the checkpoint records."""
+        return {layer.name: layer.bits for layer in self.layers if layer.bits != self.bits}
+
+    @property
+    def group_size_pattern(self) -> dict[str, int]:
+        """Group size of every layer whose own is not the plan's, by full module path; what the checkpoint records."""
+        return {layer.name: layer.group_size for layer in self.layers if layer.group_size != self.group_size}
+
+    @property
+    def packings(self) -> dict[str, Packing]:
+        """How every linear layer that there will be is packed, factors included, by full module path."""
+        return {
+            layer.name + suffix: Packing(layer.bits, layer.group_size)
+            for layer in self.layers
+            for suffix in layer.factor_shapes()
+        }
+
+    @property
+    def mixed(self) -> bool:
+        """Whether some packed layers differ from the others in bits or group size."""
+        return self.bits != FLOAT_BITS and bool(self.bits_pattern or self.group_size_pattern)
 
     @property
     def block_path(self) -> str:
@@ -165,10 +202,11 @@ class Plan:
 
     @property
     def scheme(self) -> str:
-        """Short label such as ``lord-0.80-w4g64``."""
+        """Short label such as ``lord-0.80-w4g64``, or ``lord-0.80-mixed`` where layers differ."""
         form = "-pivoted" if self.form_pattern else ""
         kept = f"lord-{self.param_ratio:.2f}{form}" if self.rank_pattern else "dense"
-        return f"{kept}-float" if self.bits == FLOAT_BITS else f"{kept}-w{self.bits}g{self.group_size}"
+        packing = "float" if self.bits == FLOAT_BITS else f"w{self.bits}g{self.group_size}"
+        return f"{kept}-{'mixed' if self.mixed else packing}"
 
 
 def rank_step(group_size: int) -> int:
@@ -192,27 +230,28 @@ def choose_group_size(sites: Iterable[LinearSite], bits: int) -> int:
     raise GroupSizeError(f"no group size suits layers with {odd} inputs; wanted multiples of 32. Use --bits 16")
 
 
-def check_packable(sites: Sequence[LinearSite], bits: int, group_size: int) -> None:
+def check_packable(sites: Sequence[LinearSite], bits: int, group_size: int, own: Mapping[str, int] | None = None) -> None:
     """Refuses shapes that cannot be packed, naming every layer; does nothing for float.
 
+    `own` has the group sizes, by full path, of layers whose group size is not `group_size`.
+
     Raises:
-        GroupSizeError: Features are no multiple of 32, or inputs no multiple of `group_size`.
+        GroupSizeError: Features are no multiple of 32, or inputs no multiple of the group size.
     """
     if bits == FLOAT_BITS:
         return
     problems = []
     for site in sites:
+        size = (own or {}).get(site.name, group_size)
         if site.in_features % PACK_MULTIPLE or site.out_features % PACK_MULTIPLE:
             shape = f"{site.out_features}x{site.in_features}"
             problems.append(f"  {site.name}: {shape}; wanted multiples of {PACK_MULTIPLE} on both sides")
-        elif site.in_features % group_size:
-            legal = [size for size in GROUP_SIZES if site.in_features % size == 0]
-            nearest = min(legal, key=lambda size: abs(size - group_size))
-            problems.append(
-                f"  {site.name}: group size {group_size} does not divide {site.in_features} inputs; nearest: {nearest}"
-            )
+        elif site.in_features % size:
+            legal = [other for other in GROUP_SIZES if site.in_features % other == 0]
+            found = f"group size {size} does not divide {site.in_features} inputs"
+            problems.append(f"  {site.name}: {found}; nearest: {min((abs(other - size), other) for other in legal)[1]}")
     if problems:
-        raise GroupSizeError("\n".join([f"layers that cannot be packed at {bits} bits:", *problems]))
+        raise GroupSizeError("\n".join(["layers that cannot be packed:", *problems]))
 
 
 def build_plan(
@@ -227,67 +266,74 @@ def build_plan(
 
     Args:
         sites: The linear layers of the model.
-        lowrank: Which layers, which ranks.
-        gptq: Bits and group size.
+        lowrank: Which layers, which ranks, which forms.
+        gptq: Bits and group sizes.
         itemsize: Bytes of a float value in the checkpoint.
         other_bytes: Bytes of all other tensors.
 
     Raises:
         TargetError: A pattern matches nothing.
         GroupSizeError: A shape cannot be packed.
-        RankError: An explicit rank is illegal, or ratios below 1 leave every layer dense.
+        RankError: An explicit rank is illegal, a layer has a form but no rank, or ratios below 1 leave every layer dense.
     """
     group_size = gptq.group_size or choose_group_size(sites, gptq.bits)
-    check_packable(sites, gptq.bits, group_size)
+    bits, sizes = _by_name(gptq.bits_pattern, sites), _by_name(gptq.group_size_pattern, sites)
+    forms = _by_name(lowrank.form_pattern, sites)
+    check_packable(sites, gptq.bits, group_size, sizes)
+    packings = {site.name: Packing(bits.get(site.name, gptq.bits), sizes.get(site.name, group_size)) for site in sites}
     targeted = select(sites, lowrank.targets, lowrank.ignore)
-    explicit = _explicit_ranks(sites, lowrank, targeted, rank_step(group_size))
+    explicit = _explicit_ranks(sites, lowrank, targeted, packings)
     layers = []
     for site in sites:
-        rank, note = None, ""
+        rank, note, form = None, "", forms.get(site.name, lowrank.form)
         if site.name in targeted:
-            rank, note = _rank(site, lowrank, explicit, rank_step(group_size))
-        layers.append(_layer_plan(site, rank, note, lowrank, gptq.bits, group_size, itemsize))
+            rank, note = _rank(site, lowrank, explicit, form, rank_step(packings[site.name].group_size))
+        layers.append(_layer_plan(site, rank, note, form, lowrank.mean_correction, packings[site.name], itemsize))
     plan = Plan(tuple(layers), gptq.bits, group_size, lowrank.mean_correction, other_bytes)
     asked = lowrank.rank_pattern or min(lowrank.rank_ratio or 1, lowrank.param_ratio or 1) < 1
     if asked and not plan.rank_pattern:
-        raise RankError(_nothing_decomposed(plan, group_size))
+        raise RankError(_nothing_decomposed(plan))
+    formless = [layer for layer in layers if layer.name in forms and layer.rank is None]
+    if formless:
+        lines = [f"  {layer.name}: {layer.note or 'dense'}; wanted a rank for it, or no form" for layer in formless]
+        raise RankError("\n".join(["form_pattern names layers without a rank:", *lines]))
     return plan
 
 
+def _by_name(pattern: Mapping[str, _Value] | None, sites: Sequence[LinearSite]) -> dict[str, _Value]:
+    """Returns a value by layer pattern as a value by full path; later entries win."""
+    return {name: value for key, value in (pattern or {}).items() for name in sorted(find_matching(key, sites))}
+
+
 def _layer_plan(
-    site: LinearSite, rank: int | None, note: str, lowrank: LowrankConfig, bits: int, group_size: int, itemsize: int
+    site: LinearSite, rank: int | None, note: str, form: str, mean_correction: bool, packing: Packing, itemsize: int
 ) -> LayerPlan:
-    adds_bias = rank is not None and lowrank.mean_correction and not site.has_bias
+    adds_bias = rank is not None and mean_correction and not site.has_bias
     has_bias = site.has_bias or adds_bias
     if rank is None:
-        parts = [linear_bytes(site.in_features, site.out_features, has_bias, bits, group_size, itemsize)]
+        parts = [linear_bytes(site.in_features, site.out_features, has_bias, *packing, itemsize)]
     else:
-        shapes = factor_shapes(site.in_features, site.out_features, rank, lowrank.form)
-        pivoted = lowrank.form == PIVOTED
-        biased = {".down": has_bias and pivoted, ".up": has_bias}
-        parts = [linear_bytes(*shapes[part], biased[part], bits, group_size, itemsize) for part in shapes]
-        if pivoted:
+        shapes = factor_shapes(site.in_features, site.out_features, rank, form)
+        biased = {".down": has_bias and form == PIVOTED, ".up": has_bias}
+        parts = [linear_bytes(*shapes[part], biased[part], *packing, itemsize) for part in shapes]
+        if form == PIVOTED:
             parts.append(LinearBytes(order_bytes(site.out_features), 0))
     weight, bias = sum(part.weight for part in parts), sum(part.bias for part in parts)
-    return LayerPlan(
-        *site, rank=rank, adds_bias=adds_bias, weight_bytes=weight, bias_bytes=bias, note=note, form=lowrank.form
-    )
+    return LayerPlan(*site, rank, adds_bias, weight, bias, note, form, *packing)
 
 
-def _rank(site: LinearSite, lowrank: LowrankConfig, explicit: dict[str, int], step: int) -> tuple[int | None, str]:
+def _rank(
+    site: LinearSite, lowrank: LowrankConfig, explicit: dict[str, int], form: str, step: int
+) -> tuple[int | None, str]:
     """Returns the rank of one targeted layer, or None and the reason."""
     smaller, dense = min(site.in_features, site.out_features), site.in_features * site.out_features
+    if 1 in (lowrank.rank_ratio, lowrank.param_ratio) or (lowrank.rank_pattern is not None and site.name not in explicit):
+        return None, ""
     if lowrank.rank_pattern is not None:
-        if site.name not in explicit:
-            return None, ""
         wanted: float = explicit[site.name]
     elif lowrank.rank_ratio is not None:
-        if lowrank.rank_ratio == 1:
-            return None, ""
         wanted = lowrank.rank_ratio * smaller
     elif lowrank.param_ratio is not None:
-        if lowrank.param_ratio == 1:
-            return None, ""
         wanted = lowrank.param_ratio * dense / (site.in_features + site.out_features)
     else:
         raise ConfigError("no rank is chosen: wanted rank_ratio, param_ratio or rank_pattern")
@@ -297,22 +343,23 @@ def _rank(site: LinearSite, lowrank: LowrankConfig, explicit: dict[str, int], st
         rank = smaller // step * step
         if not rank or not lowrank.force_rank:
             return None, f"dense: rank {wanted:.0f} snaps up past the full rank {smaller}"
-    if lowrank.form == PIVOTED and rank >= site.out_features:
+    if form == PIVOTED and rank >= site.out_features:
         return None, f"dense: the pivoted form at rank {rank} is the layer itself"
-    shapes = factor_shapes(site.in_features, site.out_features, rank, lowrank.form)
+    shapes = factor_shapes(site.in_features, site.out_features, rank, form)
     if sum(math.prod(shape) for shape in shapes.values()) >= dense and not lowrank.force_rank:
         return None, f"dense: rank {rank} would not make it smaller"
     return rank, ""
 
 
 def _explicit_ranks(
-    sites: Sequence[LinearSite], lowrank: LowrankConfig, targeted: frozenset[str], step: int
+    sites: Sequence[LinearSite], lowrank: LowrankConfig, targeted: frozenset[str], packings: Mapping[str, Packing]
 ) -> dict[str, int]:
     ranks, problems = {}, []
     by_name = {site.name: site for site in sites}
     for pattern, rank in (lowrank.rank_pattern or {}).items():
         for name in sorted(find_matching(pattern, sites)):
             smaller = min(by_name[name].in_features, by_name[name].out_features)
+            step = rank_step(packings[name].group_size)
             if rank % step or rank > smaller:
                 nearest = max(step, min(round(rank / step) * step, smaller // step * step))
                 hint = f"nearest: {nearest}" if nearest <= smaller else "there is none"
@@ -325,9 +372,9 @@ def _explicit_ranks(
     return ranks
 
 
-def _largest_shrinking_rank(layer: LayerPlan, step: int) -> int:
+def _largest_shrinking_rank(layer: LayerPlan) -> int:
     """Returns the largest legal rank at which a layer's factors are smaller than itself, or 0."""
-    smaller = min(layer.in_features, layer.out_features)
+    smaller, step = min(layer.in_features, layer.out_features), rank_step(layer.group_size)
     for rank in range(smaller // step * step, 0, -step):
         shapes = factor_shapes(layer.in_features, layer.out_features, rank, layer.form)
         if sum(math.prod(shape) for shape in shapes.values()) < layer.dense_weights:
@@ -335,15 +382,16 @@ def _largest_shrinking_rank(layer: LayerPlan, step: int) -> int:
     return 0
 
 
-def _nothing_decomposed(plan: Plan, group_size: int) -> str:
-    step = rank_step(group_size)
-    lines = [f"no layer would be decomposed: ranks snap up to multiples of {step} (group size {group_size})"]
+def _nothing_decomposed(plan: Plan) -> str:
+    sizes = sorted({layer.group_size for layer in plan.layers})
+    steps, groups = (", ".join(map(str, values)) for values in (map(rank_step, sizes), sizes))
+    lines = [f"no layer would be decomposed: ranks snap up to multiples of {steps} (group size {groups})"]
     for layer in plan.layers:
         if layer.block == plan.layers[0].block and layer.note:
-            largest = _largest_shrinking_rank(layer, step)
+            largest = _largest_shrinking_rank(layer)
             legal = f"largest rank that shrinks it: {largest}" if largest > 0 else "no legal rank shrinks it"
             lines.append(f"  {layer.name} {layer.out_features}x{layer.in_features} {layer.note}; {legal}")
-    smaller_groups = f", a --group-size below {group_size}" if group_size > min(GROUP_SIZES) else ""
+    smaller_groups = f", a --group-size below {sizes[-1]}" if sizes[-1] > min(GROUP_SIZES) else ""
     lines.append(
         f"choose a smaller ratio{smaller_groups}, --force-rank for studies, or --rank-ratio 1 for quantization only"
     )

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from tabulate import tabulate
 
 from lord_quant.calibration import TokenWindows
+from lord_quant.checkpoint import format_version
 from lord_quant.config import FLOAT_BITS, LordConfig
 from lord_quant.plan import LayerPlan, Plan
-from lord_quant.version import FORMAT_VERSION, __version__
+from lord_quant.version import __version__
 
 
 if TYPE_CHECKING:
@@ -50,12 +51,13 @@ def human_seconds(seconds: float) -> str:
 
 
 def plan_table(plan: Plan) -> str:
-    """Renders every layer's shape, rank, bytes and bits per weight, and the totals."""
+    """Renders every layer's shape, rank, bytes and bits per weight, its packing where that differs, and the totals."""
     rows = [
         [
             layer.name,
             f"{layer.out_features}x{layer.in_features}",
             layer.rank or "dense",
+            *([layer.bits, layer.group_size] if plan.mixed else []),
             f"{layer.weights / layer.dense_weights:.2f}",
             human_bytes(layer.weight_bytes + layer.bias_bytes),
             f"{layer.bpw:.2f}",
@@ -63,19 +65,26 @@ def plan_table(plan: Plan) -> str:
         ]
         for layer in plan.layers
     ]
-    headers = ["layer", "out x in", "rank", "kept", "bytes", "bpw", "note"]
+    headers = ["layer", "out x in", "rank", *(["bits", "group"] if plan.mixed else []), "kept", "bytes", "bpw", "note"]
     if not any(layer.note for layer in plan.layers):
         headers, rows = headers[:-1], [row[:-1] for row in rows]
-    body = tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 5, *["left"] * (len(headers) - 6)))
+    sides = ["right" if header not in ("layer", "note") else "left" for header in headers]
+    body = tabulate(rows, headers, disable_numparse=True, colalign=sides)
     return f"{body}\n\n{plan_summary(plan)}"
+
+
+def frontier_table(points: Iterable[tuple[float, float, float]]) -> str:
+    """Renders budgets with what the best plans for them take and are predicted to lose."""
+    rows = [[f"{limit:g}", f"{bpw:.3f}", f"{loss:.4f}"] for limit, bpw, loss in points]
+    return tabulate(rows, ["at most", "bits per weight", "predicted loss"], disable_numparse=True)
 
 
 def plan_summary(plan: Plan) -> str:
     """Renders the totals of a plan in three lines."""
     linear = sum(layer.weight_bytes + layer.bias_bytes for layer in plan.layers)
-    bits = "float" if plan.bits == FLOAT_BITS else f"{plan.bits} bits, group size {plan.group_size}"
+    packing = "float" if plan.bits == FLOAT_BITS else _packing([_layer_dict(layer) for layer in plan.layers])
     return (
-        f"scheme        {plan.scheme} ({bits}); {len(plan.rank_pattern)} of {len(plan.layers)} layers decomposed\n"
+        f"scheme        {plan.scheme} ({packing}); {len(plan.rank_pattern)} of {len(plan.layers)} layers decomposed\n"
         f"linear layers {human_bytes(linear)}, {plan.bpw:.3f} bits per weight all in, "
         f"{plan.param_ratio:.3f} of weights kept\n"
         f"checkpoint    {human_bytes(plan.tensor_bytes)} of tensors, {human_bytes(plan.other_bytes)} of them "
@@ -92,6 +101,8 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "mean_correction": plan.mean_correction,
         "rank_pattern": plan.rank_pattern,
         "form_pattern": plan.form_pattern,
+        "bits_pattern": plan.bits_pattern,
+        "group_size_pattern": plan.group_size_pattern,
         "totals": _totals(plan),
         "layers": [_layer_dict(layer) for layer in plan.layers],
     }
@@ -129,7 +140,7 @@ def build_report(
         }
         layers.append(entry)
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": format_version(plan),
         "lord_quant_version": __version__,
         "base_model": _public_name(config.model),
         "scheme": plan.scheme,
@@ -204,7 +215,7 @@ def model_card(report: dict[str, Any]) -> str:
         label = "relative output error of the decomposition, mean (worst) over layers"
         rows.append([label, f"{sum(errors) / len(errors):.4f} ({max(errors):.4f})"])
     steps = ["LoRD low-rank decomposition (arXiv 2309.14021)"] if totals["decomposed_layers"] else []
-    steps += [f"GPTQ to {report['config']['gptq']['bits']} bits, group size {totals['group_size']}"] if packed else []
+    steps += [f"GPTQ to {_packing(report['layers'])}"] if packed else []
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -256,6 +267,8 @@ def _layer_dict(layer: LayerPlan) -> dict[str, Any]:
         "in_features": layer.in_features,
         "rank": layer.rank,
         "form": layer.form if layer.rank is not None else "dense",
+        "bits": layer.bits,
+        "group_size": layer.group_size,
         "weights": layer.weights,
         "bytes": layer.weight_bytes + layer.bias_bytes,
         "bpw": layer.bpw,
@@ -274,6 +287,12 @@ def _totals(plan: Plan) -> dict[str, Any]:
         "linear_bytes": plan.tensor_bytes - plan.other_bytes,
         "tensor_bytes": plan.tensor_bytes,
     }
+
+
+def _packing(layers: Sequence[dict[str, Any]]) -> str:
+    """Renders bits and group sizes, all that occur."""
+    bits, sizes = (sorted({layer[key] for layer in layers}) for key in ("bits", "group_size"))
+    return f"{', '.join(map(str, bits))} bits, group size {', '.join(map(str, sizes))}"
 
 
 def _by_kind(layers: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:

@@ -28,6 +28,8 @@ class StoredLayer(NamedTuple):
         rank: Rank of its factors, or None.
         weight_bytes: Bytes of weights, scales, zeros and indices, and of a bias the dense layer did not have.
         bias_bytes: Bytes of a bias the dense layer had.
+        bits: Bits of its packed weights, or None where it is not packed as GPTQ packs.
+        group_size: Inputs per scale, likewise.
     """
 
     site: LinearSite
@@ -35,6 +37,8 @@ class StoredLayer(NamedTuple):
     rank: int | None
     weight_bytes: int
     bias_bytes: int
+    bits: int | None
+    group_size: int | None
 
     @property
     def bpw(self) -> float:
@@ -132,10 +136,22 @@ def _stored_layer(site: LinearSite, mine: Headers) -> StoredLayer:
         rank = mine["down.scales"][0][-1] if "down.scales" in mine else mine["down.weight"][0][0]
     form = "dense" if rank is None else "pivoted" if "order" in mine else "two_factor"
     form += " packed" if packed else ""
+    bits, group_size = _packing(mine)
     return StoredLayer(
         site=site,
         form=form,
         rank=rank,
         weight_bytes=sum(size for name, (_, _, size) in mine.items() if name not in own_bias),
         bias_bytes=sum(mine[name][2] for name in own_bias),
+        bits=bits,
+        group_size=group_size,
     )
+
+
+def _packing(mine: Headers) -> tuple[int | None, int | None]:
+    """Reads bits and group size off the shapes of packed tensors; both factors of a layer share them."""
+    part = "down." if "down.qweight" in mine else ""
+    if not {part + leaf for leaf in PACKED_TENSORS} <= mine.keys():
+        return None, None
+    inputs, words, groups = (mine[part + leaf][0][0] for leaf in ("g_idx", "qweight", "scales"))
+    return 32 * words // inputs, inputs // groups

@@ -34,7 +34,8 @@ def plan_of(model: nn.Module, bits: int = 16, **lowrank: Any) -> Plan:
 
 def run_joint(model: nn.Module, plan: Plan, solve: Any = None, options: JointConfig = IDEAS, **rest: Any) -> StackedModel:
     batches = rest.pop("batches", BATCHES)
-    return stack_model(model, plan, batches, solve, options, **({"dtype": torch.float64} | rest))
+    solver = None if solve is None else lambda layer: solve
+    return stack_model(model, plan, batches, solver, options, **({"dtype": torch.float64} | rest))
 
 
 def rounding(weight: torch.Tensor, hessian: torch.Tensor) -> Quantized:

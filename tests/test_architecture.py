@@ -25,6 +25,8 @@ LAYERS = [
         "stack",
         "stream",
         "pairing",
+        "probe",
+        "planner",
         "surgery",
         "checkpoint",
         "stored",
@@ -34,7 +36,7 @@ LAYERS = [
         "report",
     },
     {"backends"},
-    {"engine", "joint", "pipeline"},
+    {"engine", "joint", "statistics", "pipeline", "budget"},
     {"evaluation", "commands"},
     {"integrations"},
 ]

@@ -44,18 +44,12 @@ def test_a_newer_version_asks_for_an_upgrade_and_known_ones_pass() -> None:
 
 
 @pytest.mark.parametrize("pattern", ["a", ["a"], 3])
-def test_a_rank_pattern_that_is_no_mapping(pattern: object) -> None:
-    with pytest.raises(CheckpointError, match=f"rank_pattern is {type(pattern).__name__}"):
-        check_version({"format_version": 1, "rank_pattern": pattern})
-
-
-@pytest.mark.parametrize("pattern", ["a", ["a"], 3])
-def test_a_form_pattern_that_is_no_mapping(pattern: object) -> None:
-    with pytest.raises(
-        CheckpointError, match=f"form_pattern is {type(pattern).__name__}; wanted a mapping of path to form"
-    ):
-        check_version({"format_version": 2, "form_pattern": pattern})
-    check_version({"format_version": 2, "rank_pattern": None, "form_pattern": None})
+@pytest.mark.parametrize("kind", ["rank", "form", "bits", "group_size"])
+def test_a_pattern_that_is_no_mapping(kind: str, pattern: object) -> None:
+    wanted = f"{kind}_pattern is {type(pattern).__name__}; wanted a mapping of path to {kind}"
+    with pytest.raises(CheckpointError, match=wanted):
+        check_version({"format_version": 1, f"{kind}_pattern": pattern})
+    check_version({"format_version": 2, f"{kind}_pattern": None})
 
 
 @pytest.mark.parametrize("bits", [4, 16])
@@ -78,7 +72,7 @@ def test_quantization_config_says_what_was_done_and_is_json(bits: int) -> None:
     assert json.loads(json.dumps(values)) == values
     common = {
         "quant_method": "lord_gptq" if bits == 4 else "lord",
-        "format_version": FORMAT_VERSION,
+        "format_version": 2,  # which older releases read
         "lord_quant_version": __version__,
         "rank_pattern": {"h.0.up": 128},
         "mean_correction": True,
@@ -90,6 +84,30 @@ def test_quantization_config_says_what_was_done_and_is_json(bits: int) -> None:
         assert (values["bits"], values["group_size"], values["sym"], values["desc_act"]) == (4, 64, False, True)
         assert values["format"] == "gptq_v2" and values["block_name_to_quantize"] == "h" and values["damp_percent"] == 0.05
     check_version(values)
+
+
+def test_only_mixed_checkpoints_take_the_newest_version() -> None:
+    sites = [LinearSite("h.0.up", 0, 256, 1024, False), LinearSite("h.0.down", 0, 1024, 256, False)]
+    uniform = {"bits_pattern": {"up": 4, "down": 4}, "group_size_pattern": {"all": 64}}
+    cases: list[tuple[dict, dict]] = [
+        ({}, {}),
+        (uniform, {}),
+        ({"bits_pattern": {"all": 8, "up": 3}}, {"bits_pattern": {"h.0.down": 8, "h.0.up": 3}}),
+        ({"group_size_pattern": {"up": 32}}, {"group_size_pattern": {"h.0.up": 32}}),
+    ]
+    for settings, recorded in cases:
+        gptq = GptqConfig(bits=4, group_size=64, **settings)
+        plan = build_plan(sites, LowrankConfig(rank_ratio=0.5), gptq, itemsize=4, other_bytes=0)
+        values = quantization_config(plan, gptq, "gptq_v2")
+        assert values["format_version"] == (3 if recorded else 2)
+        assert {key: values[key] for key in ("bits_pattern", "group_size_pattern") if key in values} == recorded
+        assert (values["bits"], values["group_size"]) == (4, 64)
+        assert json.loads(json.dumps(values)) == values
+        check_version(values)
+    gptq = GptqConfig(bits=16, group_size=64, group_size_pattern={"up": 32})  # here it only says which ranks are legal
+    plan = build_plan(sites, LowrankConfig(rank_ratio=0.5), gptq, itemsize=4, other_bytes=0)
+    values = quantization_config(plan, gptq, "")
+    assert values["format_version"] == 2 and "group_size_pattern" not in values
 
 
 # Tensors in files

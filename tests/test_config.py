@@ -43,6 +43,7 @@ CONFIGS = [
             targets=("mlp", "*.c_attn"),
             ignore=("lm_head",),
             form="pivoted",
+            form_pattern={"mlp.c_fc": "two_factor"},
             float64=True,
         ),
         calibration=CalibrationConfig(dataset="x.jsonl", text_key="code", num_samples=3, seq_len=5, seed=7, batch_size=2),
@@ -67,7 +68,11 @@ CONFIGS = [
             fisher_samples=3,
         ),
     ),
-    LordConfig(model="m", lowrank=LowrankConfig(param_ratio=1, force_rank=True, mean_correction=False)),
+    LordConfig(
+        model="m",
+        lowrank=LowrankConfig(param_ratio=1, force_rank=True, mean_correction=False),
+        gptq=GptqConfig(bits_pattern={"mlp": 3, "re:h\\.0\\.": 8}, group_size_pattern={"c_attn": 64}),
+    ),
 ]
 
 
@@ -89,7 +94,8 @@ def test_the_test_above_covers_every_field() -> None:
         for key, value in changed[section].items()
         if value == defaults[section][key]
     }
-    assert same == {"lowrank.param_ratio", "lowrank.force_rank", "lowrank.mean_correction"}  # the third has these
+    third = {"lowrank.param_ratio", "lowrank.force_rank", "lowrank.mean_correction"}
+    assert same == third | {"gptq.bits_pattern", "gptq.group_size_pattern"}
 
 
 @pytest.mark.parametrize(
@@ -136,6 +142,25 @@ def test_all_unknown_keys_of_a_mapping_are_named_with_the_known_ones() -> None:
         (GptqConfig, {"mse": True}, ["mse is True"]),
         (GptqConfig, {"mse": "2"}, ["mse is '2'"]),
         (GptqConfig, {"sym": 0}, ["sym is 0", "true or false"]),
+        (GptqConfig, {"bits_pattern": {"mlp": 5}}, ["bits_pattern['mlp'] is 5", "2, 3, 4, 8;", "nearest: 4"]),
+        (GptqConfig, {"bits_pattern": {"mlp": 16}}, ["bits_pattern['mlp'] is 16", "2, 3, 4, 8;", "nearest: 8"]),
+        (GptqConfig, {"bits_pattern": {"mlp": 4.0}}, ["bits_pattern['mlp'] is 4.0"]),
+        (GptqConfig, {"bits_pattern": {"mlp": "4"}}, ["bits_pattern['mlp'] is '4'"]),
+        (GptqConfig, {"bits_pattern": {1: 4, "": 4}}, ["the key 1;", "the key '';", "layer pattern"]),
+        (GptqConfig, {"bits_pattern": ["mlp=4"]}, ["bits_pattern is ['mlp=4']", "mapping of layer pattern to bits"]),
+        (GptqConfig, {"bits_pattern": {"mlp": 4}, "bits": 16}, ["bits is 16 and bits_pattern is given", "2, 3, 4, 8"]),
+        (
+            GptqConfig,
+            {"group_size_pattern": {"mlp": 48, "attn": True}},
+            ["group_size_pattern['mlp'] is 48", "32, 64, 128, 256", "nearest: ", "group_size_pattern['attn'] is True"],
+        ),
+        (GptqConfig, {"group_size_pattern": 64}, ["group_size_pattern is 64", "mapping of layer pattern to group_size"]),
+        (
+            LowrankConfig,
+            {"rank_ratio": 0.5, "form_pattern": {"mlp": "pivot", "attn": None}},
+            ["form_pattern['mlp'] is 'pivot'", "did you mean 'pivoted'", "form_pattern['attn'] is None"],
+        ),
+        (LowrankConfig, {"rank_ratio": 0.5, "form_pattern": "pivoted"}, ["form_pattern is 'pivoted'", "mapping"]),
         (JointConfig, {"order": "up"}, ["order is 'up'", "auto, down_first, up_first"]),
         (JointConfig, {"order": "downfirst"}, ["order is 'downfirst'", "did you mean 'down_first'"]),
         (JointConfig, {"order": None}, ["order is None", "auto"]),
@@ -191,6 +216,10 @@ def test_an_illegal_value_says_what_was_found_and_wanted(section: type, values: 
         ({"dtype": "int8"}, ["dtype is 'int8'", "auto, float32"]),
         ({"stack": "naiv"}, ["stack is 'naiv'", "did you mean 'naive'"]),
         ({"stack": "join"}, ["stack is 'join'", "joint, naive", "did you mean 'joint'"]),
+        (
+            {"stack": "naive", "gptq": {"bits_pattern": {"mlp": 8}, "group_size_pattern": {"mlp": 32}}},
+            ["bits_pattern and group_size_pattern given: the naive stack packs all layers alike; wanted --stack joint"],
+        ),
         ({"model": ""}, ["model is not given"]),
         ({"model": 3}, ["model is not given"]),
         ({"output": 3}, ["output is 3", "folder"]),

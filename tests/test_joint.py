@@ -20,7 +20,7 @@ from lord_quant.engine import decompose_model
 from lord_quant.joint import stack_model
 from lord_quant.modules import LowRankLinear, PivotedLinear
 from lord_quant.moments import PairedAccumulator, PairedMoments
-from lord_quant.plan import Plan
+from lord_quant.plan import LayerPlan, Plan
 from lord_quant.stack import Stacked, stack_layer
 from lord_quant.targets import dense_weight, find_blocks, find_linears
 
@@ -308,7 +308,7 @@ def test_a_run_is_reproducible_and_its_seed_turns_the_rotations() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_statistics_are_float32_and_layers_keep_their_dtype(dtype: torch.dtype, seen_moments: list[PairedMoments]) -> None:
     model = tiny_model("llama", dtype)
-    stack_model(model, plan_of(model), BATCHES, rounding, IDEAS)
+    stack_model(model, plan_of(model), BATCHES, lambda layer: rounding, IDEAS)
     assert {moments.cross.dtype for moments in seen_moments} == {torch.float32}
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert torch.isfinite(logits(model)).all()
@@ -326,6 +326,24 @@ def test_only_planned_layers_change_and_everything_else_is_the_same_tensor(block
         f"transformer.h.{block}.mlp.c_fc.{leaf}" for leaf in ("weight", "bias", "down.weight", "up.weight", "up.bias")
     }
     assert all(torch.equal(after[name], values[name]) for name in after.keys() & values.keys())
+
+
+def test_every_layer_asks_for_its_own_solver() -> None:
+    model = tiny_model("gpt2", torch.float32)
+    plan = plan_of(model)
+    asked: list[str] = []
+
+    def solver_of(layer: LayerPlan) -> Any:
+        asked.append(layer.name)
+        bits = 2 + len(asked)
+        return lambda weight, hessian: rounding(weight, hessian)._replace(bits=bits)
+
+    done = stack_model(model, plan, BATCHES, solver_of, dataclasses.replace(IDEAS, refine=0))
+    assert asked == [record.name for record in done.records] and sorted(asked) == sorted(
+        layer.name for layer in plan.layers
+    )
+    for count, name in enumerate(asked, start=1):
+        assert {done.quantized[f"{name}.{part}"].bits for part in ("down", "up")} == {2 + count}
 
 
 def test_a_plan_without_ranks_does_not_run_the_model_in_float() -> None:

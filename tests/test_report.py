@@ -123,6 +123,33 @@ def test_the_plan_table_has_a_line_per_layer_with_the_reason_why_one_stays_dense
     assert plan_summary(plan) in plan_table(plan)
 
 
+def test_a_mixed_plan_shows_how_every_layer_is_packed() -> None:
+    own = {"bits_pattern": {"mlp.c_fc": 3}, "group_size_pattern": {"h.1.attn.c_proj": 64}}
+    config, plan = make(**own)
+    header, _, *lines = plan_table(plan).splitlines()
+    assert header.split() == ["layer", "out", "x", "in", "rank", "bits", "group", "kept", "bytes", "bpw", "note"]
+    for line, layer in zip(lines, plan.layers, strict=False):
+        assert line.split()[:5] == [
+            layer.name,
+            f"{layer.out_features}x{layer.in_features}",
+            str(layer.rank or "dense"),
+            str(layer.bits),
+            str(layer.group_size),
+        ]
+    assert "-mixed (3, 4 bits, group size 32, 64)" in plan_summary(plan)
+    values = plan_dict(plan)
+    assert values["bits_pattern"] == {"h.0.mlp.c_fc": 3, "h.1.mlp.c_fc": 3}
+    assert values["group_size_pattern"] == {"h.1.attn.c_proj": 64}
+    assert [layer["bits"] for layer in values["layers"]] == [4, 3, 4, 3]
+    assert [layer["group_size"] for layer in values["layers"]] == [32, 32, 64, 32]
+    report = report_of(config, plan)
+    assert report["format_version"] == 3 and report_of(*make())["format_version"] == 2
+    assert report["config"]["gptq"]["bits_pattern"] == {"mlp.c_fc": 3}
+    assert "GPTQ to 3, 4 bits, group size 32, 64;" in model_card(report)
+    assert "GPTQ to 4 bits, group size 32;" in model_card(report_of(*make()))
+    assert "bits" not in plan_table(make()[1]).splitlines()[0] and json.loads(to_json(report)) == report
+
+
 def test_no_path_of_this_machine_is_published(tmp_path: Path) -> None:
     model, data, output = tmp_path / "my-model", tmp_path / "my-data.txt", tmp_path / "secret-output"
     model.mkdir()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measuring the tensors of a checkpoint folder, and folders that lack some."""
 
+import argparse
 import json
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lord_quant.checkpoint import METHOD_GPTQ, weight_files
+from lord_quant.commands import inspect
 from lord_quant.errors import CheckpointError
 from lord_quant.stored import measure
 
@@ -32,7 +34,7 @@ def test_tensors_without_the_base_model_prefix_count(
     family: str, prefix: str, model_folder: ModelFolder, tmp_path: Path
 ) -> None:
     whole = measure(model_folder(family))
-    assert whole.bpw == 32
+    assert whole.bpw == 32 and {(layer.bits, layer.group_size) for layer in whole.layers} == {(None, None)}
     bare = change(
         model_folder(family), tmp_path / "bare", lambda t: {name.removeprefix(prefix): value for name, value in t.items()}
     )
@@ -92,12 +94,36 @@ def test_a_packed_folder_is_measured(packed: Path) -> None:
     layers = {layer.site.name: layer for layer in measure(packed).layers}
     two = layers["model.layers.0.mlp.up_proj"]
     assert (two.form, two.rank) == ("two_factor packed", 32)
+    assert {(layer.bits, layer.group_size) for layer in layers.values()} == {(4, 32)}
     pivoted = layers["model.layers.1.mlp.gate_proj"]
     assert (pivoted.form, pivoted.rank) == ("pivoted packed", 32)
     assert two.weight_bytes - pivoted.weight_bytes == 32 * 32 // 2 + 32 * 2 + 32 // 2 - 2 * 256
     dense = layers["model.layers.0.self_attn.q_proj"]
     assert (dense.form, dense.rank) == ("dense packed", None)
     assert dense.weight_bytes == 128 * 128 // 2 + 4 * 128 * 2 + 4 * 128 // 2 + 4 * 128
+
+
+@pytest.mark.parametrize(("bits", "size"), [(2, 32), (3, 128), (4, 64), (8, 32)])
+def test_bits_and_group_size_are_read_off_the_tensors_and_shown(
+    bits: int, size: int, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "model.layers.0.self_attn.q_proj"
+
+    def repack(tensors: Tensors) -> Tensors:
+        shapes = {"qweight": (128 * bits // 32, 128), "qzeros": (128 // size, 128 * bits // 32)}
+        made = {f"{name}.{leaf}": torch.zeros(shape, dtype=torch.int32) for leaf, shape in shapes.items()}
+        return tensors | made | {f"{name}.scales": torch.zeros(128 // size, 128, dtype=torch.float16)}
+
+    folder = change(packed, tmp_path / "mixed", repack)
+    layers = {layer.site.name: (layer.bits, layer.group_size) for layer in measure(folder).layers}
+    assert layers.pop(name) == (bits, size) and set(layers.values()) == {(4, 32)}
+    assert inspect.run(argparse.Namespace(folder=folder, json=False)) == 0
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert shown[0] == ["layer", "form", "out", "x", "in", "rank", "bits", "group", "bytes", "bpw"]
+    (row,) = [row for row in shown if row and row[0] == name]
+    assert row[:7] == [name, "dense", "packed", "128x128", "-", str(bits), str(size)]
+    assert inspect.run(argparse.Namespace(folder=packed, json=False)) == 0
+    assert "group" not in capsys.readouterr().out.splitlines()[0]
 
 
 @pytest.mark.parametrize("leaf", ["qweight", "qzeros", "scales", "g_idx"])

@@ -7,6 +7,7 @@ Importing GPTQModel prints a banner, turns the root logger to INFO and redirects
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ from torch import nn
 
 from lord_quant.errors import HostError
 from lord_quant.linalg import require_finite
+from lord_quant.plan import Packing
 from lord_quant.refine import Quantized
 from lord_quant.silence import hush, silence
 
@@ -59,13 +61,48 @@ def make_quantizer(**arguments: Any) -> Any:
     return host().GPTQQuantizer(**arguments)
 
 
-def pack_model(model: nn.Module, quantizer: Any, quantized: Mapping[str, Quantized]) -> list[GptqRecord]:
+def replace_by_packed(
+    model: nn.Module, quantizer: Any, packings: Mapping[str, Packing], device_map: Any, *, pack: bool = False
+) -> dict[str, Any]:
+    """Replaces linear layers by empty packed ones of the host, each with its own bits and group size.
+
+    Args:
+        model: The model; changed in place.
+        quantizer: An Optimum `GPTQQuantizer`; its own bits and group size stay as they are.
+        packings: Bits and group size by full module path of the linear layer (or factor).
+        device_map: Where the layers will be, as the host wants to be told.
+        pack: Whether they will be packed here, which not every kernel can.
+
+    Returns:
+        The packed layers, by full module path.
+
+    Raises:
+        HostError: The host replaced other layers than asked for.
+    """
+    kernels: list[type] = []
+    for packing in sorted(set(packings.values())):
+        one = copy.copy(quantizer)  # the host knows one bits and one group size at a time
+        one.bits, one.group_size = packing
+        one.select_quant_linear(device_map=device_map, pack=pack)
+        one._replace_by_quant_layers(model, {name for name, own in packings.items() if own == packing})
+        kernels.append(one.quant_linear)
+    quantizer.quant_linear = kernels[0]  # which the host asks for when it finishes the model
+    packed: dict[str, Any] = {name: own for name, own in model.named_modules() if isinstance(own, tuple(kernels))}
+    if {name: (module.bits, module.group_size) for name, module in packed.items()} != dict(packings):
+        raise HostError(f"Optimum made {len(packed)} packed layers; wanted {len(packings)}, each with its bits")
+    return packed
+
+
+def pack_model(
+    model: nn.Module, quantizer: Any, quantized: Mapping[str, Quantized], packings: Mapping[str, Packing]
+) -> list[GptqRecord]:
     """Replaces linear layers by packed ones that hold given codes, with the host's packer.
 
     Args:
         model: The model, whose layers hold the biases to keep; changed in place, left in evaluation mode.
-        quantizer: An Optimum `GPTQQuantizer` with the same bits and group size.
+        quantizer: An Optimum `GPTQQuantizer`.
         quantized: What to pack, by full module path of the linear layer (or factor).
+        packings: The bits and group size it was quantized with, likewise.
 
     Returns:
         One record per packed layer, in the order of `quantized`.
@@ -77,11 +114,8 @@ def pack_model(model: nn.Module, quantizer: Any, quantized: Mapping[str, Quantiz
     biases = {name: layers[name].bias for name in quantized}
     quantizer.format = "gptq_v2"  # zeros as they are, which asymmetric grids need
     with _without_packing_extension(), hush("transformers"):
-        quantizer.select_quant_linear(device_map={"": next(model.parameters()).device}, pack=True)
-        quantizer._replace_by_quant_layers(model, dict.fromkeys(quantized))
-        packed = {name: module for name, module in model.named_modules() if isinstance(module, quantizer.quant_linear)}
-        if packed.keys() != quantized.keys():
-            raise HostError(f"Optimum made {len(packed)} packed layers; wanted {len(quantized)}")
+        wanted = {name: packings[name] for name in quantized}
+        packed = replace_by_packed(model, quantizer, wanted, {"": next(model.parameters()).device}, pack=True)
         for name, solution in quantized.items():
             module, device = packed[name], packed[name].device
             weight = solution.weight().float().cpu()

@@ -37,6 +37,8 @@ def run(args: argparse.Namespace) -> int:
             "out_features": layer.site.out_features,
             "in_features": layer.site.in_features,
             "rank": layer.rank,
+            "bits": layer.bits,
+            "group_size": layer.group_size,
             "bytes": layer.weight_bytes + layer.bias_bytes,
             "bpw": round(layer.bpw, 4),
         }
@@ -46,22 +48,26 @@ def run(args: argparse.Namespace) -> int:
         totals = {"bpw": stored.bpw, "tensor_bytes": stored.tensor_bytes, "file_bytes": stored.file_bytes}
         sys.stdout.write(to_json({**totals, "quantization_config": stored.quantization_config, "layers": rows}))
         return 0
+    mixed = len({(layer.bits, layer.group_size) for layer in stored.layers}) > 1
     table = [
         [
             layer.site.name,
             layer.form,
             f"{layer.site.out_features}x{layer.site.in_features}",
             layer.rank or "-",
+            *([layer.bits or "-", layer.group_size or "-"] if mixed else []),
             human_bytes(layer.weight_bytes + layer.bias_bytes),
             f"{layer.bpw:.2f}",
         ]
         for layer in stored.layers
     ]
-    headers = ["layer", "form", "out x in", "rank", "bytes", "bpw"]
+    headers = ["layer", "form", "out x in", "rank", *(["bits", "group"] if mixed else []), "bytes", "bpw"]
     method = stored.quantization_config.get("quant_method", "none (dense)")
-    sys.stdout.write(tabulate(table, headers, disable_numparse=True, colalign=("left", "left", *["right"] * 4)) + "\n\n")
+    sides = ("left", "left", *["right"] * (len(headers) - 2))
+    sys.stdout.write(tabulate(table, headers, disable_numparse=True, colalign=sides) + "\n\n")
+    method += ", mixed" if mixed else ""
     for key in ("bits", "group_size", "sym", "desc_act", "format_version", "lord_quant_version"):
-        if key in stored.quantization_config:
+        if key in stored.quantization_config and not (mixed and key in ("bits", "group_size")):
             method += f", {key} {stored.quantization_config[key]}"
     sys.stdout.write(
         f"method        {method}\n"

@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from lord_quant.budget import Budget, Planner
     from lord_quant.config import LordConfig
+    from lord_quant.planner import Menu
 
 RANK_CHOICES = ("rank_ratio", "param_ratio", "rank_pattern")
+BUDGETS = ("target_bpw", "target_size", "max_loss")
+PACKING = ("bits", "group_size", "bits_pattern", "group_size_pattern")
 
 # Flag (as attribute) → where it lies in the configuration.
 PLACES: dict[str, tuple[str, ...]] = {
@@ -50,13 +54,19 @@ PLACES: dict[str, tuple[str, ...]] = {
 }
 
 
-def add_plan_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that say what becomes of which layer. Flags not given are absent, so a file's values stand."""
+def add_source_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that name the model and the configuration file. Flags not given are absent: a file's values stand."""
     unset: Any = argparse.SUPPRESS
     run = parser.add_argument_group("run")
     run.add_argument("--model", default=unset, metavar="DIR", help="folder or hub name of the dense model")
     run.add_argument("--config", metavar="FILE", help="YAML configuration; flags given beside it win")
     run.add_argument("--dtype", default=unset, help="dtype float tensors are stored in: auto, float32, bfloat16, float16")
+
+
+def add_plan_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say what becomes of which layer of which model."""
+    unset: Any = argparse.SUPPRESS
+    add_source_flags(parser)
     ranks = parser.add_argument_group("decomposition (choose one of the first three; --rank-ratio 1 quantizes only)")
     ranks.add_argument("--rank-ratio", default=unset, type=float, metavar="R", help="fraction of min(in, out) kept: 0.75")
     ranks.add_argument("--param-ratio", default=unset, type=float, metavar="P", help="fraction of weights kept: 0.8")
@@ -127,6 +137,76 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--device", default=unset, help="auto (default), cpu, cuda, cuda:1, …")
 
 
+def add_budget_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that let a budget choose form, rank, bits and group size of every layer."""
+    unset: Any = argparse.SUPPRESS
+    budget = parser.add_argument_group(
+        "budget (instead of ranks; --bits, --group-size, --form, --targets and --ignore restrict the choice)"
+    )
+    budget.add_argument(
+        "--target-bpw", default=unset, type=float, metavar="B", help="bits per weight of the linear layers, all in: 3.0"
+    )
+    budget.add_argument(
+        "--target-size", default=unset, metavar="SIZE", help="tensors of the whole checkpoint, embeddings included: 4GB"
+    )
+    budget.add_argument("--max-loss", default=unset, type=float, metavar="L", help="predicted loss, nats per token: 0.02")
+    budget.add_argument("--statistics", metavar="FILE", help="what `lord sensitivity` wrote; else it is measured first")
+
+
+def budget_from(args: argparse.Namespace) -> Budget | None:
+    """Returns the budget of a command line, if one is given.
+
+    Raises:
+        BudgetError: More than one is given, or it is illegal.
+        ConfigError: Ranks are given beside it.
+    """
+    from lord_quant.budget import Budget, parse_size
+    from lord_quant.errors import ConfigError
+
+    given = vars(args)
+    wanted = {name: given[name] for name in BUDGETS if name in given}
+    if not wanted:
+        return None
+    ranks = [f"--{name.replace('_', '-')}" for name in (*RANK_CHOICES, "plan") if given.get(name) is not None]
+    if ranks:
+        raise ConfigError(f"a budget and {', '.join(ranks)} are given; wanted one or the other")
+    if "target_size" in wanted:
+        wanted["target_size"] = parse_size(wanted["target_size"])
+    return Budget(**wanted)
+
+
+def menu_from(args: argparse.Namespace) -> Menu:
+    """Returns the candidates that the flags leave.
+
+    Raises:
+        BudgetError: They leave none that are packed.
+    """
+    from lord_quant.config import FLOAT_BITS
+    from lord_quant.errors import BudgetError
+    from lord_quant.planner import DENSE, Menu
+
+    given = vars(args)
+    restricted: dict[str, Any] = {}
+    if given.get("bits") == FLOAT_BITS:
+        raise BudgetError(f"bits is {FLOAT_BITS} and a budget is given; wanted packed bits, or ranks instead of a budget")
+    if "bits" in given:
+        restricted["bits"] = (given["bits"],)
+    if "group_size" in given:
+        restricted["group_sizes"] = (given["group_size"],)
+    if "form" in given:
+        restricted["forms"] = (DENSE, given["form"])
+    return Menu(**restricted)
+
+
+def planner_from(args: argparse.Namespace, config: LordConfig) -> Planner:
+    """Makes a planner from statistics in a file, or measured now."""
+    from lord_quant.budget import Planner, sense
+    from lord_quant.statistics import load_statistics
+
+    statistics = load_statistics(args.statistics) if args.statistics else sense(config)
+    return Planner(config, statistics, menu_from(args))
+
+
 def config_from(args: argparse.Namespace) -> LordConfig:
     """Builds the configuration from a file, if given, and the flags over it.
 
@@ -137,6 +217,10 @@ def config_from(args: argparse.Namespace) -> LordConfig:
 
     given = vars(args)
     values = read_yaml(given["config"]) if given.get("config") else {}
+    if given.get("plan"):
+        values = _with_plan(values, given)
+    if any(name in given for name in BUDGETS):  # which chooses the ranks
+        given = given | {"rank_ratio": 1.0}
     if any(name in given for name in RANK_CHOICES) and isinstance(values.get("lowrank"), dict):
         values["lowrank"] = {key: value for key, value in values["lowrank"].items() if key not in RANK_CHOICES}
     for flag, place in PLACES.items():
@@ -146,6 +230,25 @@ def config_from(args: argparse.Namespace) -> LordConfig:
                 value = {key: value}
             values = merge(values, value)
     return LordConfig.from_dict(values)
+
+
+def _with_plan(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Lays a plan file's sections over a configuration's; its ranks, bits and group sizes replace them."""
+    from lord_quant.budget import read_plan
+    from lord_quant.config import merge
+    from lord_quant.errors import ConfigError
+
+    beside = [f"--{name.replace('_', '-')}" for name in (*RANK_CHOICES, "bits", "group_size", "form") if name in given]
+    if beside:
+        raise ConfigError(f"--plan and {', '.join(beside)} are given; wanted one or the other: edit the plan")
+    model = given.get("model", values.get("model"))
+    if not model:
+        raise ConfigError("model is not given; wanted a folder or a hub name")
+    plan = read_plan(given["plan"], model, given.get("dtype", values.get("dtype", "auto")))
+    for section, replaced in (("lowrank", (*RANK_CHOICES, "form", "form_pattern")), ("gptq", PACKING)):
+        if isinstance(values.get(section), dict):
+            values[section] = {key: value for key, value in values[section].items() if key not in replaced}
+    return merge(values, plan)
 
 
 def _pairs(items: list[str]) -> dict[str, int]:

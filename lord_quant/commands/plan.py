@@ -1,37 +1,68 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`optimum-cli lord plan`: what would become of every layer, from shapes alone."""
+"""`optimum-cli lord plan`: what would become of every layer, from shapes alone or, for a budget, from statistics."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from lord_quant.commands.options import add_plan_flags, config_from
+from lord_quant.commands.options import (
+    add_budget_flags,
+    add_plan_flags,
+    add_run_flags,
+    budget_from,
+    config_from,
+    planner_from,
+)
 
 
-HELP = "Show what would become of every layer: rank, bytes, bits per weight. Reads no weights."
+HELP = "Show what would become of every layer: form, rank, bits, bytes. Reads no weights unless statistics are missing."
 EXAMPLES = """examples:
   optimum-cli lord plan --model bigcode/starcoder --rank-ratio 0.75 --targets mlp --bits 4
   optimum-cli lord plan --model ./my-model --param-ratio 0.8 --bits 16
+  optimum-cli lord plan --model ./my-model --statistics my-model.stats --target-bpw 3.0 --save plan.yaml
+  optimum-cli lord plan --model ./my-model --statistics my-model.stats --target-size 4GB
   optimum-cli lord plan --config run.yaml --json > plan.json
 """
+BUDGETS = (2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0, 4.25)
+"""Bits per weight of the predicted frontier."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's flags."""
     add_plan_flags(parser)
+    add_budget_flags(parser)
+    add_run_flags(parser)
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    parser.add_argument("--save", metavar="FILE", help="write the plan of a budget as YAML, for `lord quantize --plan`")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the plan."""
+    """Prints the plan, and for a budget what other budgets would give."""
     config = config_from(args)
+    from lord_quant.errors import ConfigError
     from lord_quant.silence import import_hosts
 
     import_hosts()
+    from lord_quant.budget import apply_plan, write_plan
     from lord_quant.pipeline import make_plan
-    from lord_quant.report import plan_dict, plan_table, to_json
+    from lord_quant.report import frontier_table, plan_dict, plan_table, to_json
 
+    budget = budget_from(args)
+    if budget is None and args.save:
+        raise ConfigError("--save is given without a budget; wanted --target-bpw, --target-size or --max-loss")
+    below = ""
+    if budget is not None:
+        planner = planner_from(args, config)
+        allocation = planner.choose(budget)
+        settings = planner.settings(allocation)
+        config = apply_plan(config, settings)
+        points = zip(BUDGETS, planner.frontier(BUDGETS), strict=True)
+        reached = [(limit, planner.bpw(each), each.loss) for limit, each in points if each is not None]
+        below = f"\npredicted loss {allocation.loss:.4f} nats per token; for other budgets:\n\n{frontier_table(reached)}\n"
+        if args.save:
+            write_plan(settings, args.save)
+            below += f"\nwritten to {args.save}\n"
     _, plan = make_plan(config)
-    sys.stdout.write(to_json(plan_dict(plan)) if args.json else plan_table(plan) + "\n")
+    sys.stdout.write(to_json(plan_dict(plan)) if args.json else plan_table(plan) + "\n" + below)
     return 0

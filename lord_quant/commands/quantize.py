@@ -6,7 +6,14 @@ from __future__ import annotations
 import argparse
 import sys
 
-from lord_quant.commands.options import add_plan_flags, add_run_flags, config_from
+from lord_quant.commands.options import (
+    add_budget_flags,
+    add_plan_flags,
+    add_run_flags,
+    budget_from,
+    config_from,
+    planner_from,
+)
 
 
 HELP = "Decompose a model, quantize both factors, write a checkpoint that from_pretrained loads."
@@ -15,6 +22,8 @@ EXAMPLES = """examples:
   optimum-cli lord quantize --model ./my-model --output out --param-ratio 0.8 --bits 8 --dataset ./my-code --dry-run
   optimum-cli lord quantize --model ./my-model --output out --rank-ratio 0.8 --bits 16      # float factors, trainable
   optimum-cli lord quantize --model ./my-model --output out --rank-ratio 1 --bits 4         # GPTQ only
+  optimum-cli lord quantize --model ./my-model --output out --target-bpw 3.0 --dataset ./my-code
+  optimum-cli lord quantize --model ./my-model --output out --plan plan.yaml --dataset ./my-code
   optimum-cli lord quantize --config run.yaml --overwrite
 """
 
@@ -22,7 +31,9 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's flags."""
     add_plan_flags(parser)
+    add_budget_flags(parser)
     add_run_flags(parser)
+    parser.add_argument("--plan", metavar="FILE", help="run a plan that `lord plan --save` wrote, perhaps edited")
     parser.add_argument("--output", default=argparse.SUPPRESS, metavar="DIR", help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace a model folder that stands at --output")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print plan and estimate, read no weights")
@@ -42,11 +53,20 @@ def run(args: argparse.Namespace) -> int:
     from lord_quant.silence import import_hosts
 
     import_hosts()
+    from lord_quant.budget import apply_plan
     from lord_quant.pipeline import execute, prepare
     from lord_quant.report import human_bytes, human_seconds, plan_summary, plan_table, report_table
 
-    job = prepare(config, overwrite=args.overwrite)
     say = sys.stdout.write
+    budget = budget_from(args)
+    if budget is not None:
+        prepare(config, overwrite=args.overwrite)  # refuses what is wrong before the sensitivity pass
+        planner = planner_from(args, config)
+        allocation = planner.choose(budget)
+        config = apply_plan(config, planner.settings(allocation))
+        bpw, loss = planner.bpw(allocation), allocation.loss
+        say(f"planned       {bpw:.3f} bits per weight, predicted loss {loss:.4f} nats per token\n")
+    job = prepare(config, overwrite=args.overwrite)
     say((plan_table(job.plan) if args.dry_run else plan_summary(job.plan)) + "\n")
     windows = job.windows.input_ids.shape
     say(f"calibration   {windows[0]} x {windows[1]} tokens of {job.windows.source}, sha256 {job.windows.sha256[:12]}\n")

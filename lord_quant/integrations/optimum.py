@@ -61,6 +61,9 @@ class LordGPTQQuantizer(_GPTQQuantizer):
         mean_correction: Correct biases for the mean input.
         float64: Run statistics in float64.
         form: `two_factor` or `pivoted`.
+        form_pattern: Form by layer pattern, of layers that get a rank.
+        bits_pattern: Bits by layer pattern, where they are not `bits`.
+        group_size_pattern: Group size by layer pattern, likewise.
         stack: `joint`, or `naive`: Optimum's own GPTQ after the decomposition.
         joint: Switches of the joint stack by name, see `JointConfig`.
         mse: Exponent of the search for scales; 0 for none.
@@ -93,6 +96,9 @@ class LordGPTQQuantizer(_GPTQQuantizer):
         mean_correction: bool = True,
         float64: bool = False,
         form: str = "two_factor",
+        form_pattern: Mapping[str, str] | None = None,
+        bits_pattern: Mapping[str, int] | None = None,
+        group_size_pattern: Mapping[str, int] | None = None,
         stack: str = "joint",
         joint: Mapping[str, Any] | None = None,
         mse: float = 2.0,
@@ -102,7 +108,8 @@ class LordGPTQQuantizer(_GPTQQuantizer):
     ) -> None:
         kwargs = _host_arguments(args, kwargs)
         kwargs = {"sym": False, "damp_percent": 0.01} | kwargs
-        gptq = {"bits": bits, "group_size": group_size, "mse": mse}
+        gptq: dict[str, Any] = {"bits": bits, "group_size": group_size, "mse": mse}
+        gptq |= {"bits_pattern": bits_pattern, "group_size_pattern": group_size_pattern}
         gptq |= {key: kwargs[key] for key in _GPTQ_KEYS if key in kwargs}
         self.lord_config = LordConfig.from_dict(
             {
@@ -117,6 +124,7 @@ class LordGPTQQuantizer(_GPTQQuantizer):
                     "targets": list(targets),
                     "ignore": list(ignore),
                     "form": form,
+                    "form_pattern": form_pattern,
                     "force_rank": force_rank,
                     "mean_correction": mean_correction,
                     "float64": float64,

@@ -3,7 +3,8 @@
 
 Importing this module registers two quantization methods with transformers: ``lord_gptq`` (packed factors) and ``lord``
 (float factors). Both rebuild the model on the meta device from the checkpoint's `rank_pattern` before tensors are loaded;
-``lord_gptq`` then leaves packing to the host's own GPTQ quantizer.
+``lord_gptq`` then leaves packing to the host's own GPTQ quantizer, unless layers differ in bits or group size, which that
+does not know.
 
 `LordGPTQConfig` passed as `quantization_config` compresses a dense model while it is loaded.
 """
@@ -20,9 +21,12 @@ from transformers.utils.quantization_config import GPTQConfig, QuantizationConfi
 
 from lord_quant.backends import gptq as backend
 from lord_quant.checkpoint import METHOD_FLOAT, METHOD_GPTQ, check_tensors, check_version
-from lord_quant.errors import ConfigError, unknown_keys
+from lord_quant.config import GROUP_SIZES, PACKED_BITS, pattern_problems
+from lord_quant.errors import CheckpointError, ConfigError, unknown_keys
+from lord_quant.plan import Packing
 from lord_quant.silence import hush
-from lord_quant.surgery import apply_rank_pattern, is_compressed
+from lord_quant.surgery import apply_rank_pattern, is_compressed, is_low_rank
+from lord_quant.targets import find_linears
 from lord_quant.version import FORMAT_VERSION, __version__
 
 
@@ -42,6 +46,7 @@ _FIXED = {
     "modules_in_block_to_quantize": None,
 }
 _JOINT_KEYS = ("anchor", "rotate", "refit", "order", "deflate", "refine", "fisher", "fisher_samples")
+_PACKING_PATTERNS = ("bits_pattern", "group_size_pattern")
 _HOST_KEYS = ("bits", "group_size", "sym", "desc_act", "act_group_aware", "damp_percent", "true_sequential")
 
 
@@ -57,6 +62,7 @@ class LordGPTQConfig(GPTQConfig):
         targets: Presets and patterns of layers to decompose.
         ignore: Patterns taken away from the targets.
         form: `two_factor` or `pivoted`.
+        form_pattern: Form by layer pattern, of layers that get a rank; in a saved checkpoint, by full module path.
         force_rank: Decompose also where that makes a layer larger.
         mean_correction: Correct biases for the mean input.
         float64: Run statistics in float64.
@@ -71,6 +77,8 @@ class LordGPTQConfig(GPTQConfig):
         seed: Seed of the sampling generator.
         tokenizer: Tokenizer or path; None takes the model's own.
         group_size: Inputs per scale; None takes the largest that suits the model's shapes.
+        bits_pattern: Bits by layer pattern, where they are not `bits`; in a saved checkpoint, by full module path.
+        group_size_pattern: Group size by layer pattern, likewise.
         **kwargs: What `GPTQConfig` takes: `sym`, `desc_act`, `damp_percent`, `true_sequential`, …; `backend` when a
             checkpoint is loaded.
 
@@ -112,11 +120,15 @@ class LordGPTQConfig(GPTQConfig):
         tokenizer: Any = None,
         group_size: int | None = None,
         form_pattern: Mapping[str, str] | None = None,
+        bits_pattern: Mapping[str, int] | None = None,
+        group_size_pattern: Mapping[str, int] | None = None,
         format_version: int = FORMAT_VERSION,
         lord_quant_version: str = __version__,
         **kwargs: Any,
     ) -> None:
-        check_version({"format_version": format_version, "rank_pattern": rank_pattern, "form_pattern": form_pattern})
+        packing = {"bits_pattern": bits_pattern, "group_size_pattern": group_size_pattern}
+        patterns = {"rank_pattern": rank_pattern, "form_pattern": form_pattern, **packing}
+        check_version({"format_version": format_version, **patterns})
         kwargs.pop("quant_method", None)
         unknown = unknown_keys(
             kwargs, (*_own_arguments(type(self)), *_gptq_arguments(), "checkpoint_format"), "LordGPTQConfig"
@@ -140,6 +152,8 @@ class LordGPTQConfig(GPTQConfig):
         self.anchor, self.rotate, self.refit, self.order = anchor, rotate, refit, order
         self.deflate, self.refine, self.fisher, self.fisher_samples = deflate, refine, fisher, fisher_samples
         self.form_pattern = dict(form_pattern) if form_pattern else None
+        self.bits_pattern = dict(bits_pattern) if bits_pattern else None
+        self.group_size_pattern = dict(group_size_pattern) if group_size_pattern else None
         self.dataset, self.text_key = dataset, text_key
         self.num_samples, self.seq_len, self.seed = num_samples, seq_len, seed
         self.format_version, self.lord_quant_version = format_version, lord_quant_version
@@ -157,13 +171,13 @@ class LordGPTQConfig(GPTQConfig):
         def section(keys: tuple[str, ...]) -> dict[str, Any]:
             return {key: getattr(self, key) for key in keys}
 
-        lowrank = section((*_RUN_KEYS["lowrank"], "rank_pattern", "mean_correction"))
+        lowrank = section((*_RUN_KEYS["lowrank"], "rank_pattern", "form_pattern", "mean_correction"))
         values = {
             "model": model,
             "stack": self.stack,
             "lowrank": lowrank,
             "calibration": section(_RUN_KEYS["calibration"]),
-            "gptq": section((*_HOST_KEYS, "mse")),
+            "gptq": section((*_HOST_KEYS, *_PACKING_PATTERNS, "mse")),
             "joint": section(_JOINT_KEYS),
         }
         return LordConfig.from_dict(values)
@@ -243,11 +257,16 @@ class LordGptqHfQuantizer(GptqHfQuantizer):
             self.quantization_config.to_lord_config("model")
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        ours = self.quantization_config
         if self.pre_quantized:
-            ours = self.quantization_config
             apply_rank_pattern(model, ours.rank_pattern or {}, ours.mean_correction, ours.form_pattern)
         with hush("transformers"):  # the host reads every attribute of every module
-            super()._process_model_before_weight_loading(model, **kwargs)
+            if self.pre_quantized and (ours.bits_pattern or ours.group_size_pattern):
+                packings = _packings(model, ours)
+                self.optimum_quantizer.block_name_to_quantize = _block_path(model)
+                backend.replace_by_packed(model, self.optimum_quantizer, packings, kwargs.get("device_map"))
+            else:
+                super()._process_model_before_weight_loading(model, **kwargs)
         if self.pre_quantized:
             _check_files(model, self.optimum_quantizer.block_name_to_quantize, kwargs.get("checkpoint_files"))
             _protect_from_initialization(model)
@@ -298,6 +317,31 @@ class LordHfQuantizer(HfQuantizer):
     def is_serializable(self, **kwargs: Any) -> bool:
         """Low-rank models save like any other."""
         return True
+
+
+def _packings(model: torch.nn.Module, wanted: LordGPTQConfig) -> dict[str, Packing]:
+    """Returns how a mixed checkpoint packs every linear layer of the rebuilt skeleton, factors included, by full path.
+
+    Raises:
+        CheckpointError: A pattern names a layer the model does not have, or an illegal value (all are named).
+    """
+    bits, sizes = wanted.bits_pattern or {}, wanted.group_size_pattern or {}
+    owners = {}  # of a linear layer: itself, or the low-rank layer it is a factor of
+    for site in find_linears(model):
+        parent = site.name.rpartition(".")[0]
+        owners[site.name] = parent if is_low_rank(model.get_submodule(parent)) else site.name
+    known = set(owners.values())
+    problems = pattern_problems("bits_pattern", bits, PACKED_BITS)
+    problems += pattern_problems("group_size_pattern", sizes, GROUP_SIZES)
+    for name, pattern in zip(_PACKING_PATTERNS, (bits, sizes), strict=True):
+        unknown = [key for key in pattern if key not in known]
+        problems += [f"{name} names {key!r}, which {type(model).__name__} does not have" for key in unknown]
+    if problems:
+        raise CheckpointError(
+            "\n  ".join(["quantization_config does not fit the model (was it edited, or is it another's?):", *problems])
+        )
+    size = wanted.group_size or -1
+    return {name: Packing(bits.get(own, wanted.bits), sizes.get(own, size)) for name, own in owners.items()}
 
 
 def _block_path(model: torch.nn.Module) -> str:

@@ -12,9 +12,10 @@ import torch
 from layer_problems import layer_of
 from torch import nn
 
-from lord_quant.backends.gptq import PACK_VARIABLE, make_quantizer, pack_model
+from lord_quant.backends.gptq import PACK_VARIABLE, make_quantizer, pack_model, replace_by_packed
 from lord_quant.config import GptqConfig
-from lord_quant.errors import NumericsError
+from lord_quant.errors import HostError, NumericsError
+from lord_quant.plan import Packing
 from lord_quant.refine import Quantized
 from lord_quant.solver import make_solver
 
@@ -35,20 +36,23 @@ class Model(nn.Module):
         return self.head(self.second(torch.relu(self.first(x))))
 
 
-def solved_model(bits: int, desc_act: bool = False) -> tuple[Model, dict[str, Quantized]]:
+def solved_model(bits: int, desc_act: bool = False, **packings: Packing) -> tuple[Model, dict[str, Quantized]]:
+    """A model and its layers solved alike, but for those of `packings`."""
     torch.manual_seed(0)
-    model, gptq = Model().eval(), GptqConfig(bits=bits, desc_act=desc_act)
-    quantized = {}
+    model, quantized = Model().eval(), {}
     for seed, name in enumerate(("first", "second")):
         layer = getattr(model, name)
+        own, size = packings.get(name, (bits, GROUP))
         hessian = layer_of(4, layer.in_features, seed)[1]
-        quantized[name] = make_solver(gptq, GROUP, 100)(layer.weight.detach(), hessian)
+        solver = make_solver(GptqConfig(bits=own, desc_act=desc_act), size, 100)
+        quantized[name] = solver(layer.weight.detach(), hessian)
     return model, quantized
 
 
-def pack(model: Model, quantized: dict[str, Quantized], bits: int) -> Any:
+def pack(model: Model, quantized: dict[str, Quantized], bits: int, **packings: Packing) -> Any:
+    """Packs all layers alike, but for those of `packings`."""
     quantizer = make_quantizer(bits=bits, dataset=None, group_size=GROUP, sym=False)
-    return pack_model(model, quantizer, quantized)
+    return pack_model(model, quantizer, quantized, dict.fromkeys(quantized, Packing(bits, GROUP)) | packings)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -67,6 +71,35 @@ def test_a_packed_layer_computes_with_the_given_codes(bits: int, desc_act: bool)
         (item.loss, item.damp_percent) for item in quantized.values()
     ]
     assert type(model.head) is nn.Linear and not model.training
+    require_computes_like(reference, model, quantized)
+
+
+PACKINGS = [Packing(bits, size) for bits in (2, 3, 4, 8) for size in (32, 64)]
+
+
+@pytest.mark.parametrize("desc_act", [False, True])
+@pytest.mark.parametrize("first", PACKINGS)
+@pytest.mark.parametrize("second", [Packing(bits, 32) for bits in (2, 3, 4, 8)])  # 64 does not divide its 96 inputs
+def test_every_layer_is_packed_with_its_own_bits_and_group_size(first: Packing, second: Packing, desc_act: bool) -> None:
+    own = {"first": first, "second": second}
+    model, quantized = solved_model(4, desc_act, **own)
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, item in quantized.items():
+            getattr(reference, name).weight.copy_(item.weight())
+    quantizer = make_quantizer(bits=4, dataset=None, group_size=128, sym=False)
+    assert [record.name for record in pack_model(model, quantizer, quantized, own)] == ["first", "second"]
+    assert (quantizer.bits, quantizer.group_size) == (4, 128)
+    for name, (bits, size) in own.items():
+        layer = getattr(model, name)
+        assert (layer.bits, layer.group_size) == (bits, size)
+        assert layer.scales.shape == (layer.in_features // size, layer.out_features)
+    assert type(model.head) is nn.Linear
+    require_computes_like(reference, model, quantized)
+
+
+def require_computes_like(reference: Model, model: Any, quantized: dict[str, Quantized]) -> None:
+    """Fails unless packed layers compute what layers with their weights in float do, from the same inputs."""
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         for name, inputs in (("first", x), ("second", reference.first(x))):
@@ -90,6 +123,13 @@ def test_the_packers_codes_are_the_given_ones() -> None:
         zeros = (state["qzeros"][..., None] >> shifts) & 15
         assert torch.equal(zeros.reshape(len(zeros), -1).T.float(), item.zeros)
         assert ("bias" in state) == (name == "first")
+
+
+def test_layers_that_the_host_does_not_replace_are_noticed() -> None:
+    wanted = {"first": Packing(4, 32), "second": Packing(8, 32), "nowhere": Packing(8, 32)}
+    quantizer = make_quantizer(bits=4, dataset=None, group_size=GROUP, sym=False)
+    with pytest.raises(HostError, match="made 2 packed layers; wanted 3"):
+        replace_by_packed(Model(), quantizer, wanted, {"": "cpu"})
 
 
 def test_a_bias_beyond_float16_is_named() -> None:

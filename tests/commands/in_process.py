@@ -11,9 +11,15 @@ from typing import Any
 from lord_quant.commands import inspect as inspect_command
 from lord_quant.commands import plan as plan_command
 from lord_quant.commands import quantize as quantize_command
+from lord_quant.commands import sensitivity as sensitivity_command
 
 
-COMMANDS = {"plan": plan_command, "quantize": quantize_command, "inspect": inspect_command}
+COMMANDS = {
+    "sensitivity": sensitivity_command,
+    "plan": plan_command,
+    "quantize": quantize_command,
+    "inspect": inspect_command,
+}
 SHORT = ["--num-samples", "2", "--seq-len", "32"]
 
 

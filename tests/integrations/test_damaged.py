@@ -42,6 +42,15 @@ def sound_pivoted(model_folder: Callable[..., Path], corpus_file: Path, tmp_path
     return folder
 
 
+@pytest.fixture(scope="module")
+def sound_mixed(model_folder: Callable[..., Path], corpus_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mixed") / "4"
+    gptq = {"bits": 4, "bits_pattern": {"mlp": 8}, "group_size_pattern": {LAYER: 64, OTHER: 64}}
+    lowrank = {"rank_pattern": {LAYER: 64}}
+    families.compress(model_folder("llama"), folder, corpus_file, gptq=gptq, lowrank=lowrank)
+    return folder
+
+
 def edit_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     path = folder / "config.json"
     values = json.loads(path.read_text())
@@ -231,6 +240,32 @@ PIVOTED_DAMAGE: dict[str, tuple[Edit, type[LordError], str]] = {
         rf"missing: {LAYER}\.down\.bias",
     ),
 }
+MIXED_DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "bits removed": (lambda c: c.pop("bits_pattern"), rf"(?s)wrong shape: {LAYER}\.down\.q"),
+    "bits changed": (lambda c: c["bits_pattern"].update({OTHER: 3}), rf"(?s)wrong shape: {OTHER}\.qweight"),
+    "all bits changed": (lambda c: c.update(bits=8), r"wrong shape: model\.layers\.0\.self_attn\.\w+\.qweight"),
+    "group sizes removed": (lambda c: c.pop("group_size_pattern"), rf"(?s)wrong shape: {LAYER}\.down\.(scales|qzeros)"),
+    "group size changed": (
+        lambda c: c["group_size_pattern"].update({OTHER: 128}),
+        rf"wrong shape: {OTHER}\.(scales|qzeros)",
+    ),
+    "everything removed": (lambda c: [c.pop("group_size_pattern"), c.pop("bits_pattern")], "wrong shape"),
+    "bits of a factor": (
+        lambda c: c["bits_pattern"].update({f"{LAYER}.down": 8}),
+        rf"bits_pattern names '{LAYER}\.down', which LlamaForCausalLM does not have",
+    ),
+    "everything wrong at once": (
+        lambda c: [
+            c["bits_pattern"].update({LAYER: 5, OTHER: "4", "model.layers.7.mlp.up_proj": 4}),
+            c["group_size_pattern"].update({LAYER: 48, "lm_head": 32}),
+        ],
+        rf"(?s)bits_pattern\['{LAYER}'\] is 5; wanted one of 2, 3, 4, 8; nearest: 4.*bits_pattern\['{OTHER}'\] is '4'.*"
+        rf"group_size_pattern\['{LAYER}'\] is 48.*bits_pattern names 'model\.layers\.7\.mlp\.up_proj'.*"
+        "group_size_pattern names 'lm_head', which LlamaForCausalLM does not have",
+    ),
+    "bits_pattern that is no mapping": (lambda c: c.update(bits_pattern=[8]), "bits_pattern is list"),
+    "group_size_pattern that is no mapping": (lambda c: c.update(group_size_pattern=64), "group_size_pattern is int"),
+}
 CASES = [(label, bits) for label in DAMAGE for bits in (4, 16)] + [(label, 4) for label in PACKED_DAMAGE]
 
 
@@ -253,6 +288,17 @@ def test_damage_to_the_pivoted_form_is_named(label: str, sound_pivoted: Path, tm
     folder = shutil.copytree(sound_pivoted, tmp_path / "damaged")
     edit(folder, 16)
     with pytest.raises(error, match=message):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("label", MIXED_DAMAGE)
+def test_damage_to_a_mixed_checkpoint_is_named(label: str, sound_mixed: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    edit, message = MIXED_DAMAGE[label]
+    folder = shutil.copytree(sound_mixed, tmp_path / "damaged")
+    edit_config(folder, edit)
+    with pytest.raises(CheckpointError, match=message):
         AutoModelForCausalLM.from_pretrained(folder)
 
 

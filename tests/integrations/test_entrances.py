@@ -31,6 +31,14 @@ RUNS: dict[str, tuple[str, int, dict[str, Any]]] = {
             "joint": {"order": "down_first", "anchor": False, "refine": 1},
         },
     ),
+    "mixed": (
+        "gpt2",
+        4,
+        {
+            "lowrank": {"form_pattern": {"h.1.mlp.c_fc": "pivoted"}},
+            "gptq": {"bits_pattern": {"mlp": 8, "h.1.mlp.c_fc": 3}, "group_size_pattern": {"attn.c_attn": 64}},
+        },
+    ),
     "naive": ("llama", 4, {"gptq": {"sym": True, "damp_percent": 0.1, "mse": 2.4}, "stack": "naive"}),
 }
 SETTINGS: dict[str, Any] = {"num_samples": 4, "group_size": 32, "rank_ratio": 0.25}
@@ -287,6 +295,8 @@ def test_the_drop_in_takes_what_optimums_class_takes() -> None:
         LordGPTQQuantizer(4, rank_ratio=0.5, joint={"rotation": False})
     with pytest.raises(ConfigError, match=r"form is 'pivot'.*did you mean 'pivoted'"):
         LordGPTQQuantizer(4, rank_ratio=0.5, form="pivot")
+    with pytest.raises(ConfigError, match="the naive stack packs all layers alike; wanted --stack joint"):
+        LordGPTQQuantizer(4, rank_ratio=0.5, stack="naive", group_size_pattern={"mlp": 32})
     ideas = LordGPTQQuantizer(4, rank_ratio=0.5, form="pivoted", joint={"order": "up_first"}, mse=2.4).lord_config
     assert (ideas.lowrank.form, ideas.joint.order, ideas.joint.refit, ideas.gptq.mse) == ("pivoted", "up_first", True, 2.4)
     for name in ("quantize_model", "save"):
@@ -332,6 +342,16 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "damping": ({"rank_ratio": 0.5, "damp_percent": 10}, "damp_percent"),
     "stack": ({"rank_ratio": 0.5, "stack": "naiv"}, "did you mean 'naive'"),
     "form": ({"rank_ratio": 0.5, "form": "pivot"}, "form is 'pivot'; wanted one of .*did you mean 'pivoted'"),
+    "bits pattern": ({"rank_ratio": 0.5, "bits_pattern": {"mlp": 5}}, r"bits_pattern\['mlp'\] is 5; .*nearest: 4"),
+    "group sizes": (
+        {"rank_ratio": 0.5, "group_size_pattern": {"mlp": 1}},
+        r"group_size_pattern\['mlp'\] is 1; .*nearest: 32",
+    ),
+    "form pattern": ({"rank_ratio": 0.5, "form_pattern": {"mlp": "dense"}}, r"form_pattern\['mlp'\] is 'dense'; wanted"),
+    "naive mixture": (
+        {"rank_ratio": 0.5, "stack": "naive", "bits_pattern": {"mlp": 8}},
+        "bits_pattern given: the naive stack packs all layers alike; wanted --stack joint",
+    ),
     "order": ({"rank_ratio": 0.5, "order": "down"}, "order is 'down'; wanted one of auto, "),
     "sweeps": ({"rank_ratio": 0.5, "refine": -1}, "refine is -1"),
     "switch": ({"rank_ratio": 0.5, "deflate": 1}, "deflate is 1; wanted true or false"),

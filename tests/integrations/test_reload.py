@@ -27,6 +27,43 @@ MATRIX: dict[str, Variant] = {
 DENSE: dict[str, Any] = {"rank_ratio": 1.0}
 PIVOTED: dict[str, Any] = {"rank_ratio": 0.25, "form": "pivoted"}
 UP: dict[str, Any] = PIVOTED | {"targets": ["up_proj"]}
+ROLES = {  # the input and the output of attention and MLP
+    "gpt_bigcode": ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+    "codegen": ("qkv_proj", "out_proj", "fc_in", "fc_out"),
+    "llama": ("q_proj", "o_proj", "up_proj", "down_proj"),
+    "gpt2": ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+}
+OWN: list[tuple[int, int, int | None, str]] = [  # bits, group size, rank and form of each role, block by block
+    (2, 32, None, "dense"),
+    (3, 32, 32, "two_factor"),
+    (4, 32, 96, "pivoted"),
+    (8, 32, 32, "two_factor"),
+    (2, 64, 64, "pivoted"),
+    (3, 64, None, "dense"),
+    (4, 64, 64, "two_factor"),
+    (8, 64, 64, "pivoted"),
+]
+
+
+def mixed(family: str, **gptq: Any) -> Variant:
+    """All bits, group sizes and forms in one checkpoint; layers without a role have those of the run."""
+    own = dict(zip((f"*.{block}.*{role}" for block in (0, 1) for role in ROLES[family]), OWN, strict=True))
+    packing = {
+        "bits": 4,
+        "bits_pattern": {name: bits for name, (bits, *_) in own.items()},
+        "group_size_pattern": {name: size for name, (_, size, *_) in own.items()},
+    }
+    lowrank = {
+        "rank_pattern": {name: rank for name, (_, _, rank, _) in own.items() if rank},
+        "form_pattern": {name: form for name, (_, _, rank, form) in own.items() if rank},
+    }
+    return family, {}, {"gptq": packing | gptq, "lowrank": lowrank}
+
+
+MIXED = {f"mixed-{family}": mixed(family) for family in ROLES} | {
+    "mixed-desc_act-llama": mixed("llama", desc_act=True),
+    "mixed-sym-gpt_bigcode": mixed("gpt_bigcode", sym=True),
+}
 FORMS: dict[str, Variant] = {  # every kind of layer at some bits; all at all bits would take minutes
     f"pivoted-{family}-{bits}": (family, {}, {"gptq": {"bits": bits}, "lowrank": PIVOTED | {"targets": [targets]}})
     for family in ("gpt_bigcode", "codegen", "llama", "gpt2")
@@ -82,8 +119,17 @@ VARIANTS: dict[str, Variant] = {
     "no_bias-starcoder2-4": ("starcoder2", {"use_bias": False}, {"gptq": {"bits": 4}}),
     "g64-llama-4": ("llama", {}, {"gptq": {"bits": 4, "group_size": 64}, "lowrank": {"rank_ratio": 0.5}}),
 }
-EVERY = MATRIX | FORMS | VARIANTS
-RESAVED = ("llama-4", "gpt_bigcode-8", "gpt2-16", "tied-llama-4", "bf16-llama-4", "pivoted-llama-4", "pivoted-gpt2-16")
+EVERY = MATRIX | FORMS | MIXED | VARIANTS
+RESAVED = (
+    "llama-4",
+    "gpt_bigcode-8",
+    "gpt2-16",
+    "tied-llama-4",
+    "bf16-llama-4",
+    "pivoted-llama-4",
+    "pivoted-gpt2-16",
+    "mixed-llama",
+)
 
 
 class Checkpoint(NamedTuple):
@@ -158,7 +204,20 @@ def test_predicted_bytes_are_the_bytes_in_the_files(label: str, checkpoints: dic
     assert {layer.site.name: layer.rank for layer in stored.layers if layer.rank} == plan.rank_pattern
     forms = {layer.site.name: layer.form.removesuffix(" packed") for layer in stored.layers}
     assert forms == {layer.name: layer.form if layer.rank else "dense" for layer in plan.layers}
+    packed = plan.bits != 16
+    packings = {layer.site.name: (layer.bits, layer.group_size) for layer in stored.layers}
+    assert packings == {layer.name: (layer.bits, layer.group_size) if packed else (None, None) for layer in plan.layers}
     assert sum(layer.weight_bytes + layer.bias_bytes for layer in stored.layers) == on_disk - plan.other_bytes
+
+
+@pytest.mark.parametrize("label", MIXED)
+def test_a_mixed_checkpoint_has_every_kind_of_layer(label: str, checkpoints: dict[str, Checkpoint]) -> None:
+    kinds = {
+        (own.bits, own.group_size, own.rank, own.form if own.rank else "dense") for own in checkpoints[label].plan.layers
+    }
+    assert set(OWN) <= kinds
+    values = json.loads((checkpoints[label].folder / "config.json").read_text())["quantization_config"]
+    assert values["format_version"] == 3 and (values["bits"], values["group_size"]) == (4, 32)
 
 
 @pytest.mark.parametrize("label", RESAVED)
@@ -179,4 +238,6 @@ def test_configurations_say_nothing_private(checkpoints: dict[str, Checkpoint], 
                 assert not values.get("dataset"), "the calibration set is in the report; here it would be a guess"
                 assert not values.get("tokenizer")
                 assert values["rank_pattern"] == checkpoint.plan.rank_pattern
-                assert values.get("form_pattern", {}) == checkpoint.plan.form_pattern
+                for name in ("form_pattern", "bits_pattern", "group_size_pattern"):
+                    assert values.get(name, {}) == getattr(checkpoint.plan, name)
+                assert values["format_version"] == (3 if checkpoint.plan.mixed else 2)

@@ -31,10 +31,21 @@ def float_folders(
     return {label: root / label for label, _, _ in FLOATS}
 
 
-@pytest.fixture(scope="module")
-def packed_folder(model_folder: Callable[..., Path], corpus_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+PACKED: dict[str, dict[str, Any]] = {
+    "uniform": {"bits": 4},
+    "mixed": {"bits": 4, "bits_pattern": {"mlp": 8, "o_proj": 2, "q_proj": 3}, "group_size_pattern": {"up_proj": 64}},
+}
+
+
+@pytest.fixture(scope="module", params=PACKED)
+def packed_folder(
+    request: pytest.FixtureRequest,
+    model_folder: Callable[..., Path],
+    corpus_file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     folder = tmp_path_factory.mktemp("packed") / "llama"
-    families.compress(model_folder("llama"), folder, corpus_file, gptq={"bits": 4})
+    families.compress(model_folder("llama"), folder, corpus_file, gptq=PACKED[request.param])
     return folder
 
 

@@ -16,6 +16,7 @@ from lord_quant.commands import eval as eval_command
 from lord_quant.commands import inspect as inspect_command
 from lord_quant.commands import plan as plan_command
 from lord_quant.commands import quantize as quantize_command
+from lord_quant.commands import sensitivity as sensitivity_command
 
 
 def _command(name: str, module: ModuleType) -> CommandInfo:
@@ -55,8 +56,11 @@ def _guarded(module: ModuleType, args: object) -> int:
 class LordCommand(BaseOptimumCLICommand):
     """The parent of all our commands."""
 
-    COMMAND = CommandInfo(name="lord", help="Low-rank decomposition before quantization: plan, quantize, eval, inspect.")
+    COMMAND = CommandInfo(
+        name="lord", help="Low-rank decomposition and quantization: sensitivity, plan, quantize, eval, inspect."
+    )
     SUBCOMMANDS = (
+        _command("sensitivity", sensitivity_command),
         _command("plan", plan_command),
         _command("quantize", quantize_command),
         _command("eval", eval_command),

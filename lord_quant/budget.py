@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a budget to the settings of a run: the sensitivity pass, the choice, and the plan as a file a person can edit."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lord_quant import planner
+from lord_quant.checkpoint import weight_files
+from lord_quant.config import LordConfig, read_yaml
+from lord_quant.errors import BudgetError, ConfigError
+from lord_quant.linalg import require_finite
+from lord_quant.pipeline import Job, backward_batches, plan_model, prepare
+from lord_quant.planner import DENSE, Allocation, Candidate, Menu
+from lord_quant.sensitivity import Sensitivity
+from lord_quant.source import Source, build_skeleton, inspect_source, load_model
+from lord_quant.statistics import Statistics, measure_statistics, model_digest
+from lord_quant.targets import select
+from lord_quant.version import __version__
+
+
+PLANNED = "planned"
+"""Section of a plan file that says where it comes from; the others are those of a configuration."""
+UNITS = {"": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a compressed model may cost; exactly one is given.
+
+    Attributes:
+        target_bpw: Stored bits per weight of the linear layers, all in, at most.
+        target_size: Bytes of all tensors of the checkpoint, at most.
+        max_loss: Predicted loss in nats per token, at most; the smallest such model is wanted.
+    """
+
+    target_bpw: float | None = None
+    target_size: int | None = None
+    max_loss: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        if len(given) != 1:
+            raise BudgetError(f"{len(given)} budgets are given; wanted one of target_bpw, target_size, max_loss")
+        for name, value in given.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+                raise BudgetError(f"{name} is {value!r}; wanted a positive number")
+
+
+def parse_size(text: str) -> int:
+    """Reads a size such as 900MB, 4GB or 3.5GiB, in bytes.
+
+    Raises:
+        BudgetError: It is none.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-zA-Z]*)\s*", text)
+    if match is None or match[2].lower() not in UNITS:
+        raise BudgetError(f"size {text!r}; wanted a number of bytes, or one with kB, MB, GB, KiB, MiB or GiB: 4GB")
+    return int(float(match[1]) * UNITS[match[2].lower()])
+
+
+def sense(config: LordConfig) -> Statistics:
+    """Runs the sensitivity pass of a model.
+
+    Args:
+        config: Model, calibration and solver; ranks and bits in it do not matter.
+
+    Raises:
+        LordError: Whatever is wrong with model or calibration.
+    """
+    lowrank = dataclasses.replace(config.lowrank, rank_ratio=1, param_ratio=None, rank_pattern=None, form_pattern=None)
+    gptq = dataclasses.replace(config.gptq, bits=4, group_size=None, bits_pattern=None, group_size_pattern=None)
+    job = prepare(dataclasses.replace(config, output=None, lowrank=lowrank, gptq=gptq))
+    model = load_model(job.source, job.device).eval()
+    for name, parameter in model.named_parameters():
+        require_finite(parameter.detach(), f"weight {name!r}")
+    sensitivity, seed = None, config.calibration.seed
+    if config.joint.fisher:
+        sensitivity = Sensitivity.measure(model, backward_batches(job.windows, config), seed=seed)
+    return measure_statistics(
+        model,
+        job.windows.batches(config.calibration.batch_size),
+        sensitivity,
+        gptq=gptq,
+        options=config.joint,
+        origin=_origin(job),
+        seed=seed,
+    )
+
+
+def digest_of(source: Source) -> str:
+    """Returns what tells a model apart from others: see `model_digest`; of a hub model, its configuration alone."""
+    files = weight_files(source.path) if Path(source.path).is_dir() else []
+    return model_digest(source.config.to_dict(), files)
+
+
+def _origin(job: Job) -> dict[str, Any]:
+    return {
+        "model_sha256": digest_of(job.source),
+        "calibration_sha256": job.windows.sha256,
+        "num_tokens": job.windows.num_tokens,
+        "fisher_samples": job.config.joint.fisher_samples if job.config.joint.fisher else 0,
+        "seed": job.config.calibration.seed,
+        "lord_quant_version": __version__,
+    }
+
+
+class Planner:
+    """Plans one model for any budget; menus are made once.
+
+    Args:
+        config: Model, targets, and whether factors get a bias.
+        statistics: What the model's layers would lose.
+        menu: What candidates there are for the layers among the targets; others stay dense.
+
+    Raises:
+        BudgetError: The statistics are another model's.
+        LordError: Whatever is wrong with the model or the targets.
+    """
+
+    def __init__(self, config: LordConfig, statistics: Statistics, menu: Menu) -> None:
+        source = inspect_source(config.model, config.dtype)
+        _require_same(digest_of(source), statistics.origin.get("model_sha256"), "statistics", config.model)
+        lowrank = dataclasses.replace(config.lowrank, rank_ratio=1, param_ratio=None, rank_pattern=None, form_pattern=None)
+        gptq = dataclasses.replace(config.gptq, bits=4, group_size=None, bits_pattern=None, group_size_pattern=None)
+        alone = dataclasses.replace(config, lowrank=lowrank, gptq=gptq)
+        plan = plan_model(build_skeleton(source), alone, source.dtype.itemsize)
+        targeted = select(list(statistics.sites.values()), lowrank.targets, lowrank.ignore)
+        dense = dataclasses.replace(menu, forms=(DENSE,))
+        self.statistics, self.menu = statistics, menu
+        self.menus = {
+            name: (menu if name in targeted else dense).of(statistics.sites[name], loss)
+            for name, loss in statistics.losses.items()
+        }
+        empty = [name for name, candidates in self.menus.items() if not candidates]
+        if empty:
+            raise BudgetError(f"no candidate is left for {', '.join(empty[:5])}; wanted more forms, bits or group sizes")
+        self.uniform = planner.uniform_plans(statistics.sites, statistics.losses, menu)
+        self.dense_weights = sum(layer.dense_weights for layer in plan.layers)
+        self.other_bytes = plan.other_bytes + sum(layer.bias_bytes for layer in plan.layers)
+
+    def bpw(self, allocation: Allocation) -> float:
+        """Returns stored bits per dense weight, all in."""
+        return 8 * allocation.num_bytes / self.dense_weights
+
+    def choose(self, budget: Budget) -> Allocation:
+        """Returns the best plan for a budget.
+
+        Raises:
+            BudgetError: It cannot be met; the message names what can be reached.
+        """
+        smallest, largest = (self._extreme(pick) for pick in (min, max))
+        if budget.max_loss is not None:
+            return self._smallest_below(budget.max_loss, smallest, largest)
+        if budget.target_bpw is not None:
+            allowed = budget.target_bpw * self.dense_weights / 8
+            reach = f"{self.bpw(smallest):.3f} to {self.bpw(largest):.3f} bits per weight"
+        else:
+            assert budget.target_size is not None  # exactly one is given
+            allowed = budget.target_size - self.other_bytes
+            reach = " to ".join(str(self.other_bytes + each.num_bytes) for each in (smallest, largest)) + " bytes in all"
+        if allowed < smallest.num_bytes:
+            asked = budget.target_bpw or budget.target_size
+            raise BudgetError(f"no plan is as small as {asked}; what can be reached is {reach}")
+        return planner.allocate(self.menus, allowed, self.uniform)
+
+    def frontier(self, budgets: Sequence[float]) -> list[Allocation | None]:
+        """Returns the best plans at several bits per weight; None for those out of reach."""
+        smallest = self._extreme(min).num_bytes
+        allowed = [bpw * self.dense_weights / 8 for bpw in budgets]
+        return [planner.allocate(self.menus, limit, self.uniform) if limit >= smallest else None for limit in allowed]
+
+    def _extreme(self, pick: Any) -> Allocation:
+        chosen: dict[str, Candidate] = {name: pick(candidates) for name, candidates in self.menus.items()}
+        return planner.total(chosen)
+
+    def _smallest_below(self, max_loss: float, smallest: Allocation, largest: Allocation) -> Allocation:
+        if largest.loss > max_loss:
+            raise BudgetError(
+                f"no plan loses as little as {max_loss:g} nats per token; what can be reached is {largest.loss:.3g} to "
+                f"{smallest.loss:.3g}"
+            )
+        low, high, best = smallest.num_bytes, largest.num_bytes, largest
+        while low <= high:
+            middle = (low + high) // 2
+            found = planner.allocate(self.menus, middle, self.uniform)
+            if found.loss <= max_loss:
+                best, high = found, middle - 1
+            else:
+                low = middle + 1
+        return best
+
+    def settings(self, allocation: Allocation) -> dict[str, Any]:
+        """Returns a plan as the sections of a configuration, and where it comes from."""
+        about = {
+            **self.statistics.origin,
+            "predicted_loss": round(allocation.loss, 6),
+            "bits_per_weight": round(self.bpw(allocation), 4),
+            "tensor_bytes": allocation.num_bytes + self.other_bytes,
+        }
+        return {PLANNED: about, **planner.patterns(allocation)}
+
+
+def write_plan(settings: Mapping[str, Any], path: str | Path) -> None:
+    """Writes a plan as YAML; it appears by one rename."""
+    path = Path(path)
+    staging = path.with_name(f".{path.name}.partial")
+    head = "# A plan: run it with `optimum-cli lord quantize --plan`, edit it as you like.\n"
+    staging.write_text(head + yaml.safe_dump(dict(settings), sort_keys=False), encoding="utf-8")
+    staging.replace(path)
+
+
+def apply_plan(config: LordConfig, settings: Mapping[str, Any]) -> LordConfig:
+    """Returns a run with the ranks, bits and group sizes of a plan; everything else stays."""
+    lowrank = {"rank_ratio": None, "param_ratio": None, "rank_pattern": None, "form_pattern": None} | settings["lowrank"]
+    return dataclasses.replace(
+        config,
+        lowrank=dataclasses.replace(config.lowrank, **lowrank),
+        gptq=dataclasses.replace(config.gptq, **settings["gptq"]),
+    )
+
+
+def read_plan(path: str | Path, model: str, dtype: str = "auto") -> dict[str, Any]:
+    """Reads a plan file and returns its sections of a configuration.
+
+    Raises:
+        ConfigError: It cannot be read or is no plan.
+        BudgetError: It was made for another model.
+    """
+    values = read_yaml(path)
+    about = values.pop(PLANNED, None)
+    if not isinstance(about, Mapping) or not set(values) <= {"lowrank", "gptq"}:
+        raise ConfigError(f"{str(path)!r} is no plan; wanted the sections {PLANNED}, lowrank and gptq")
+    _require_same(digest_of(inspect_source(model, dtype)), about.get("model_sha256"), f"plan {str(path)!r}", model)
+    return values
+
+
+def _require_same(found: str, wanted: Any, what: str, model: str) -> None:
+    if found != wanted:
+        raise BudgetError(f"the {what} was made for another model than {model!r}; wanted one made for this model")

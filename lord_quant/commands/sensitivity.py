@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`optimum-cli lord sensitivity`: measures once what every layer would lose, so that any budget can be planned."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from lord_quant.commands.options import add_run_flags, add_source_flags, config_from
+
+
+HELP = "Measure what every layer would lose, once; `lord plan` and `lord quantize` plan any budget from the file."
+EXAMPLES = """examples:
+  optimum-cli lord sensitivity --model ./my-model --dataset ./my-code --output my-model.stats
+  optimum-cli lord plan --model ./my-model --statistics my-model.stats --target-bpw 3.0
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's flags."""
+    add_source_flags(parser)
+    add_run_flags(parser)
+    parser.add_argument("--output", required=True, metavar="FILE", help="safetensors file to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that stands there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures and writes.
+
+    Raises:
+        LordError: Anything wrong, before any weight is read.
+    """
+    output = args.output
+    del args.output  # a file, not the folder of a run
+    args.rank_ratio = 1.0
+    config = config_from(args)
+    from lord_quant.silence import import_hosts
+
+    import_hosts()
+    from lord_quant.budget import sense
+    from lord_quant.report import human_bytes, human_seconds
+    from lord_quant.statistics import check_file, save_statistics
+
+    path = check_file(output, overwrite=args.overwrite)
+    start = time.perf_counter()
+    statistics = sense(config)
+    save_statistics(statistics, path)
+    took = human_seconds(time.perf_counter() - start)
+    size = human_bytes(path.stat().st_size)
+    sys.stdout.write(f"{len(statistics.losses)} layers measured in {took}; {size} written to {output}\n")
+    return 0

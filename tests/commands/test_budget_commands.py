@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a budget to a checkpoint: `sensitivity`, `plan --save`, `quantize --plan`, and `quantize` with a budget alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from in_process import run_command
+
+from lord_quant.stored import measure
+
+
+@pytest.fixture(scope="module")
+def model(model_folder: Callable[..., Path]) -> Path:
+    return model_folder("gpt_bigcode")
+
+
+@pytest.fixture(scope="module")
+def data(corpus_file: Path) -> list[str]:
+    return [
+        "--dataset",
+        str(corpus_file),
+        "--num-samples",
+        "4",
+        "--seq-len",
+        "64",
+        "--refine",
+        "1",
+        "--fisher-samples",
+        "2",
+    ]
+
+
+@pytest.fixture(scope="module")
+def statistics(model: Path, data: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("statistics") / "model.stats"
+    assert run_command("sensitivity", "--model", model, *data, "--output", path) == 0
+    return path
+
+
+def test_a_plan_is_saved_and_run(
+    model: Path, data: list[str], statistics: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plan, out = tmp_path / "plan.yaml", tmp_path / "out"
+    budget = ["--statistics", statistics, "--target-bpw", "2.6"]
+    assert run_command("plan", "--model", model, *budget, "--save", plan) == 0
+    printed = capfd.readouterr().out
+    bpw = yaml.safe_load(plan.read_text())["planned"]["bits_per_weight"]
+    assert f"{bpw:.3f} bits per weight all in" in printed and f"written to {plan}" in printed
+    predicted = re.search(r"predicted loss (\d\.\d+) nats per token", printed)
+    assert predicted and len(re.findall(r"^\d\.?\d* +\d\.\d{3} +\d\.\d{4}$", printed, re.MULTILINE)) >= 5
+    assert run_command("quantize", "--model", model, *data, "--plan", plan, "--output", out) == 0
+    assert measure(out).bpw == pytest.approx(bpw, abs=1e-4)
+    report = json.loads((out / "lord_report.json").read_text())
+    assert report["config"]["lowrank"]["rank_pattern"] == yaml.safe_load(plan.read_text())["lowrank"]["rank_pattern"]
+
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert torch.isfinite(loaded(torch.arange(8)[None]).logits).all()
+
+
+def test_a_budget_alone_is_enough(model: Path, data: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert run_command("quantize", "--model", model, *data, "--target-bpw", "3.0", "--output", out) == 0
+    assert "planned" in capfd.readouterr().out
+    assert 2.85 < measure(out).bpw <= 3.0
+
+
+def test_flags_restrict_the_choice(model: Path, statistics: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", model, "--statistics", statistics, "--target-bpw", "3.9", "--json"]
+    assert (
+        run_command("plan", *arguments, "--bits", "3", "--group-size", "64", "--form", "pivoted", "--targets", "mlp") == 0
+    )
+    layers = json.loads(capfd.readouterr().out)["layers"]
+    assert {layer["bits"] for layer in layers} == {3} and {layer["group_size"] for layer in layers} == {64}
+    assert all(layer["rank"] is None for layer in layers if "attn" in layer["name"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        (["--target-bpw", "3", "--rank-ratio", "0.5"], "ConfigError: a budget and --rank-ratio are given"),
+        (["--target-bpw", "3", "--target-size", "4MB"], "BudgetError: 2 budgets are given"),
+        (["--target-bpw", "-3"], "BudgetError: target_bpw is -3.0; wanted a positive number"),
+        (["--target-size", "huge"], "BudgetError: size 'huge'; wanted a number of bytes"),
+        (["--target-bpw", "0.2"], r"BudgetError: no plan is as small as 0\.2; what can be reached is"),
+        (["--target-bpw", "3", "--bits", "16"], "BudgetError: bits is 16"),
+        (["--target-bpw", "3", "--form", "grouped"], "ConfigError: .*form is 'grouped'"),
+        (["--rank-ratio", "0.5", "--save", "plan.yaml"], "ConfigError: --save is given without a budget"),
+    ],
+)
+def test_plan_refuses(
+    flags: list[str], error: str, model: Path, statistics: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command("plan", "--model", model, "--statistics", statistics, *flags) == 2
+    printed = capfd.readouterr()
+    assert re.search(error, printed.err, re.DOTALL) and not printed.out
+
+
+def test_files_that_are_wrong_are_refused(
+    model: Path, data: list[str], statistics: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command("plan", "--model", model, "--statistics", tmp_path / "none", "--target-bpw", "3") == 2
+    assert "CheckpointError: statistics" in capfd.readouterr().err
+    assert run_command("sensitivity", "--model", model, *data, "--output", statistics) == 2
+    assert "OutputError: output" in capfd.readouterr().err
+    out = tmp_path / "out"
+    assert run_command("quantize", "--model", model, *data, "--plan", tmp_path / "none", "--output", out) == 2
+    assert "ConfigError: configuration file" in capfd.readouterr().err
+    assert run_command("quantize", "--model", model, *data, "--plan", statistics, "--bits", "4", "--output", out) == 2
+    assert "--plan and --bits are given" in capfd.readouterr().err
+    assert not out.exists()

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Budgets of a real folder: what can be reached, what a plan file says, whose plan it is."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file, save_file
+
+from lord_quant.budget import Budget, Planner, apply_plan, parse_size, read_plan, sense, write_plan
+from lord_quant.config import CalibrationConfig, JointConfig, LordConfig, LowrankConfig, merge
+from lord_quant.errors import BudgetError, ConfigError, LordError, RankError
+from lord_quant.pipeline import execute, make_plan, prepare
+from lord_quant.planner import Menu
+from lord_quant.statistics import Statistics
+from lord_quant.stored import measure
+
+
+@pytest.fixture(scope="module")
+def config(model_folder: Callable[..., Path], corpus_file: Path) -> LordConfig:
+    return LordConfig(
+        model=str(model_folder("gpt_bigcode")),
+        lowrank=LowrankConfig(rank_ratio=1),
+        calibration=CalibrationConfig(dataset=str(corpus_file), num_samples=4, seq_len=64),
+        joint=JointConfig(fisher_samples=2, refine=1),
+    )
+
+
+@pytest.fixture(scope="module")
+def statistics(config: LordConfig) -> Statistics:
+    return sense(config)
+
+
+@pytest.fixture(scope="module")
+def planner(config: LordConfig, statistics: Statistics) -> Planner:
+    return Planner(config, statistics, Menu())
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1234", 1234), ("900MB", 900_000_000), ("4GB", 4 * 10**9), ("3.5 GiB", int(3.5 * 2**30)), ("2kib", 2048)],
+)
+def test_sizes_are_read(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "4 TB", "-1GB", "1e9", "4GB or so", "nan"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(BudgetError, match="wanted a number of bytes"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [
+        ({}, "0 budgets are given"),
+        ({"target_bpw": 3.0, "max_loss": 0.1}, "2 budgets are given"),
+        ({"target_bpw": 0.0}, "target_bpw is 0.0; wanted a positive number"),
+        ({"max_loss": float("nan")}, "max_loss is nan"),
+        ({"target_size": True}, "target_size is True"),
+    ],
+)
+def test_a_budget_is_one_positive_number(values: dict[str, Any], error: str) -> None:
+    with pytest.raises(BudgetError, match=error):
+        Budget(**values)
+
+
+def test_the_pass_says_what_it_was_made_from(config: LordConfig, statistics: Statistics) -> None:
+    origin = statistics.origin
+    assert origin["calibration_sha256"] == prepare(config).windows.sha256
+    assert origin["num_tokens"] == 256 and origin["fisher_samples"] == 2 and len(origin["model_sha256"]) == 64
+    assert not any("/" in str(value) for value in origin.values())
+
+
+@pytest.mark.parametrize("bpw", [2.6, 3.0, 4.1])
+def test_a_plan_takes_what_was_asked_for_and_so_do_its_files(
+    bpw: float, planner: Planner, config: LordConfig, tmp_path: Path
+) -> None:
+    allocation = planner.choose(Budget(target_bpw=bpw))
+    assert bpw - 0.15 < planner.bpw(allocation) <= bpw
+    planned = apply_plan(config, planner.settings(allocation))
+    _, plan = make_plan(planned)
+    assert plan.bpw == pytest.approx(planner.bpw(allocation), rel=1e-12)
+    if bpw == 3.0:
+        execute(prepare(LordConfig.from_dict(merge(planned.to_dict(), {"output": str(tmp_path / "out")}))))
+        stored = measure(tmp_path / "out")
+        assert stored.bpw == pytest.approx(planner.bpw(allocation), rel=1e-12)
+        assert stored.tensor_bytes == plan.tensor_bytes == planner.settings(allocation)["planned"]["tensor_bytes"]
+
+
+def test_a_size_counts_the_whole_checkpoint(planner: Planner, config: LordConfig) -> None:
+    size = planner.settings(planner.choose(Budget(target_bpw=3.0)))["planned"]["tensor_bytes"]
+    allocation = planner.choose(Budget(target_size=size))
+    assert 0.995 * size < make_plan(apply_plan(config, planner.settings(allocation)))[1].tensor_bytes <= size
+
+
+def test_the_smallest_plan_below_a_loss_is_found(planner: Planner) -> None:
+    reference = planner.choose(Budget(target_bpw=3.0))
+    found = planner.choose(Budget(max_loss=reference.loss))
+    assert found.loss <= reference.loss and found.num_bytes <= reference.num_bytes
+    tighter = planner.choose(Budget(max_loss=reference.loss / 4))
+    assert tighter.loss <= reference.loss / 4 and tighter.num_bytes > found.num_bytes
+
+
+@pytest.mark.parametrize(
+    ("budget", "error"),
+    [
+        (Budget(target_bpw=0.1), r"no plan is as small as 0\.1; what can be reached is \d\.\d+ to \d\.\d+ bits per weight"),
+        (Budget(target_size=1000), r"no plan is as small as 1000; what can be reached is \d+ to \d+ bytes in all"),
+        (Budget(max_loss=1e-30), r"no plan loses as little as 1e-30 .*what can be reached is .* to "),
+    ],
+)
+def test_budgets_out_of_reach_say_what_can_be_reached(budget: Budget, error: str, planner: Planner) -> None:
+    with pytest.raises(BudgetError, match=error):
+        planner.choose(budget)
+
+
+def test_the_frontier_leaves_out_what_cannot_be_reached(planner: Planner) -> None:
+    points = planner.frontier([0.1, 2.5, 3.0, 4.0])
+    assert points[0] is None
+    losses = [point.loss for point in points[1:] if point is not None]
+    assert len(losses) == 3 and losses == sorted(losses, reverse=True)
+
+
+def test_layers_that_are_no_targets_stay_dense(config: LordConfig, statistics: Statistics) -> None:
+    import dataclasses
+
+    limited = dataclasses.replace(config, lowrank=LowrankConfig(rank_ratio=1, targets=("mlp",), ignore=(r"re:\.h\.0\.",)))
+    chosen = Planner(limited, statistics, Menu()).choose(Budget(target_bpw=2.2)).chosen
+    ranked = {name for name, each in chosen.items() if each.rank is not None}
+    assert ranked and all("h.1.mlp" in name for name in ranked)
+
+
+def test_a_menu_without_candidates_is_refused(config: LordConfig, statistics: Statistics) -> None:
+    with pytest.raises(BudgetError, match="no candidate is left for"):
+        Planner(config, statistics, Menu(forms=()))
+
+
+@pytest.fixture
+def changed_model(config: LordConfig, tmp_path: Path) -> str:
+    """The same architecture with one weight changed."""
+    folder = shutil.copytree(config.model, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["transformer.h.0.attn.c_proj.weight"] += 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+def test_plans_and_statistics_of_another_model_are_refused(
+    planner: Planner, config: LordConfig, statistics: Statistics, changed_model: str, tmp_path: Path
+) -> None:
+    other = LordConfig.from_dict(merge(config.to_dict(), {"model": changed_model}))
+    with pytest.raises(BudgetError, match="statistics was made for another model"):
+        Planner(other, statistics, Menu())
+    write_plan(planner.settings(planner.choose(Budget(target_bpw=3.0))), tmp_path / "plan.yaml")
+    with pytest.raises(BudgetError, match=r"plan '.*plan\.yaml' was made for another model"):
+        read_plan(tmp_path / "plan.yaml", changed_model)
+
+
+def test_a_plan_file_is_a_configuration_that_can_be_edited(planner: Planner, config: LordConfig, tmp_path: Path) -> None:
+    allocation = planner.choose(Budget(target_bpw=2.3))
+    settings, path = planner.settings(allocation), tmp_path / "plan.yaml"
+    write_plan(settings, path)
+    assert [each.name for each in tmp_path.iterdir()] == ["plan.yaml"]
+    assert yaml.safe_load(path.read_text()) == settings
+    sections = read_plan(path, config.model)
+    assert LordConfig.from_dict(merge({"model": "m"}, sections)).gptq == apply_plan(config, settings).gptq
+    ranks = settings["lowrank"]["rank_pattern"]
+    name = next(iter(ranks))
+    ranks[name] = 33
+    write_plan(settings, path)
+    edited = apply_plan(config, read_plan(path, config.model))
+    with pytest.raises(RankError, match=f"{name}: rank 33; wanted a multiple of"):
+        make_plan(edited)
+    ranks["transformer.h.9.attn.c_attn"] = 32
+    write_plan(settings, path)
+    with pytest.raises(LordError, match=r"h\.9"):
+        make_plan(apply_plan(config, read_plan(path, config.model)))
+
+
+@pytest.mark.parametrize("text", ["lowrank: {}", "planned: 3", "planned: {}\nmodel: x", "[1]"])
+def test_what_is_no_plan_is_refused(text: str, config: LordConfig, tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"is no plan|wanted a mapping"):
+        read_plan(tmp_path / "plan.yaml", config.model)

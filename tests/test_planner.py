@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Allocation against brute force and against uniform plans; menus against the bytes of real plans."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lord_quant.config import GptqConfig, LowrankConfig
+from lord_quant.errors import BudgetError
+from lord_quant.plan import build_plan
+from lord_quant.planner import (
+    DENSE,
+    Allocation,
+    Candidate,
+    Menu,
+    allocate,
+    lower_hull,
+    patterns,
+    total,
+    uniform_plans,
+)
+from lord_quant.probe import LayerLoss
+from lord_quant.targets import LinearSite
+
+
+def candidate(num_bytes: int, loss: float) -> Candidate:
+    return Candidate(num_bytes, loss, DENSE, None, 4, 64)
+
+
+menu_of_points = st.lists(st.builds(candidate, st.integers(1, 60), st.integers(0, 1000).map(float)), min_size=1, max_size=7)
+menus_of_points = st.lists(menu_of_points, min_size=1, max_size=4).map(lambda each: dict(enumerate(each)))
+
+
+def best_by_trying_all(menus: Any, budget: float) -> float:
+    plans = itertools.product(*menus.values())
+    return min(sum(c.loss for c in plan) for plan in plans if sum(c.num_bytes for c in plan) <= budget)
+
+
+@settings(max_examples=200, deadline=None)
+@given(menu_of_points)
+def test_the_hull_is_convex_and_nothing_lies_below_it(menu: list[Candidate]) -> None:
+    hull = lower_hull(menu)
+    assert set(hull) <= set(menu) and hull[0].num_bytes == min(menu).num_bytes
+    slopes = [(b.loss - a.loss) / (b.num_bytes - a.num_bytes) for a, b in itertools.pairwise(hull)]
+    assert slopes == sorted(slopes) and all(slope < 0 for slope in slopes) and len(set(slopes)) == len(slopes)
+    for point in menu:
+        for before, after in itertools.pairwise(hull):
+            if before.num_bytes <= point.num_bytes <= after.num_bytes:
+                share = (point.num_bytes - before.num_bytes) / (after.num_bytes - before.num_bytes)
+                assert point.loss >= before.loss + share * (after.loss - before.loss) - 1e-9
+        assert point.loss >= hull[-1].loss
+
+
+@settings(max_examples=200, deadline=None)
+@given(menus_of_points, st.integers(0, 260))
+def test_an_allocation_fits_and_is_within_a_step_of_the_best(menus: Any, budget: int) -> None:
+    smallest = sum(min(menu).num_bytes for menu in menus.values())
+    if budget < smallest:
+        with pytest.raises(BudgetError, match=str(smallest)):
+            allocate(menus, budget)
+        return
+    found = allocate(menus, budget)
+    assert found == total(found.chosen) and found.num_bytes <= budget
+    assert all(each in menus[name] for name, each in found.chosen.items())
+    steps = [a.loss - b.loss for menu in menus.values() for a, b in itertools.pairwise(lower_hull(menu))]
+    best = best_by_trying_all(menus, budget)
+    assert best <= found.loss <= best + max(steps, default=0)
+    # What was left buys nothing more in any one layer.
+    for name, old in found.chosen.items():
+        affordable = [c for c in menus[name] if c.num_bytes - old.num_bytes <= budget - found.num_bytes]
+        assert old.loss <= min(c.loss for c in affordable)
+
+
+@settings(max_examples=100, deadline=None)
+@given(menus_of_points)
+def test_budgets_of_whole_steps_are_met_exactly(menus: Any) -> None:
+    """Along the hull a Lagrangian allocation is the optimum, not an approximation."""
+    hulls = {name: lower_hull(menu) for name, menu in menus.items()}
+    steps = sorted(
+        ((b.loss - a.loss) / (b.num_bytes - a.num_bytes), name, b.num_bytes - a.num_bytes)
+        for name, hull in hulls.items()
+        for a, b in itertools.pairwise(hull)
+    )
+    budget = sum(hull[0].num_bytes for hull in hulls.values())
+    for _, _, size in steps:
+        budget += size
+        assert allocate(menus, budget).loss == pytest.approx(best_by_trying_all(menus, budget), abs=1e-9)
+
+
+def test_a_given_plan_that_is_better_is_taken_if_it_fits() -> None:
+    menus = {"a": [candidate(10, 5.0), candidate(20, 4.0)]}
+    better = Allocation({"a": candidate(15, 1.0)}, 15, 1.0)
+    assert allocate(menus, 16, [better]) is better
+    assert allocate(menus, 14, [better]).loss == 5.0
+
+
+def layer_loss(smaller: int, seed: int, scale: float = 1.0) -> LayerLoss:
+    """A plausible layer: a falling spectrum, four times less noise per bit."""
+    generator = torch.Generator().manual_seed(seed)
+    values = (
+        scale
+        * torch.logspace(0, -3, smaller, dtype=torch.float64)
+        * (0.5 + torch.rand(smaller, generator=generator, dtype=torch.float64))
+    )
+    values = values.sort(descending=True).values
+    tail = torch.cat((values.flip(0).cumsum(0).flip(0), values.new_zeros(1)))
+    noise = 0.05 * float(tail[0])
+    groups = {32: 0.85, 64: 1.0, 128: 1.12, 256: 1.25}
+    return LayerLoss(tail, {2: noise, 3: noise / 4.2, 4: noise / 17}, groups, 64, 0.006)
+
+
+SITES = {
+    site.name: site
+    for site in (
+        LinearSite("h.0.attn", 0, 256, 384, True),
+        LinearSite("h.0.fc", 0, 256, 1024, False),
+        LinearSite("h.0.proj", 0, 1024, 256, False),
+        LinearSite("h.1.square", 1, 512, 512, True),
+    )
+}
+LOSSES = {
+    name: layer_loss(min(site.in_features, site.out_features), seed, 10.0**-seed)
+    for seed, (name, site) in enumerate(SITES.items())
+}
+
+
+@pytest.mark.parametrize("mean_correction", [True, False])
+def test_candidates_weigh_what_plans_weigh(mean_correction: bool) -> None:
+    """Every candidate, executed as a plan: the same bytes as `build_plan` counts, down to added biases."""
+    menu = Menu(mean_correction=mean_correction)
+    for name, loss in LOSSES.items():
+        candidates = menu.of(SITES[name], loss)
+        assert {each.form for each in candidates} >= {"dense", "two_factor"}
+        for each in random.Random(0).sample(candidates, min(40, len(candidates))):
+            settings = patterns(total({name: each}))
+            lowrank = LowrankConfig(**{"mean_correction": mean_correction} | settings["lowrank"])
+            gptq = GptqConfig(**settings["gptq"])
+            (layer,) = build_plan([SITES[name]], lowrank, gptq, itemsize=2, other_bytes=0).layers
+            assert (layer.rank, layer.bits, layer.group_size) == (each.rank, each.bits, each.group_size)
+            assert layer.rank is None or layer.form == each.form
+            assert layer.counted_bytes == each.num_bytes
+
+
+def test_no_candidate_is_beaten_by_another_and_losses_are_the_formulas() -> None:
+    site, loss = SITES["h.0.fc"], LOSSES["h.0.fc"]
+    candidates = Menu().of(site, loss)
+    for before, after in itertools.pairwise(candidates):
+        assert after.num_bytes > before.num_bytes and after.loss < before.loss
+    for each in candidates:
+        if each.rank is None:
+            assert each.loss == loss.of_dense(each.bits, each.group_size)
+        else:
+            tail = float(loss.tail[each.rank])
+            noise = loss.factor_noise(each.bits, each.group_size) * (float(loss.tail[0]) - tail)
+            assert each.loss == pytest.approx(tail + noise * (2 if each.form == "pivoted" else 1))
+
+
+@pytest.mark.parametrize(
+    ("menu", "key", "allowed"),
+    [
+        (Menu(forms=(DENSE,)), "form", {"dense"}),
+        (Menu(forms=("pivoted",)), "form", {"pivoted"}),
+        (Menu(bits=(3,)), "bits", {3}),
+        (Menu(group_sizes=(64, 128)), "group_size", {64, 128}),
+    ],
+)
+def test_restrictions_hold(menu: Menu, key: str, allowed: set[Any]) -> None:
+    for name, loss in LOSSES.items():
+        assert {getattr(each, key) for each in menu.of(SITES[name], loss)} <= allowed
+
+
+def test_plans_are_never_predicted_worse_than_uniform_ones_or_smaller_budgets() -> None:
+    menu = Menu()
+    menus = {name: menu.of(SITES[name], loss) for name, loss in LOSSES.items()}
+    uniform = uniform_plans(SITES, LOSSES, menu)
+    assert len(uniform) == 16
+    for plan in uniform:
+        assert allocate(menus, plan.num_bytes, uniform).loss <= plan.loss
+    dense = sum(site.in_features * site.out_features for site in SITES.values())
+    losses = [allocate(menus, bpw * dense / 8, uniform).loss for bpw in (2, 2.25, 2.5, 3, 3.5, 4, 5, 8)]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] / 50
+    assert allocate(menus, 3 * dense / 8) == allocate(dict(menus), 3 * dense / 8)
+
+
+def test_a_16b_shaped_model_is_planned_in_seconds() -> None:
+    """StarCoder-15.5B's shapes, synthetic spectra, two budgets from scratch; processor time, not wall time."""
+    shapes = {"attn.c_attn": (6144, 6400), "attn.c_proj": (6144, 6144), "c_fc": (6144, 24576), "c_proj": (24576, 6144)}
+    sites = {
+        f"h.{block}.{name}": LinearSite(f"h.{block}.{name}", block, *shape, True)
+        for block in range(40)
+        for name, shape in shapes.items()
+    }
+    losses = {name: layer_loss(6144, seed, 0.01) for seed, name in enumerate(sites)}
+    dense = sum(site.in_features * site.out_features for site in sites.values())
+    start, menu = time.process_time(), Menu()
+    menus = {name: menu.of(sites[name], loss) for name, loss in losses.items()}
+    uniform = uniform_plans(sites, losses, menu)
+    found = [allocate(menus, bpw * dense / 8, uniform) for bpw in (2.5, 3.0)]
+    assert time.process_time() - start < 10
+    assert [round(8 * each.num_bytes / dense, 2) for each in found] == [2.5, 3.0]

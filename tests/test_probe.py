@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a layer would lose: truncation against a float64 oracle, rounding against real solves of the whole layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from layer_problems import F64, layer_of
+
+from lord_quant import probe as probing
+from lord_quant.config import GptqConfig, JointConfig
+from lord_quant.errors import NumericsError
+from lord_quant.moments import Moments, PairedMoments
+from lord_quant.probe import LayerLoss, probe
+from lord_quant.refine import refine
+from lord_quant.solver import make_solver
+from lord_quant.stack import stack_layer, unit_metric
+
+
+GPTQ, OPTIONS = GptqConfig(), JointConfig()
+
+
+def problem(m: int, n: int, seed: int = 0) -> tuple[torch.Tensor, Moments, torch.Tensor]:
+    """A weight, moments of its inputs with a mean, and sensitivities of its outputs, all in float64."""
+    weight, covariance = (tensor.double() for tensor in layer_of(m, n, seed))
+    generator = torch.Generator().manual_seed(seed + 1)
+    mean = torch.randn(n, generator=generator, dtype=F64)
+    gradients = torch.randn(4 * m, m, generator=generator, dtype=F64) * torch.logspace(-2, 0, m, dtype=F64)
+    return weight, Moments(mean, covariance, 6 * n), 1e-3 * gradients.T @ gradients / len(gradients)
+
+
+def run(weight: torch.Tensor, moments: Moments, sensitivity: torch.Tensor | None, **changes: Any) -> LayerLoss:
+    settings: dict[str, Any] = {"has_bias": True, "gptq": GPTQ, "options": OPTIONS} | changes
+    return probe(weight, moments, sensitivity, **settings)
+
+
+def cost(error: torch.Tensor, hessian: torch.Tensor, sensitivity: torch.Tensor) -> float:
+    """½ tr G D H Dᵀ."""
+    return 0.5 * float((sensitivity @ error @ hessian * error).sum())
+
+
+def metric_of(sensitivity: torch.Tensor) -> torch.Tensor:
+    """The metric that is used: damped, but of the size of G."""
+    damped = unit_metric(sensitivity)
+    assert damped is not None
+    return damped * sensitivity.diagonal().mean()
+
+
+def root_of(matrix: torch.Tensor) -> torch.Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+
+
+@pytest.mark.parametrize(("m", "n"), [(96, 64), (64, 96)])
+def test_the_tail_is_what_the_best_approximation_of_each_rank_loses(m: int, n: int) -> None:
+    weight, moments, sensitivity = problem(m, n)
+    tail = run(weight, moments, sensitivity).tail
+    metric, hessian = metric_of(sensitivity), moments.covariance
+    left, right = root_of(metric), root_of(hessian)
+    u, values, vt = torch.linalg.svd(left @ weight @ right)
+    assert tail.shape == (min(m, n) + 1,) and tail[-1] == 0
+    for rank in (0, 1, 17, 40, min(m, n)):
+        best = torch.linalg.solve(left, (u[:, :rank] * values[:rank]) @ torch.linalg.solve(right, vt[:rank].T).T)
+        expected = cost(best - weight, hessian, metric)
+        assert float(tail[rank]) == pytest.approx(expected, rel=1e-8, abs=1e-12 * float(tail[0]))
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_dense_noise_is_that_of_real_solves(has_bias: bool) -> None:
+    weight, moments, sensitivity = problem(64, 128)
+    found = run(weight, moments, sensitivity, has_bias=has_bias)
+    hessian = moments.covariance if has_bias else moments.covariance + torch.outer(moments.mean, moments.mean)
+    diagonal = metric_of(sensitivity).diagonal().diag()
+    for bits, group_size in ((2, 64), (3, 64), (4, 64), (3, 32), (3, 128)):
+        solve = make_solver(dataclasses.replace(GPTQ, bits=bits), group_size, 1)
+        rounded = refine(weight, hessian, solve(weight, hessian), OPTIONS.refine).weight()
+        assert found.of_dense(bits, group_size) == pytest.approx(cost(rounded - weight, hessian, diagonal), rel=1e-9)
+    assert found.of_dense(2, 64) > 2 * found.of_dense(3, 64) > 4 * found.of_dense(4, 64) > 100 * found.of_dense(8, 64)
+    assert found.of_dense(4, 32) < found.of_dense(4, 64)
+    assert set(found.groups) == {32, 64, 128} and found.group_size == 64
+
+
+def test_some_rows_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, moments, sensitivity = problem(512, 64)
+    some = run(weight, moments, sensitivity)
+    monkeypatch.setattr(probing, "ROWS", 512)
+    whole = run(weight, moments, sensitivity)
+    for bits in (2, 3, 4):
+        assert some.dense[bits] == pytest.approx(whole.dense[bits], rel=0.2) and some.dense[bits] != whole.dense[bits]
+
+
+def test_factor_noise_is_that_of_a_real_stack_at_half_rank() -> None:
+    weight, moments, sensitivity = problem(256, 128)
+    found = run(weight, moments, sensitivity, seed=3)
+    paired = PairedMoments(moments.mean, moments.mean, moments.covariance, moments.covariance, moments.num_tokens)
+    solve = make_solver(GPTQ, 64, 1)
+    stacked = stack_layer(weight, None, paired, 64, "two_factor", solve, OPTIONS, sensitivity=sensitivity, seed=3)
+    assert stacked.factors is not None
+    lost = cost(stacked.factors.product() - weight, moments.covariance, metric_of(sensitivity))
+    tail = float(found.tail[64])
+    noise = found.factor_noise(4, 64) * (float(found.tail[0]) - tail)
+    assert tail + noise == pytest.approx(lost, rel=1e-6)
+    ratio = found.of_dense(3, 128) / found.of_dense(4, 64)
+    assert found.factor_noise(3, 128) == pytest.approx(ratio * found.factor_noise(4, 64))
+
+
+def test_units_are_nats_and_do_not_depend_on_those_of_activations() -> None:
+    weight, moments, sensitivity = problem(64, 64)
+    one = run(weight, moments, sensitivity)
+    other = run(weight / 8, moments._replace(mean=8 * moments.mean, covariance=64 * moments.covariance), sensitivity)
+    torch.testing.assert_close(one.tail, other.tail, rtol=1e-9, atol=0)
+    doubled = run(weight, moments, 2 * sensitivity)
+    torch.testing.assert_close(doubled.tail, 2 * one.tail, rtol=1e-9, atol=0)
+    assert doubled.dense[3] == pytest.approx(2 * one.dense[3], rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["none", "zero"])
+def test_without_sensitivities_all_outputs_count_alike(kind: str) -> None:
+    weight, moments, sensitivity = problem(64, 64)
+    found = run(weight, moments, None if kind == "none" else 0 * sensitivity)
+    energy = 0.5 * float((weight @ moments.covariance * weight).sum())
+    assert float(found.tail[0]) == pytest.approx(energy)
+
+
+def test_layers_too_small_for_a_rank_have_no_factors() -> None:
+    weight, moments, sensitivity = problem(16, 64)
+    found = run(weight, moments, sensitivity)
+    assert found.share is None and found.tail.shape == (17,)
+
+
+def test_singular_moments_are_survived_and_nan_is_named() -> None:
+    weight, moments, sensitivity = problem(64, 64)
+    silent = moments._replace(covariance=0 * moments.covariance)
+    found = run(weight, silent, sensitivity)
+    assert not found.tail.any() and set(found.dense.values()) == {0.0}
+    assert found.factor_noise(3, 32) == 0
+    with pytest.raises(NumericsError, match="sensitivity"):
+        run(weight, moments, sensitivity * torch.nan)
+    weight[0, 0] = torch.inf
+    with pytest.raises(NumericsError, match="weight"):
+        run(weight, moments, sensitivity)

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sensitivity pass over tiny models, and the file it leaves."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_runs import BATCHES, sensitivities, whole_model_inputs
+from models import tiny_model
+from safetensors.torch import load_file, save_file
+
+from lord_quant.config import GptqConfig, JointConfig
+from lord_quant.errors import CheckpointError, NumericsError, OutputError
+from lord_quant.moments import Moments
+from lord_quant.probe import probe
+from lord_quant.sensitivity import Sensitivity
+from lord_quant.statistics import (
+    METADATA,
+    Statistics,
+    check_file,
+    load_statistics,
+    measure_statistics,
+    model_digest,
+    save_statistics,
+)
+from lord_quant.targets import dense_weight, find_linears
+
+
+GPTQ, OPTIONS = GptqConfig(), JointConfig(refine=1)
+
+
+def measured(model: Any, fisher: bool = True, **changes: Any) -> Statistics:
+    sensitivity = Sensitivity.measure(model, BATCHES, seed=0) if fisher else None
+    settings: dict[str, Any] = {"gptq": GPTQ, "options": OPTIONS, "origin": {"seed": 0}, "dtype": torch.float64} | changes
+    return measure_statistics(model, BATCHES, sensitivity, **settings)
+
+
+@pytest.fixture(scope="module")
+def statistics() -> Statistics:
+    return measured(tiny_model("llama"))
+
+
+@pytest.mark.parametrize("family", ["bigcode", "codegen", "qwen2"])
+@pytest.mark.parametrize("fisher", [True, False])
+def test_every_layer_is_probed_on_what_it_sees_in_the_dense_model(family: str, fisher: bool) -> None:
+    model = tiny_model(family)
+    before = copy.deepcopy(model.state_dict())
+    found = measured(model, fisher)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    sites = find_linears(model)
+    names = [site.name for site in sites]
+    assert list(found.losses) == names == list(found.sites)
+    inputs = whole_model_inputs(model, names)
+    minded = sensitivities(model, names) if fisher else {}
+    for order, site in enumerate(sites):
+        x = torch.from_numpy(inputs[site.name])
+        moments = Moments(x.mean(0), (x - x.mean(0)).T @ (x - x.mean(0)) / len(x), len(x))
+        weight = dense_weight(model.get_submodule(site.name))
+        expected = probe(
+            weight, moments, minded.get(site.name), has_bias=site.has_bias, gptq=GPTQ, options=OPTIONS, seed=order
+        )
+        loss = found.losses[site.name]
+        torch.testing.assert_close(loss.tail, expected.tail, rtol=1e-6, atol=1e-9 * float(expected.tail[0]))
+        assert loss.dense == pytest.approx(expected.dense, rel=1e-3)
+
+
+def test_a_file_gives_back_what_was_written(statistics: Statistics, tmp_path: Path) -> None:
+    save_statistics(statistics, tmp_path / "a.stats")
+    again = load_statistics(tmp_path / "a.stats")
+    assert again.origin == statistics.origin and again.sites == statistics.sites
+    for name, loss in statistics.losses.items():
+        other = again.losses[name]
+        assert torch.equal(loss.tail, other.tail) and loss[1:] == other[1:]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.stats"]
+
+
+def spoil(path: Path, change: Any) -> None:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as handle:
+        about = json.loads(handle.metadata()[METADATA])
+    tensors = load_file(path)
+    change(about, tensors)
+    save_file(tensors, path, metadata={METADATA: json.dumps(about)})
+
+
+LAYER = "model.layers.0.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda about, tensors: about.update(version=99), "have version 99; wanted 1: measure again"),
+        (lambda about, tensors: tensors.pop(LAYER), "up_proj"),
+        (lambda about, tensors: tensors.update({LAYER: tensors[LAYER][1:].clone()}), "does not fit its layer"),
+        (lambda about, tensors: tensors[LAYER].fill_(torch.nan), "does not fit its layer"),
+        (lambda about, tensors: about["layers"][LAYER].pop("dense"), "holds no statistics of this package"),
+        (lambda about, tensors: about["layers"][LAYER].update(share="much"), "holds no statistics of this package"),
+        (lambda about, tensors: about.pop("origin"), "holds no statistics of this package"),
+    ],
+)
+def test_spoilt_files_are_refused(change: Any, error: str, statistics: Statistics, tmp_path: Path) -> None:
+    path = tmp_path / "a.stats"
+    save_statistics(statistics, path)
+    spoil(path, change)
+    with pytest.raises(CheckpointError, match=error):
+        load_statistics(path)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_statistics(tmp_path / "nothing")
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_statistics(tmp_path / "text")
+    save_file({"x": torch.zeros(1)}, tmp_path / "weights.safetensors")
+    with pytest.raises(CheckpointError, match="holds no statistics"):
+        load_statistics(tmp_path / "weights.safetensors")
+
+
+def test_output_files_are_checked_before_work(tmp_path: Path) -> None:
+    (tmp_path / "there").write_text("mine")
+    with pytest.raises(OutputError, match="exists; wanted a new file, or --overwrite"):
+        check_file(tmp_path / "there")
+    assert check_file(tmp_path / "there", overwrite=True).read_text() == "mine"
+    with pytest.raises(OutputError, match="is a folder"):
+        check_file(tmp_path)
+    assert check_file(tmp_path / "new" / "file") == tmp_path / "new" / "file" and not (tmp_path / "new" / "file").exists()
+
+
+def test_layers_with_nan_are_named() -> None:
+    model = tiny_model("gpt2")
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_proj.weight[0, 0] = torch.nan
+    with pytest.raises(NumericsError, match=r"layer 'transformer\.h\.1\.mlp\.c_proj'"):
+        measured(model, fisher=False)
+
+
+def test_digests_tell_models_apart(tmp_path: Path) -> None:
+    weights = {"a": torch.arange(40000.0), "b": torch.ones(3)}
+    files = []
+    for name in ("one", "same", "changed"):
+        if name == "changed":
+            weights["a"][20] += 1
+        files.append(str(tmp_path / name))
+        save_file(weights, files[-1])
+    one, same, changed = (model_digest({"n": 1}, [file]) for file in files)
+    assert one == same != changed
+    assert model_digest({"n": 2}, files[:1]) != one
