@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Perplexity against true bits per weight: the joint stack's schemes beside plain GPTQ of the dense model.
 
-A scheme is FORM:RANK:BITS:GROUP, such as pivoted:0.5:3:64; a plain point is BITS:GROUP. Ranks snap *up* to multiples of
-lcm(32, group size), so two ratios may give one checkpoint: what counts is the bits per weight that the files show. Plain
-GPTQ is Optimum's quantizer at its best settings, drawn as a line: its non-dominated points, joined. Beyond its largest
+A scheme is FORM:RANK:BITS:GROUP, such as pivoted:0.5:3:64, or planned:BPW, what a budget of so many bits per weight
+chooses (planned-dense:BPW: among bits and group sizes of dense layers only); a plain point is BITS:GROUP. Ranks snap *up*
+to multiples of lcm(32, group size), so two ratios may give one checkpoint: what counts is the bits per weight that the
+files show. Plain GPTQ is Optimum's quantizer at its best settings, drawn as a line: its non-dominated points, joined. Beyond its largest
 point the line goes on flat, below its smallest there is none.
 
     python eval/pareto.py --model DIR --calibration code.jsonl --heldout other.jsonl --output pareto.json
@@ -29,9 +30,13 @@ from tables import grid, spread, summary_line
 SCHEMES = (
     "two_factor:1:2:128", "two_factor:1:2:64", "two_factor:1:2:32", "two_factor:0.375:3:32",
     "two_factor:0.5:3:128", "two_factor:0.5:3:64", "pivoted:0.5:4:64", "two_factor:1:3:128",
+    "planned:2.25", "planned:2.5", "planned:2.75", "planned:3.0", "planned:3.25", "planned:3.5", "planned:4.0",
+    "planned-dense:2.5", "planned-dense:3.0", "planned-dense:3.5",
 )  # fmt: skip
-PLAIN = ("2:128", "2:64", "2:32", "3:128")
-BUDGETS = (2.25, 2.5, 2.75, 3.0, 3.5, 4.0)
+PLAIN = ("2:128", "2:64", "2:32", "3:128", "3:32", "4:128")
+BUDGETS = (2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0)
+PLANNED = {"planned": (), "planned-dense": ("--ignore", "re:.")}
+"""Schemes that are a budget: any form, or bits and group sizes of dense layers alone."""
 DENSE_LAYERS = "dense layers"
 OFF_SCALE = 1.6
 """The plot ends at so many times the dense model's perplexity."""
@@ -60,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, metavar="DIR", help="folder of the dense model")
     add_arguments(parser, seeds=(0,))
-    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), metavar="FORM:RANK:BITS:GROUP")
+    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), metavar="SCHEME")
     parser.add_argument("--plain", nargs="+", default=list(PLAIN), metavar="BITS:GROUP")
     parser.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS), metavar="BPW")
     parser.add_argument(
@@ -70,7 +75,8 @@ def main() -> None:
     args = parser.parse_args()
     dense = Row(args.model, DENSE, None, 0)
     force = ("--force-rank",) if args.force_rank else ()
-    ours = [Row(args.model, text, (*scheme_flags(text), *force), seed) for text in args.schemes for seed in args.seeds]
+    flags = {text: scheme_flags(text) + (() if text.split(":")[0] in PLANNED else force) for text in args.schemes}
+    ours = [Row(args.model, text, flags[text], seed) for text in args.schemes for seed in args.seeds]
     plain = [Row(args.model, f"GPTQ {text}", plain_flags(text), seed) for text in args.plain for seed in args.seeds]
     results = run_rows([dense, *plain, *ours], Settings.from_args(args), args.output, args.workers)
     summary, tables = summarise(results, dense, ours, plain, args.budgets)
@@ -81,14 +87,16 @@ def main() -> None:
 
 
 def scheme_flags(text: str) -> tuple[str, ...]:
-    """Turns FORM:RANK:BITS:GROUP into flags.
+    """Turns FORM:RANK:BITS:GROUP, planned:BPW or planned-dense:BPW into flags.
 
     Raises:
         SystemExit: It is no such thing.
     """
     parts = text.split(":")
+    if len(parts) == 2 and parts[0] in PLANNED:
+        return ("--stack", "joint", "--target-bpw", parts[1], *PLANNED[parts[0]])
     if len(parts) != 4:
-        raise SystemExit(f"scheme {text!r}; wanted FORM:RANK:BITS:GROUP, such as two_factor:0.5:4:64")
+        raise SystemExit(f"scheme {text!r}; wanted FORM:RANK:BITS:GROUP, such as two_factor:0.5:4:64, or planned:BPW")
     form, rank, bits, group = parts
     return ("--stack", "joint", "--form", form, "--rank-ratio", rank, "--bits", bits, "--group-size", group)
 
@@ -268,6 +276,8 @@ def draw(summary: dict[str, Any], title: str, path: Path) -> None:
 def _kind(label: str) -> str:
     """Returns what a scheme makes of layers."""
     form, rank = label.split(":")[:2]
+    if form in PLANNED:
+        return form.replace("-", ", ")
     return DENSE_LAYERS if float(rank) == 1 else form.replace("_", "-")
 
 
@@ -282,6 +292,7 @@ def _scatter(
     for line in lines:
         *rank, bits, group = line["label"].removeprefix("GPTQ ").split(":")[-3:]
         name = " ".join([*(part for part in rank if part != "1"), f"{bits}b", f"g{group}"])
+        name = "" if bits in PLANNED else name  # their place says all there is
         height = line["perplexity"]
         style: dict[str, Any] = {"xytext": (-5, -12), "horizontalalignment": "right"} if below else {"xytext": (5, 4)}
         if height > top:

@@ -23,6 +23,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from provenance import digests, model_name, revision
@@ -192,8 +193,9 @@ def run_rows(rows: Sequence[Row], settings: Settings, output: Path, workers: int
     if old:
         print(f"warning: {old} of the rows in the file were made by another revision than {current}", file=sys.stderr)
     failed = []
-    with ThreadPoolExecutor(workers) as pool:
-        jobs = {pool.submit(run_row, row, settings, one_thread=workers > 1): row for row in todo}
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
+        statistics = SharedStatistics(folder)
+        jobs = {pool.submit(run_row, row, settings, statistics, one_thread=workers > 1): row for row in todo}
         try:
             for count, job in enumerate(as_completed(jobs), 1):
                 row, error = jobs[job], job.exception()
@@ -229,7 +231,26 @@ def describe(scores: dict[str, Any]) -> str:
     return f"bpw {scores['bpw']:.3f}, perplexity {scores['perplexity']:.3f}{passed}{seconds}"
 
 
-def run_row(row: Row, settings: Settings, *, one_thread: bool) -> dict[str, Any]:
+class SharedStatistics:
+    """The sensitivity pass of a model and seed, made once for all rows that have a budget."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder, self.lock = Path(folder), Lock()
+
+    def flags(self, row: Row, common: tuple[str, ...], environment: dict[str, str]) -> tuple[str, ...]:
+        """Returns what a row's command line is given beside its own flags; makes the file if it is the first to ask."""
+        if row.flags is None or "--target-bpw" not in row.flags:
+            return ()
+        with self.lock:
+            path = self.folder / f"{model_name(row.model)}-{row.seed}.stats"
+            if not path.exists():
+                lord(
+                    "sensitivity", "--model", row.model, "--output", str(path), *common, quiet=True, environment=environment
+                )
+        return ("--statistics", str(path))
+
+
+def run_row(row: Row, settings: Settings, statistics: SharedStatistics, *, one_thread: bool) -> dict[str, Any]:
     """Makes one checkpoint and measures it, in processes of their own.
 
     Raises:
@@ -243,6 +264,7 @@ def run_row(row: Row, settings: Settings, *, one_thread: bool) -> dict[str, Any]
     common += ("--seq-len", str(settings.seq_len), "--seed", str(row.seed))
     with tempfile.TemporaryDirectory() as folder:
         variant = Variant("checkpoint", row.flags)
+        common += statistics.flags(row, common, environment)
         where, seconds = compress(variant, row.model, Path(folder), common, quiet=True, environment=environment)
         scores = measure_fresh(where, settings, evaluation)
         if settings.humaneval:

@@ -160,7 +160,7 @@ def test_no_candidate_is_beaten_by_another_and_losses_are_the_formulas() -> None
         else:
             tail = float(loss.tail[each.rank])
             noise = loss.factor_noise(each.bits, each.group_size) * (float(loss.tail[0]) - tail)
-            assert each.loss == pytest.approx(tail + noise * (2 if each.form == "pivoted" else 1))
+            assert each.loss == pytest.approx(4 * tail + noise * (2 if each.form == "pivoted" else 1))
 
 
 @pytest.mark.parametrize(
