@@ -4,8 +4,8 @@
 A scheme is FORM:RANK:BITS:GROUP, such as pivoted:0.5:3:64, or planned:BPW, what a budget of so many bits per weight
 chooses (planned-dense:BPW: among bits and group sizes of dense layers only); a plain point is BITS:GROUP. Ranks snap *up*
 to multiples of lcm(32, group size), so two ratios may give one checkpoint: what counts is the bits per weight that the
-files show. Plain GPTQ is Optimum's quantizer at its best settings, drawn as a line: its non-dominated points, joined. Beyond its largest
-point the line goes on flat, below its smallest there is none.
+files show. Plain GPTQ is Optimum's quantizer at its best settings, drawn as a line: its non-dominated points, joined.
+Beyond its largest point the line goes on flat, below its smallest there is none.
 
     python eval/pareto.py --model DIR --calibration code.jsonl --heldout other.jsonl --output pareto.json
 
