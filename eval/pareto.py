@@ -35,7 +35,7 @@ SCHEMES = (
 )  # fmt: skip
 PLAIN = ("2:128", "2:64", "2:32", "3:128", "3:32", "4:128")
 BUDGETS = (2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0)
-PLANNED = {"planned": (), "planned-dense": ("--ignore", "re:.")}
+PLANNED = {"planned": (), "planned-dense": ("--form", "dense")}
 """Schemes that are a budget: any form, or bits and group sizes of dense layers alone."""
 DENSE_LAYERS = "dense layers"
 OFF_SCALE = 1.6

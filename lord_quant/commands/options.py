@@ -141,7 +141,7 @@ def add_budget_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that let a budget choose form, rank, bits and group size of every layer."""
     unset: Any = argparse.SUPPRESS
     budget = parser.add_argument_group(
-        "budget (instead of ranks; --bits, --group-size, --form, --targets and --ignore restrict the choice)"
+        "budget (instead of ranks; --bits, --group-size, --targets, --ignore, --form, also --form dense, restrict it)"
     )
     budget.add_argument(
         "--target-bpw", default=unset, type=float, metavar="B", help="bits per weight of the linear layers, all in: 3.0"
@@ -180,9 +180,10 @@ def menu_from(args: argparse.Namespace) -> Menu:
 
     Raises:
         BudgetError: They leave none that are packed.
+        ConfigError: The form is unknown.
     """
-    from lord_quant.config import FLOAT_BITS
-    from lord_quant.errors import BudgetError
+    from lord_quant.config import FLOAT_BITS, FORMS
+    from lord_quant.errors import BudgetError, ConfigError, nearest_name
     from lord_quant.planner import DENSE, Menu
 
     given = vars(args)
@@ -194,7 +195,10 @@ def menu_from(args: argparse.Namespace) -> Menu:
     if "group_size" in given:
         restricted["group_sizes"] = (given["group_size"],)
     if "form" in given:
-        restricted["forms"] = (DENSE, given["form"])
+        form, legal = given["form"], (DENSE, *FORMS)
+        if form not in legal:
+            raise ConfigError(f"form is {form!r}; wanted one of {', '.join(legal)}{nearest_name(form, legal)}")
+        restricted["forms"] = (DENSE,) if form == DENSE else (DENSE, form)
     return Menu(**restricted)
 
 
@@ -219,8 +223,8 @@ def config_from(args: argparse.Namespace) -> LordConfig:
     values = read_yaml(given["config"]) if given.get("config") else {}
     if given.get("plan"):
         values = _with_plan(values, given)
-    if any(name in given for name in BUDGETS):  # which chooses the ranks
-        given = given | {"rank_ratio": 1.0}
+    if any(name in given for name in BUDGETS):  # which chooses ranks and forms
+        given = {name: value for name, value in given.items() if name != "form"} | {"rank_ratio": 1.0}
     if any(name in given for name in RANK_CHOICES) and isinstance(values.get("lowrank"), dict):
         values["lowrank"] = {key: value for key, value in values["lowrank"].items() if key not in RANK_CHOICES}
     for flag, place in PLACES.items():

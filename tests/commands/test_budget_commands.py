@@ -81,6 +81,10 @@ def test_flags_restrict_the_choice(model: Path, statistics: Path, capfd: pytest.
     layers = json.loads(capfd.readouterr().out)["layers"]
     assert {layer["bits"] for layer in layers} == {3} and {layer["group_size"] for layer in layers} == {64}
     assert all(layer["rank"] is None for layer in layers if "attn" in layer["name"])
+    small = ["--model", model, "--statistics", statistics, "--target-bpw", "2.4", "--json"]
+    for form, ranked in ((), True), (("--form", "dense"), False):
+        assert run_command("plan", *small, *form) == 0
+        assert any(layer["rank"] for layer in json.loads(capfd.readouterr().out)["layers"]) == ranked
 
 
 @pytest.mark.parametrize(
