@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from lord_quant import planner
-from lord_quant.checkpoint import weight_files
+from lord_quant.checkpoint import atomic_file, weight_files
 from lord_quant.config import LordConfig, read_yaml
 from lord_quant.errors import BudgetError, ConfigError
-from lord_quant.linalg import require_finite
 from lord_quant.pipeline import Job, backward_batches, plan_model, prepare
 from lord_quant.planner import DENSE, Allocation, Candidate, Menu
 from lord_quant.sensitivity import Sensitivity
@@ -61,7 +61,7 @@ def parse_size(text: str) -> int:
         BudgetError: It is none.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-zA-Z]*)\s*", text)
-    if match is None or match[2].lower() not in UNITS:
+    if match is None or match[2].lower() not in UNITS or len(match[1]) > 30:
         raise BudgetError(f"size {text!r}; wanted a number of bytes, or one with kB, MB, GB, KiB, MiB or GiB: 4GB")
     return int(float(match[1]) * UNITS[match[2].lower()])
 
@@ -78,9 +78,7 @@ def sense(config: LordConfig) -> Statistics:
     lowrank = dataclasses.replace(config.lowrank, rank_ratio=1, param_ratio=None, rank_pattern=None, form_pattern=None)
     gptq = dataclasses.replace(config.gptq, bits=4, group_size=None, bits_pattern=None, group_size_pattern=None)
     job = prepare(dataclasses.replace(config, output=None, lowrank=lowrank, gptq=gptq))
-    model = load_model(job.source, job.device).eval()
-    for name, parameter in model.named_parameters():
-        require_finite(parameter.detach(), f"weight {name!r}")
+    model = load_model(job.source, job.device)
     sensitivity, seed = None, config.calibration.seed
     if config.joint.fisher:
         sensitivity = Sensitivity.measure(model, backward_batches(job.windows, config), seed=seed)
@@ -91,14 +89,18 @@ def sense(config: LordConfig) -> Statistics:
         gptq=gptq,
         options=config.joint,
         origin=_origin(job),
+        mean_correction=config.lowrank.mean_correction,
         seed=seed,
+        dtype=torch.float64 if config.lowrank.float64 else torch.float32,
     )
 
 
 def digest_of(source: Source) -> str:
-    """Returns what tells a model apart from others: see `model_digest`; of a hub model, its configuration alone."""
-    files = weight_files(source.path) if Path(source.path).is_dir() else []
-    return model_digest(source.config.to_dict(), files)
+    """Returns what tells a model apart from others: see `model_digest`; a hub model is told by name and commit."""
+    if Path(source.path).is_dir():
+        return model_digest(source.config.to_dict(), weight_files(source.path))
+    named = {"hub": source.path, "commit": getattr(source.config, "_commit_hash", None)}
+    return model_digest(source.config.to_dict() | named, [])
 
 
 def _origin(job: Job) -> dict[str, Any]:
@@ -108,8 +110,15 @@ def _origin(job: Job) -> dict[str, Any]:
         "num_tokens": job.windows.num_tokens,
         "fisher_samples": job.config.joint.fisher_samples if job.config.joint.fisher else 0,
         "seed": job.config.calibration.seed,
+        "solver": _solver(job.config),
         "lord_quant_version": __version__,
     }
+
+
+def _solver(config: LordConfig) -> dict[str, Any]:
+    """Returns the settings that change what rounding loses."""
+    gptq = {name: getattr(config.gptq, name) for name in ("sym", "desc_act", "act_group_aware", "damp_percent", "mse")}
+    return gptq | {"refine": config.joint.refine, "mean_correction": config.lowrank.mean_correction}
 
 
 class Planner:
@@ -121,13 +130,19 @@ class Planner:
         menu: What candidates there are for the layers among the targets; others stay dense.
 
     Raises:
-        BudgetError: The statistics are another model's.
+        BudgetError: The statistics are another model's, or were measured with other settings of the solver.
         LordError: Whatever is wrong with the model or the targets.
     """
 
     def __init__(self, config: LordConfig, statistics: Statistics, menu: Menu) -> None:
         source = inspect_source(config.model, config.dtype)
-        _require_same(digest_of(source), statistics.origin.get("model_sha256"), "statistics", config.model)
+        origin = statistics.origin
+        _require_same(digest_of(source), origin.get("model_sha256"), "statistics were", config.model)
+        measured, now = origin.get("solver"), _solver(config)
+        if not isinstance(measured, Mapping) or measured != now:
+            seen = measured if isinstance(measured, Mapping) else {}
+            odd = [f"{name} {seen.get(name)!r}, now {now[name]!r}" for name in now if seen.get(name) != now[name]]
+            raise BudgetError(f"the statistics were measured with other settings: {', '.join(odd)}; wanted the same")
         lowrank = dataclasses.replace(config.lowrank, rank_ratio=1, param_ratio=None, rank_pattern=None, form_pattern=None)
         gptq = dataclasses.replace(config.gptq, bits=4, group_size=None, bits_pattern=None, group_size_pattern=None)
         alone = dataclasses.replace(config, lowrank=lowrank, gptq=gptq)
@@ -146,6 +161,15 @@ class Planner:
         self.dense_weights = sum(layer.dense_weights for layer in plan.layers)
         self.other_bytes = plan.other_bytes + sum(layer.bias_bytes for layer in plan.layers)
 
+    @property
+    def in_nats(self) -> bool:
+        """Whether predicted losses are in nats per token; without a backward pass they are squared output errors."""
+        return bool(self.statistics.origin.get("fisher_samples"))
+
+    def tell(self, allocation: Allocation) -> str:
+        """Says what is predicted."""
+        return f"predicted loss {allocation.loss:.4f} {'nats per token' if self.in_nats else '(output error)'}"
+
     def bpw(self, allocation: Allocation) -> float:
         """Returns stored bits per dense weight, all in."""
         return 8 * allocation.num_bytes / self.dense_weights
@@ -158,6 +182,10 @@ class Planner:
         """
         smallest, largest = (self._extreme(pick) for pick in (min, max))
         if budget.max_loss is not None:
+            if not self.in_nats:
+                raise BudgetError(
+                    "max_loss is in nats, the statistics are of output errors; wanted some with a backward pass"
+                )
             return self._smallest_below(budget.max_loss, smallest, largest)
         if budget.target_bpw is not None:
             allowed = budget.target_bpw * self.dense_weights / 8
@@ -205,16 +233,20 @@ class Planner:
             "bits_per_weight": round(self.bpw(allocation), 4),
             "tensor_bytes": allocation.num_bytes + self.other_bytes,
         }
-        return {PLANNED: about, **planner.patterns(allocation)}
+        sections = planner.patterns(allocation)
+        lowrank = sections["lowrank"] | {"mean_correction": self.menu.mean_correction}
+        return {PLANNED: about, **sections, "lowrank": lowrank}
 
 
 def write_plan(settings: Mapping[str, Any], path: str | Path) -> None:
-    """Writes a plan as YAML; it appears by one rename."""
-    path = Path(path)
-    staging = path.with_name(f".{path.name}.partial")
+    """Writes a plan as YAML; it appears by one rename.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
     head = "# A plan: run it with `optimum-cli lord quantize --plan`, edit it as you like.\n"
-    staging.write_text(head + yaml.safe_dump(dict(settings), sort_keys=False), encoding="utf-8")
-    staging.replace(path)
+    with atomic_file(path) as staging:
+        staging.write_text(head + yaml.safe_dump(dict(settings), sort_keys=False), encoding="utf-8")
 
 
 def apply_plan(config: LordConfig, settings: Mapping[str, Any]) -> LordConfig:
@@ -238,10 +270,10 @@ def read_plan(path: str | Path, model: str, dtype: str = "auto") -> dict[str, An
     about = values.pop(PLANNED, None)
     if not isinstance(about, Mapping) or not set(values) <= {"lowrank", "gptq"}:
         raise ConfigError(f"{str(path)!r} is no plan; wanted the sections {PLANNED}, lowrank and gptq")
-    _require_same(digest_of(inspect_source(model, dtype)), about.get("model_sha256"), f"plan {str(path)!r}", model)
+    _require_same(digest_of(inspect_source(model, dtype)), about.get("model_sha256"), f"plan {str(path)!r} was", model)
     return values
 
 
 def _require_same(found: str, wanted: Any, what: str, model: str) -> None:
     if found != wanted:
-        raise BudgetError(f"the {what} was made for another model than {model!r}; wanted one made for this model")
+        raise BudgetError(f"the {what} made for another model than {model!r}; wanted this one's")

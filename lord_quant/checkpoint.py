@@ -248,6 +248,64 @@ def _is_model_folder(path: Path) -> bool:
     return isinstance(config, dict) and "model_type" in config and any(path.glob("*.safetensors"))
 
 
+def check_file(
+    output: str | Path, *, overwrite: bool = False, model: str | None = None, dataset: str | None = None
+) -> Path:
+    """Checks that a file can be written, before any work; leaves nothing behind.
+
+    Args:
+        output: File to be written.
+        overwrite: Whether a file there may be replaced.
+        model: The model that will be read; the output may not lie in it.
+        dataset: The calibration data that will be read, likewise.
+
+    Raises:
+        OutputError: It is there already, is a folder, lies in what will be read, or cannot be written.
+    """
+    path = Path(output).expanduser().resolve()
+    for kind, name in {"model": model, "dataset": dataset}.items():
+        source = Path(name).expanduser().resolve() if name is not None and Path(name).expanduser().exists() else None
+        if source is not None and (source == path or source in path.parents):
+            raise OutputError(f"output {str(output)!r} is or lies in the {kind} itself; wanted another place")
+    if path.is_dir():
+        raise OutputError(f"output {str(output)!r} is a folder; wanted a file")
+    if path.exists() and not overwrite:
+        raise OutputError(f"output {str(output)!r} exists; wanted a new file, or --overwrite")
+    where = path.parent
+    while not where.exists():
+        where = where.parent
+    try:
+        with tempfile.TemporaryFile(dir=where):
+            return path
+    except OSError as error:
+        raise OutputError(f"output {str(output)!r} cannot be written: {error.strerror}") from error
+
+
+@contextmanager
+def atomic_file(output: str | Path) -> Iterator[Path]:
+    """Yields a temporary file beside `output` that becomes `output` by one rename when the body succeeds.
+
+    Raises:
+        OutputError: It could not be written; nothing is left behind.
+    """
+    path = Path(output).expanduser()
+    staging: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
+        os.close(handle)
+        staging = Path(name)
+        staging.chmod(0o666 & ~_umask())
+        yield staging
+        _sync(staging)
+        staging.replace(path)
+    except OSError as error:
+        raise OutputError(f"output {str(output)!r} cannot be written: {error.strerror or error}") from error
+    finally:
+        if staging is not None:
+            staging.unlink(missing_ok=True)
+
+
 @contextmanager
 def atomic_folder(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yields a temporary folder beside `output` that becomes `output` by one rename when the body succeeds.

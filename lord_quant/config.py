@@ -176,7 +176,7 @@ class GptqConfig:
     """How factors and dense layers are quantized; names and meanings are Optimum's.
 
     Attributes:
-        bits: 8 and 4 are the product, 3 and 2 pass through to the host, 16 leaves weights in float.
+        bits: 8, 4, 3 or 2; 16 leaves weights in float.
         group_size: Inputs that share one scale; None takes the largest of 128, 64, 32 that suits the model's shapes.
         bits_pattern: Bits by layer pattern, later entries winning; `bits` is that of the other layers. Both factors of a
             layer share its bits.

@@ -18,7 +18,7 @@ layer's noise does.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -77,6 +77,7 @@ def probe(
     sensitivity: torch.Tensor | None,
     *,
     has_bias: bool,
+    mean_correction: bool = True,
     gptq: GptqConfig,
     options: JointConfig,
     seed: int = 0,
@@ -86,8 +87,10 @@ def probe(
     Args:
         weight: W with shape (m, n).
         moments: Of its inputs in the dense model.
-        sensitivity: G with shape (m, m), in nats² per unit of output²; None or zero counts all outputs alike, with G = I.
-        has_bias: Whether it has a bias; factors get one anyway.
+        sensitivity: G with shape (m, m), in nats² per unit of output²; zero for a layer the loss does not depend on, which
+            loses nothing. None counts all outputs alike, with G = I: losses are squared output errors then.
+        has_bias: Whether it has a bias.
+        mean_correction: Whether its factors get one anyway.
         gptq: How it would be quantized; bits and group size are chosen here.
         options: How it would be stacked.
         seed: Of the choice of rows and of rotations.
@@ -99,7 +102,7 @@ def probe(
     weight = weight.to(covariance)
     require_finite(weight, "weight")
     metric = None if sensitivity is None else unit_metric(sensitivity.to(weight))
-    unit = 0.5 * (1.0 if metric is None or sensitivity is None else float(sensitivity.diagonal().double().mean()))
+    unit = 0.5 * (1.0 if sensitivity is None else float(sensitivity.diagonal().double().mean()))
     seen = covariance if has_bias else covariance + torch.outer(mean, mean)  # a bias takes up errors of the mean
     fitting = [size for size in PROBED_GROUPS if weight.shape[1] % size == 0]
     usual = 64 if 64 in fitting else fitting[0]
@@ -124,12 +127,13 @@ def probe(
         paired = PairedMoments(mean, mean, covariance, covariance, moments.num_tokens)
         rank = max(step, round(smaller / 2 / step) * step)
         solve = make_solver(replace(gptq, bits=FACTOR_BITS), step, moments.num_tokens)
-        stacked = stack_layer(weight, None, paired, rank, "two_factor", solve, options, sensitivity=sensitivity, seed=seed)
+        own: dict[str, Any] = {"sensitivity": sensitivity, "seed": seed, "mean_correction": has_bias or mean_correction}
+        stacked = stack_layer(weight, None, paired, rank, "two_factor", solve, options, **own)
         assert stacked.spectrum is not None  # it has a rank
         spectrum, cut = stacked.spectrum, stacked.spectrum.discarded_share(rank)
         share = max(stacked.error - cut, 0.0) / (1 - cut) if cut < 1 else 0.0
     else:
-        spectrum, _ = truncate(weight, covariance, smaller, metric)
+        spectrum, _ = truncate(weight, covariance if has_bias or mean_correction else seen, smaller, metric)
     values = spectrum.eigenvalues.double().cpu()
     tail = torch.cat((values.flip(0).cumsum(0).flip(0), values.new_zeros(1)))
     return LayerLoss(unit * tail, dense, groups, usual, share)

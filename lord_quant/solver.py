@@ -41,6 +41,8 @@ Solver = Callable[[torch.Tensor, torch.Tensor], Quantized]
 
 COLUMNS = 32
 """Columns done before later ones hear of it."""
+SMALLEST = 2.0**-20
+"""Smallest scale: float16 still has four bits there. Smaller ones belong to weights that are zero for every purpose."""
 SHRINKS = tuple(1 - step / 20 for step in range(12))
 """Ranges tried for a group, as shares of its full one; finer steps gain nothing once `refine` has fitted the scales."""
 
@@ -161,8 +163,7 @@ def _grid(columns: torch.Tensor, largest: int, sym: bool, norm: float) -> tuple[
     least, scales, zeros = torch.full_like(low, torch.inf), torch.ones_like(low), torch.zeros_like(low)
     for shrink in SHRINKS if norm else SHRINKS[:1]:
         scale = ((high - low) * (shrink / largest)).half().to(columns)
-        # A scale below float16 belongs to a group of weights that are zero for every purpose.
-        scale = scale.clamp_min(torch.finfo(torch.float16).tiny)
+        scale = scale.clamp_min(SMALLEST)
         steps = columns / scale
         nearest = steps.round()
         for zero in _zeros(-low * shrink / scale, largest, sym):

@@ -3,14 +3,14 @@
 
 One pass over the calibration data, one backward, a few solves per layer (`probe.py`). Any budget can be planned from the
 file alone, without the model: it holds spectra and a few numbers per layer, not the moments. It says what it was made
-from, so that it is not used for another model or other data by mistake.
+from: statistics of another model or of another way of rounding are refused. The calibration is named, but a plan may be run
+on another.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +19,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from lord_quant.checkpoint import atomic_file
 from lord_quant.config import GptqConfig, JointConfig
 from lord_quant.engine import gather
-from lord_quant.errors import CheckpointError, NumericsError, OutputError
+from lord_quant.errors import CheckpointError, NumericsError
 from lord_quant.probe import LayerLoss, probe
 from lord_quant.sensitivity import Sensitivity
 from lord_quant.stream import block_kinds, capture
@@ -31,6 +32,8 @@ from lord_quant.targets import LinearSite, dense_weight, find_blocks, find_linea
 VERSION = 1
 METADATA = "lord_statistics"
 SAMPLES, SAMPLE_BYTES = 256, 4096
+PASSING = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype"})
+"""What a configuration says of how it was loaded and by what."""
 
 
 class Statistics(NamedTuple):
@@ -56,6 +59,7 @@ def measure_statistics(
     gptq: GptqConfig,
     options: JointConfig,
     origin: dict[str, Any],
+    mean_correction: bool = True,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Statistics:
@@ -68,6 +72,7 @@ def measure_statistics(
         gptq: How layers would be quantized.
         options: How they would be stacked.
         origin: What the file is to say of where it comes from.
+        mean_correction: Whether factors get a bias their layer did not have.
         seed: Of the probes.
         dtype: dtype of moments and algebra.
 
@@ -94,6 +99,7 @@ def measure_statistics(
                     moments[name],
                     minded.pop(name, None),
                     has_bias=site.has_bias,
+                    mean_correction=mean_correction,
                     gptq=gptq,
                     options=options,
                     seed=seed * len(sites) + len(losses),
@@ -103,27 +109,12 @@ def measure_statistics(
     return Statistics(losses, {site.name: site for site in sites}, origin)
 
 
-def check_file(output: str | Path, *, overwrite: bool = False) -> Path:
-    """Checks that a file can be written, before any work; leaves nothing behind.
+def save_statistics(statistics: Statistics, path: str | Path) -> None:
+    """Writes a safetensors file: spectra as tensors, the rest as JSON in its header. It appears by one rename.
 
     Raises:
-        OutputError: It is there already, is a folder, or cannot be written.
+        OutputError: It cannot be written.
     """
-    path = Path(output).expanduser()
-    if path.is_dir():
-        raise OutputError(f"output {str(output)!r} is a folder; wanted a file")
-    if path.exists() and not overwrite:
-        raise OutputError(f"output {str(output)!r} exists; wanted a new file, or --overwrite")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            return path
-    except OSError as error:
-        raise OutputError(f"output {str(output)!r} cannot be written: {error.strerror}") from error
-
-
-def save_statistics(statistics: Statistics, path: str | Path) -> None:
-    """Writes a safetensors file: spectra as tensors, the rest as JSON in its header. It appears by one rename."""
     from safetensors.torch import save_file
 
     layers = {
@@ -137,12 +128,9 @@ def save_statistics(statistics: Statistics, path: str | Path) -> None:
         for name, loss in statistics.losses.items()
     }
     about = {"version": VERSION, "origin": statistics.origin, "layers": layers}
-    path = Path(path)
-    staging = path.with_name(f".{path.name}.partial")
-    save_file(
-        {name: loss.tail for name, loss in statistics.losses.items()}, staging, metadata={METADATA: json.dumps(about)}
-    )
-    staging.replace(path)
+    tails = {name: loss.tail for name, loss in statistics.losses.items()}
+    with atomic_file(path) as staging:
+        save_file(tails, staging, metadata={METADATA: json.dumps(about)})
 
 
 def load_statistics(path: str | Path) -> Statistics:
@@ -185,10 +173,11 @@ def model_digest(config: dict[str, Any], files: Sequence[str]) -> str:
     """Returns a SHA-256 that tells models apart, without reading all of them.
 
     Args:
-        config: The model's configuration as plain values.
+        config: The model's configuration as plain values; what says nothing of the model itself is left out.
         files: Its safetensors files; of each the header, the size and `SAMPLES` pieces spread over the weights count.
     """
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    own = {key: value for key, value in config.items() if key not in PASSING}
+    digest = hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode())
     for file in sorted(files):
         with open(file, "rb") as handle:
             header = int.from_bytes(handle.read(8), "little")

@@ -155,11 +155,31 @@ def test_plans_and_statistics_of_another_model_are_refused(
     planner: Planner, config: LordConfig, statistics: Statistics, changed_model: str, tmp_path: Path
 ) -> None:
     other = LordConfig.from_dict(merge(config.to_dict(), {"model": changed_model}))
-    with pytest.raises(BudgetError, match="statistics was made for another model"):
+    with pytest.raises(BudgetError, match="statistics were made for another model"):
         Planner(other, statistics, Menu())
     write_plan(planner.settings(planner.choose(Budget(target_bpw=3.0))), tmp_path / "plan.yaml")
     with pytest.raises(BudgetError, match=r"plan '.*plan\.yaml' was made for another model"):
         read_plan(tmp_path / "plan.yaml", changed_model)
+
+
+def test_statistics_of_another_solver_or_of_output_errors_are_told_apart(
+    config: LordConfig, statistics: Statistics
+) -> None:
+    other = LordConfig.from_dict(merge(config.to_dict(), {"gptq": {"sym": True}, "joint": {"refine": 2}}))
+    with pytest.raises(BudgetError, match="other settings: sym False, now True, refine 1, now 2"):
+        Planner(other, statistics, Menu())
+    blind = statistics._replace(origin=statistics.origin | {"fisher_samples": 0})
+    with pytest.raises(BudgetError, match="max_loss is in nats, the statistics are of output errors"):
+        Planner(config, blind, Menu()).choose(Budget(max_loss=0.1))
+
+
+def test_a_model_is_the_same_wherever_it_lies_and_however_it_is_stored(
+    config: LordConfig, statistics: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(config.model, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    for changes in ({"model": "./moved"}, {"dtype": "bfloat16"}):
+        Planner(LordConfig.from_dict(merge(config.to_dict(), changes)), statistics, Menu())
 
 
 def test_a_plan_file_is_a_configuration_that_can_be_edited(planner: Planner, config: LordConfig, tmp_path: Path) -> None:

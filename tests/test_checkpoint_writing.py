@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lord_quant.checkpoint import atomic_folder, check_output
+from lord_quant.checkpoint import atomic_folder, check_file, check_output
 from lord_quant.errors import OutputError
 
 
@@ -183,3 +183,18 @@ def test_the_folder_has_the_permissions_of_any_new_folder(tmp_path: Path) -> Non
         os.umask(old)
     modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("out", "plain")]
     assert modes == [0o750, 0o750]
+
+
+def test_output_files_are_checked_before_work(tmp_path: Path) -> None:
+    (tmp_path / "there").write_text("mine")
+    with pytest.raises(OutputError, match="exists; wanted a new file, or --overwrite"):
+        check_file(tmp_path / "there")
+    assert check_file(tmp_path / "there", overwrite=True).read_text() == "mine"
+    with pytest.raises(OutputError, match="is a folder"):
+        check_file(tmp_path)
+    assert check_file(tmp_path / "new" / "file") == tmp_path / "new" / "file" and not (tmp_path / "new").exists()
+    for kind in ("model", "dataset"):
+        with pytest.raises(OutputError, match=f"is or lies in the {kind} itself"):
+            check_file(tmp_path / "there", overwrite=True, **{kind: str(tmp_path)})
+        with pytest.raises(OutputError, match=f"is or lies in the {kind} itself"):
+            check_file(tmp_path / "there", overwrite=True, **{kind: str(tmp_path / "there")})

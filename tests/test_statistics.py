@@ -22,7 +22,6 @@ from lord_quant.sensitivity import Sensitivity
 from lord_quant.statistics import (
     METADATA,
     Statistics,
-    check_file,
     load_statistics,
     measure_statistics,
     model_digest,
@@ -123,14 +122,14 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         load_statistics(tmp_path / "weights.safetensors")
 
 
-def test_output_files_are_checked_before_work(tmp_path: Path) -> None:
-    (tmp_path / "there").write_text("mine")
-    with pytest.raises(OutputError, match="exists; wanted a new file, or --overwrite"):
-        check_file(tmp_path / "there")
-    assert check_file(tmp_path / "there", overwrite=True).read_text() == "mine"
-    with pytest.raises(OutputError, match="is a folder"):
-        check_file(tmp_path)
-    assert check_file(tmp_path / "new" / "file") == tmp_path / "new" / "file" and not (tmp_path / "new" / "file").exists()
+def test_a_file_that_cannot_be_written_leaves_nothing(statistics: Statistics, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OutputError, match="cannot be written"):
+        save_statistics(statistics, tmp_path / "file" / "a.stats")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OutputError, match="cannot be written"):
+        save_statistics(statistics, tmp_path / "folder")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
 def test_layers_with_nan_are_named() -> None:
@@ -152,3 +151,4 @@ def test_digests_tell_models_apart(tmp_path: Path) -> None:
     one, same, changed = (model_digest({"n": 1}, [file]) for file in files)
     assert one == same != changed
     assert model_digest({"n": 2}, files[:1]) != one
+    assert model_digest({"n": 1, "_name_or_path": "here", "dtype": "bfloat16"}, files[:1]) == one

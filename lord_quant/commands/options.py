@@ -8,12 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from lord_quant.budget import Budget, Planner
     from lord_quant.config import LordConfig
-    from lord_quant.planner import Menu
 
 RANK_CHOICES = ("rank_ratio", "param_ratio", "rank_pattern")
-BUDGETS = ("target_bpw", "target_size", "max_loss")
 PACKING = ("bits", "group_size", "bits_pattern", "group_size_pattern")
 
 # Flag (as attribute) → where it lies in the configuration.
@@ -137,94 +134,19 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--device", default=unset, help="auto (default), cpu, cuda, cuda:1, …")
 
 
-def add_budget_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that let a budget choose form, rank, bits and group size of every layer."""
-    unset: Any = argparse.SUPPRESS
-    budget = parser.add_argument_group(
-        "budget (instead of ranks; --bits, --group-size, --targets, --ignore, --form, also --form dense, restrict it)"
-    )
-    budget.add_argument(
-        "--target-bpw", default=unset, type=float, metavar="B", help="bits per weight of the linear layers, all in: 3.0"
-    )
-    budget.add_argument(
-        "--target-size", default=unset, metavar="SIZE", help="tensors of the whole checkpoint, embeddings included: 4GB"
-    )
-    budget.add_argument("--max-loss", default=unset, type=float, metavar="L", help="predicted loss, nats per token: 0.02")
-    budget.add_argument("--statistics", metavar="FILE", help="what `lord sensitivity` wrote; else it is measured first")
-
-
-def budget_from(args: argparse.Namespace) -> Budget | None:
-    """Returns the budget of a command line, if one is given.
+def settings_from(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns nested settings as given: a file's, a plan's over them, the flags' over both.
 
     Raises:
-        BudgetError: More than one is given, or it is illegal.
-        ConfigError: Ranks are given beside it.
+        ConfigError: A file cannot be read, or a plan stands beside what it chooses.
+        BudgetError: The plan was made for another model.
     """
-    from lord_quant.budget import Budget, parse_size
-    from lord_quant.errors import ConfigError
-
-    given = vars(args)
-    wanted = {name: given[name] for name in BUDGETS if name in given}
-    if not wanted:
-        return None
-    ranks = [f"--{name.replace('_', '-')}" for name in (*RANK_CHOICES, "plan") if given.get(name) is not None]
-    if ranks:
-        raise ConfigError(f"a budget and {', '.join(ranks)} are given; wanted one or the other")
-    if "target_size" in wanted:
-        wanted["target_size"] = parse_size(wanted["target_size"])
-    return Budget(**wanted)
-
-
-def menu_from(args: argparse.Namespace) -> Menu:
-    """Returns the candidates that the flags leave.
-
-    Raises:
-        BudgetError: They leave none that are packed.
-        ConfigError: The form is unknown.
-    """
-    from lord_quant.config import FLOAT_BITS, FORMS
-    from lord_quant.errors import BudgetError, ConfigError, nearest_name
-    from lord_quant.planner import DENSE, Menu
-
-    given = vars(args)
-    restricted: dict[str, Any] = {}
-    if given.get("bits") == FLOAT_BITS:
-        raise BudgetError(f"bits is {FLOAT_BITS} and a budget is given; wanted packed bits, or ranks instead of a budget")
-    if "bits" in given:
-        restricted["bits"] = (given["bits"],)
-    if "group_size" in given:
-        restricted["group_sizes"] = (given["group_size"],)
-    if "form" in given:
-        form, legal = given["form"], (DENSE, *FORMS)
-        if form not in legal:
-            raise ConfigError(f"form is {form!r}; wanted one of {', '.join(legal)}{nearest_name(form, legal)}")
-        restricted["forms"] = (DENSE,) if form == DENSE else (DENSE, form)
-    return Menu(**restricted)
-
-
-def planner_from(args: argparse.Namespace, config: LordConfig) -> Planner:
-    """Makes a planner from statistics in a file, or measured now."""
-    from lord_quant.budget import Planner, sense
-    from lord_quant.statistics import load_statistics
-
-    statistics = load_statistics(args.statistics) if args.statistics else sense(config)
-    return Planner(config, statistics, menu_from(args))
-
-
-def config_from(args: argparse.Namespace) -> LordConfig:
-    """Builds the configuration from a file, if given, and the flags over it.
-
-    Raises:
-        ConfigError: Anything unknown or illegal.
-    """
-    from lord_quant.config import LordConfig, merge, read_yaml
+    from lord_quant.config import merge, read_yaml
 
     given = vars(args)
     values = read_yaml(given["config"]) if given.get("config") else {}
     if given.get("plan"):
         values = _with_plan(values, given)
-    if any(name in given for name in BUDGETS):  # which chooses ranks and forms
-        given = {name: value for name, value in given.items() if name != "form"} | {"rank_ratio": 1.0}
     if any(name in given for name in RANK_CHOICES) and isinstance(values.get("lowrank"), dict):
         values["lowrank"] = {key: value for key, value in values["lowrank"].items() if key not in RANK_CHOICES}
     for flag, place in PLACES.items():
@@ -233,7 +155,18 @@ def config_from(args: argparse.Namespace) -> LordConfig:
             for key in reversed(place):
                 value = {key: value}
             values = merge(values, value)
-    return LordConfig.from_dict(values)
+    return values
+
+
+def config_from(args: argparse.Namespace) -> LordConfig:
+    """Builds the configuration of a run whose ranks are given.
+
+    Raises:
+        ConfigError: Anything unknown or illegal.
+    """
+    from lord_quant.config import LordConfig
+
+    return LordConfig.from_dict(settings_from(args))
 
 
 def _with_plan(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -249,10 +182,16 @@ def _with_plan(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     if not model:
         raise ConfigError("model is not given; wanted a folder or a hub name")
     plan = read_plan(given["plan"], model, given.get("dtype", values.get("dtype", "auto")))
-    for section, replaced in (("lowrank", (*RANK_CHOICES, "form", "form_pattern")), ("gptq", PACKING)):
-        if isinstance(values.get(section), dict):
-            values[section] = {key: value for key, value in values[section].items() if key not in replaced}
-    return merge(values, plan)
+    return merge(without_choices(values), plan)
+
+
+def without_choices(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns settings without ranks, forms, bits and group sizes: what a plan or a budget chooses."""
+    kept = dict(values)
+    for section, chosen in (("lowrank", (*RANK_CHOICES, "form", "form_pattern")), ("gptq", PACKING)):
+        if isinstance(kept.get(section), dict):
+            kept[section] = {key: value for key, value in kept[section].items() if key not in chosen}
+    return kept
 
 
 def _pairs(items: list[str]) -> dict[str, int]:

@@ -6,14 +6,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from lord_quant.commands.options import (
-    add_budget_flags,
-    add_plan_flags,
-    add_run_flags,
-    budget_from,
-    config_from,
-    planner_from,
-)
+from lord_quant.commands.budget_options import add_budget_flags, budget_from, planner_from, run_of
+from lord_quant.commands.options import add_plan_flags, add_run_flags
 
 
 HELP = "Show what would become of every layer: form, rank, bits, bytes. Reads no weights unless statistics are missing."
@@ -24,6 +18,7 @@ EXAMPLES = """examples:
   optimum-cli lord plan --model ./my-model --statistics my-model.stats --target-size 4GB
   optimum-cli lord plan --config run.yaml --json > plan.json
 """
+PLANNED = "planned"
 BUDGETS = (2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0, 4.25)
 """Bits per weight of the predicted frontier."""
 
@@ -35,34 +30,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_flags(parser)
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument("--save", metavar="FILE", help="write the plan of a budget as YAML, for `lord quantize --plan`")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that stands at --save")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the plan, and for a budget what other budgets would give."""
-    config = config_from(args)
     from lord_quant.errors import ConfigError
-    from lord_quant.silence import import_hosts
-
-    import_hosts()
-    from lord_quant.budget import apply_plan, write_plan
-    from lord_quant.pipeline import make_plan
-    from lord_quant.report import frontier_table, plan_dict, plan_table, to_json
 
     budget = budget_from(args)
     if budget is None and args.save:
         raise ConfigError("--save is given without a budget; wanted --target-bpw, --target-size or --max-loss")
-    below = ""
+    config = run_of(args, budget)
+    from lord_quant.silence import import_hosts
+
+    import_hosts()
+    from lord_quant.budget import apply_plan, write_plan
+    from lord_quant.checkpoint import check_file
+    from lord_quant.pipeline import make_plan
+    from lord_quant.report import frontier_table, plan_dict, plan_table, to_json
+
+    about, below = {}, ""
+    if args.save:
+        check_file(args.save, overwrite=args.overwrite)
     if budget is not None:
         planner = planner_from(args, config)
         allocation = planner.choose(budget)
         settings = planner.settings(allocation)
-        config = apply_plan(config, settings)
-        points = zip(BUDGETS, planner.frontier(BUDGETS), strict=True)
-        reached = [(limit, planner.bpw(each), each.loss) for limit, each in points if each is not None]
-        below = f"\npredicted loss {allocation.loss:.4f} nats per token; for other budgets:\n\n{frontier_table(reached)}\n"
+        config, about = apply_plan(config, settings), {PLANNED: settings[PLANNED]}
+        if not args.json:
+            points = zip(BUDGETS, planner.frontier(BUDGETS), strict=True)
+            reached = [(limit, planner.bpw(each), each.loss) for limit, each in points if each is not None]
+            below = f"\n{planner.tell(allocation)}; for other budgets:\n\n{frontier_table(reached)}\n"
         if args.save:
             write_plan(settings, args.save)
             below += f"\nwritten to {args.save}\n"
     _, plan = make_plan(config)
-    sys.stdout.write(to_json(plan_dict(plan)) if args.json else plan_table(plan) + "\n" + below)
+    sys.stdout.write(to_json(plan_dict(plan) | about) if args.json else plan_table(plan) + "\n" + below)
     return 0

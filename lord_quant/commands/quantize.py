@@ -6,14 +6,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from lord_quant.commands.options import (
-    add_budget_flags,
-    add_plan_flags,
-    add_run_flags,
-    budget_from,
-    config_from,
-    planner_from,
-)
+from lord_quant.commands.budget_options import add_budget_flags, budget_from, planner_from, run_of
+from lord_quant.commands.options import add_plan_flags, add_run_flags
 
 
 HELP = "Decompose a model, quantize both factors, write a checkpoint that from_pretrained loads."
@@ -45,10 +39,13 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         LordError: Anything wrong, before any weight is read.
     """
-    config = config_from(args)
-    if config.output is None and not args.dry_run:
-        from lord_quant.errors import ConfigError
+    from lord_quant.errors import ConfigError
 
+    budget = budget_from(args)
+    config = run_of(args, budget)
+    if budget is not None and args.dry_run and not args.statistics:
+        raise ConfigError("--dry-run reads no weights, a budget needs statistics; wanted --statistics FILE beside it")
+    if config.output is None and not args.dry_run:
         raise ConfigError("output is not given; wanted a folder to write (--output DIR), or --dry-run")
     from lord_quant.silence import import_hosts
 
@@ -58,14 +55,12 @@ def run(args: argparse.Namespace) -> int:
     from lord_quant.report import human_bytes, human_seconds, plan_summary, plan_table, report_table
 
     say = sys.stdout.write
-    budget = budget_from(args)
     if budget is not None:
         prepare(config, overwrite=args.overwrite)  # refuses what is wrong before the sensitivity pass
         planner = planner_from(args, config)
         allocation = planner.choose(budget)
         config = apply_plan(config, planner.settings(allocation))
-        bpw, loss = planner.bpw(allocation), allocation.loss
-        say(f"planned       {bpw:.3f} bits per weight, predicted loss {loss:.4f} nats per token\n")
+        say(f"planned       {planner.bpw(allocation):.3f} bits per weight, {planner.tell(allocation)}\n")
     job = prepare(config, overwrite=args.overwrite)
     say((plan_table(job.plan) if args.dry_run else plan_summary(job.plan)) + "\n")
     windows = job.windows.input_ids.shape

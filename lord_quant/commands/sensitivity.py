@@ -39,10 +39,11 @@ def run(args: argparse.Namespace) -> int:
 
     import_hosts()
     from lord_quant.budget import sense
+    from lord_quant.checkpoint import check_file
     from lord_quant.report import human_bytes, human_seconds
-    from lord_quant.statistics import check_file, save_statistics
+    from lord_quant.statistics import save_statistics
 
-    path = check_file(output, overwrite=args.overwrite)
+    path = check_file(output, overwrite=args.overwrite, model=config.model, dataset=config.calibration.dataset)
     start = time.perf_counter()
     statistics = sense(config)
     save_statistics(statistics, path)

@@ -48,7 +48,7 @@ def test_a_plan_is_saved_and_run(
     model: Path, data: list[str], statistics: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     plan, out = tmp_path / "plan.yaml", tmp_path / "out"
-    budget = ["--statistics", statistics, "--target-bpw", "2.6"]
+    budget = ["--statistics", statistics, "--target-bpw", "2.6", "--refine", "1"]
     assert run_command("plan", "--model", model, *budget, "--save", plan) == 0
     printed = capfd.readouterr().out
     bpw = yaml.safe_load(plan.read_text())["planned"]["bits_per_weight"]
@@ -74,14 +74,14 @@ def test_a_budget_alone_is_enough(model: Path, data: list[str], tmp_path: Path, 
 
 
 def test_flags_restrict_the_choice(model: Path, statistics: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--model", model, "--statistics", statistics, "--target-bpw", "3.9", "--json"]
+    arguments = ["--model", model, "--statistics", statistics, "--target-bpw", "3.9", "--json", "--refine", "1"]
     assert (
         run_command("plan", *arguments, "--bits", "3", "--group-size", "64", "--form", "pivoted", "--targets", "mlp") == 0
     )
     layers = json.loads(capfd.readouterr().out)["layers"]
     assert {layer["bits"] for layer in layers} == {3} and {layer["group_size"] for layer in layers} == {64}
     assert all(layer["rank"] is None for layer in layers if "attn" in layer["name"])
-    small = ["--model", model, "--statistics", statistics, "--target-bpw", "2.4", "--json"]
+    small = ["--model", model, "--statistics", statistics, "--target-bpw", "2.4", "--json", "--refine", "1"]
     for form, ranked in ((), True), (("--form", "dense"), False):
         assert run_command("plan", *small, *form) == 0
         assert any(layer["rank"] for layer in json.loads(capfd.readouterr().out)["layers"]) == ranked
@@ -97,15 +97,47 @@ def test_flags_restrict_the_choice(model: Path, statistics: Path, capfd: pytest.
         (["--target-bpw", "0.2"], r"BudgetError: no plan is as small as 0\.2; what can be reached is"),
         (["--target-bpw", "3", "--bits", "16"], "BudgetError: bits is 16"),
         (["--target-bpw", "3", "--form", "grouped"], "ConfigError: .*form is 'grouped'"),
-        (["--rank-ratio", "0.5", "--save", "plan.yaml"], "ConfigError: --save is given without a budget"),
+        (["--target-bpw", "3", "--param-ratio", "0.5"], "ConfigError: a budget and --param-ratio are given"),
+        (["--target-bpw", "3", "--force-rank"], "ConfigError: a budget and --force-rank are given"),
+        (["--target-bpw", "3", "--stack", "naive"], "ConfigError: a budget is given for the naive stack"),
+        (["--target-bpw", "3", "--no-sym", "--mse", "0"], "BudgetError: .*other settings: mse 2.0, now 0.0"),
+        (["--rank-ratio", "0.5"], "ConfigError: --statistics is given without a budget"),
     ],
 )
 def test_plan_refuses(
     flags: list[str], error: str, model: Path, statistics: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_command("plan", "--model", model, "--statistics", statistics, *flags) == 2
+    assert run_command("plan", "--model", model, "--statistics", statistics, "--refine", "1", *flags) == 2
     printed = capfd.readouterr()
     assert re.search(error, printed.err, re.DOTALL) and not printed.out
+
+
+def test_a_file_restricts_the_choice_too(
+    model: Path, statistics: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("gptq: {bits: 3, group_size: 64}\nlowrank: {form: pivoted, rank_ratio: 0.5}\njoint: {refine: 1}")
+    arguments = ["--model", model, "--statistics", statistics, "--target-bpw", "3.9", "--json", "--config", file]
+    assert run_command("plan", *arguments) == 0
+    printed = json.loads(capfd.readouterr().out)
+    assert {(layer["bits"], layer["group_size"]) for layer in printed["layers"]} == {(3, 64)}
+    assert printed["planned"]["predicted_loss"] > 0
+    file.write_text("gptq: {bits_pattern: {mlp: 3}}\njoint: {refine: 1}")
+    assert run_command("plan", *arguments) == 2
+    assert "a budget and bits_pattern are given" in capfd.readouterr().err
+
+
+def test_saving_needs_a_budget_and_a_free_place(
+    model: Path, statistics: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command("plan", "--model", model, "--rank-ratio", "0.5", "--save", tmp_path / "plan.yaml") == 2
+    assert "--save is given without a budget" in capfd.readouterr().err
+    budget = ["--statistics", statistics, "--target-bpw", "3", "--refine", "1"]
+    assert run_command("plan", "--model", model, *budget, "--save", tmp_path) == 2
+    assert "is a folder; wanted a file" in capfd.readouterr().err
+    assert run_command("quantize", "--model", model, "--target-bpw", "3", "--dry-run") == 2
+    assert "--dry-run reads no weights" in capfd.readouterr().err
+    assert not any(tmp_path.iterdir())
 
 
 def test_files_that_are_wrong_are_refused(
