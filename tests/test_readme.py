@@ -20,8 +20,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 RUNNABLE = re.findall(r"<!-- run -->\n```(bash|python)\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_readme_shows_the_three_ways_in() -> None:
-    assert [language for language, _ in RUNNABLE] == ["bash", "python", "bash"]
+def test_readme_shows_the_three_ways_in_and_a_budget() -> None:
+    assert [language for language, _ in RUNNABLE] == ["bash", "bash", "python", "bash"]
 
 
 @pytest.mark.slow
@@ -35,7 +35,7 @@ def test_readme_blocks_run_in_order(tmp_path: Path) -> None:
         command = ["bash", "-euo", "pipefail", "-c", block] if language == "bash" else [sys.executable, "-c", block]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
-    for folder in ("cli", "python-config", "python-quantizer"):
+    for folder in ("cli", "planned", "python-config", "python-quantizer"):
         config = json.loads((tmp_path / "out" / folder / "config.json").read_text())
         assert config["quantization_config"]["quant_method"] == "lord_gptq"
     assert "pass@1" in done.stdout
