@@ -42,7 +42,6 @@ def budget_from(args: argparse.Namespace) -> Budget | None:
         BudgetError: More than one is given, or it is illegal.
         ConfigError: Something stands beside it, or without it, that has no meaning there.
     """
-    from lord_quant.budget import Budget, parse_size
     from lord_quant.errors import ConfigError
 
     given = vars(args)
@@ -54,6 +53,11 @@ def budget_from(args: argparse.Namespace) -> Budget | None:
     beside = [f"--{name.replace('_', '-')}" for name in BESIDE if given.get(name) is not None]
     if beside:
         raise ConfigError(f"a budget and {', '.join(beside)} are given; wanted one or the other")
+    from lord_quant.silence import import_hosts
+
+    import_hosts()
+    from lord_quant.budget import Budget, parse_size
+
     if "target_size" in wanted:
         wanted["target_size"] = parse_size(wanted["target_size"])
     return Budget(**wanted)

@@ -18,7 +18,6 @@ EXAMPLES = """examples:
   optimum-cli lord plan --model ./my-model --statistics my-model.stats --target-size 4GB
   optimum-cli lord plan --config run.yaml --json > plan.json
 """
-PLANNED = "planned"
 BUDGETS = (2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0, 4.25)
 """Bits per weight of the predicted frontier."""
 
@@ -44,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from lord_quant.silence import import_hosts
 
     import_hosts()
-    from lord_quant.budget import apply_plan, write_plan
+    from lord_quant.budget import PLANNED, apply_plan, write_plan
     from lord_quant.checkpoint import check_file
     from lord_quant.pipeline import make_plan
     from lord_quant.report import frontier_table, plan_dict, plan_table, to_json
