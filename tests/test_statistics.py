@@ -44,8 +44,7 @@ def statistics() -> Statistics:
     return measured(tiny_model("llama"))
 
 
-@pytest.mark.parametrize("family", ["bigcode", "codegen", "qwen2"])
-@pytest.mark.parametrize("fisher", [True, False])
+@pytest.mark.parametrize(("family", "fisher"), [("bigcode", True), ("codegen", False), ("qwen2", True)])
 def test_every_layer_is_probed_on_what_it_sees_in_the_dense_model(family: str, fisher: bool) -> None:
     model = tiny_model(family)
     before = copy.deepcopy(model.state_dict())

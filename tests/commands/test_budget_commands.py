@@ -66,6 +66,7 @@ def test_a_plan_is_saved_and_run(
     assert torch.isfinite(loaded(torch.arange(8)[None]).logits).all()
 
 
+@pytest.mark.slow
 def test_a_budget_alone_is_enough(model: Path, data: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert run_command("quantize", "--model", model, *data, "--target-bpw", "3.0", "--output", out) == 0
