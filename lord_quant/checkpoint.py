@@ -5,7 +5,8 @@ A checkpoint is an ordinary transformers folder (safetensors, config.json, token
 one of two methods of this package:
 
 * ``lord_gptq``: layers packed by GPTQ, some of them replaced by two packed factors (`rank_pattern`, possibly empty), each
-  layer with bits and group size of its own where `bits_pattern` and `group_size_pattern` name it;
+  layer with bits and group size of its own where `bits_pattern` and `group_size_pattern` name it, grouped layers with the
+  one whose `down` they use (`group_pattern`);
 * ``lord``: float low-rank factors, nothing packed.
 
 Beside the weights lie `lord_report.json` (what was done and measured) and `README.md` (the model card).
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 METHOD_GPTQ = "lord_gptq"
 METHOD_FLOAT = "lord"
 REPORT_NAME = "lord_report.json"
-PATTERNS = ("rank_pattern", "form_pattern", "bits_pattern", "group_size_pattern")
-"""What a configuration says of layers, by full module path of the dense layer."""
+PATTERNS = ("rank_pattern", "form_pattern", "group_pattern", "bits_pattern", "group_size_pattern")
+"""What a configuration says of layers, by full module path of the dense layer; bits also of a factor."""
 
 
 def quantization_config(plan: Plan, gptq: GptqConfig, host_format: str) -> dict[str, Any]:
@@ -58,6 +59,8 @@ def quantization_config(plan: Plan, gptq: GptqConfig, host_format: str) -> dict[
     }
     if plan.form_pattern:
         values["form_pattern"] = plan.form_pattern
+    if plan.group_pattern:
+        values["group_pattern"] = plan.group_pattern
     if plan.bits != FLOAT_BITS:
         values |= {
             "bits": plan.bits,
@@ -76,8 +79,8 @@ def quantization_config(plan: Plan, gptq: GptqConfig, host_format: str) -> dict[
 
 
 def format_version(plan: Plan) -> int:
-    """Returns the version a checkpoint of this plan has: all but mixed ones can be read by releases before that was one."""
-    return FORMAT_VERSION if plan.mixed else UNIFORM_FORMAT_VERSION
+    """Returns the version a checkpoint of this plan has: the older one where nothing in it is newer."""
+    return FORMAT_VERSION if plan.mixed or plan.group_pattern else UNIFORM_FORMAT_VERSION
 
 
 def check_version(values: Mapping[str, Any]) -> None:

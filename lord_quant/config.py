@@ -25,7 +25,7 @@ BITS = (*PACKED_BITS, FLOAT_BITS)
 GROUP_SIZES = (32, 64, 128, 256)
 """Group sizes that every kernel of the host accepts at 4 bits on the CPU."""
 STACKS = ("joint", "naive")
-FORMS = ("two_factor", "pivoted")
+FORMS = ("two_factor", "pivoted", "grouped")
 ORDERS = ("auto", "down_first", "up_first")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -120,7 +120,8 @@ class LowrankConfig:
         rank_pattern: Explicit ranks by layer pattern; layers it does not name stay dense.
         targets: Presets and patterns of the layers to decompose (see `targets.select`).
         ignore: Patterns taken away from the targets.
-        form: How a decomposed layer is stored: `two_factor`, or `pivoted` with rank² weights fewer, exact in float.
+        form: How a decomposed layer is stored: `two_factor`; `pivoted`, with rank² weights fewer, exact in float; or
+            `grouped`, layers with one input (q, k and v; gate and up) sharing `down`, all others as `two_factor`.
         form_pattern: Form by layer pattern, of layers that get a rank; `form` is that of the others.
         force_rank: Decompose also where that makes a layer larger.
         mean_correction: Correct the bias for the mean input; adds a bias to layers that had none.
@@ -178,8 +179,8 @@ class GptqConfig:
     Attributes:
         bits: 8, 4, 3 or 2; 16 leaves weights in float.
         group_size: Inputs that share one scale; None takes the largest of 128, 64, 32 that suits the model's shapes.
-        bits_pattern: Bits by layer pattern, later entries winning; `bits` is that of the other layers. Both factors of a
-            layer share its bits.
+        bits_pattern: Bits by layer pattern, later entries winning; `bits` is that of the other layers. A pattern that ends
+            in ``.down`` or ``.up`` means that factor of the layers it names.
         group_size_pattern: Group size by layer pattern, likewise.
         sym: Symmetric quantization: zeros in the middle. Zeros are stored either way, so asymmetric grids, which are
             better, cost no byte; some GPU kernels (Marlin) want symmetric ones.
@@ -294,6 +295,9 @@ class LordConfig:
         given = [name for name in ("bits_pattern", "group_size_pattern") if getattr(self.gptq, name)]
         if self.stack == "naive" and given:
             problems.append(f"{' and '.join(given)} given: the naive stack packs all layers alike; wanted --stack joint")
+        forms = {self.lowrank.form, *(self.lowrank.form_pattern or {}).values()}
+        if self.stack == "naive" and "grouped" in forms:
+            problems.append("form is 'grouped': the naive stack decomposes every layer alone; wanted --stack joint")
         _check(problems, "run")
 
     def to_dict(self) -> dict[str, Any]:

@@ -75,6 +75,71 @@ class PivotedLinear(nn.Module):
         return torch.cat((z, self.up(z)), dim=-1).index_select(-1, self.order.int())
 
 
+class GroupedLinear(nn.Module):
+    """One of several layers with the same input, which share a bottleneck: y = up(z), where z = down(x) is computed once.
+
+    The first of them, the leader, holds `down`; all hold their own `up`. They stay separate modules, as the model calls
+    them one by one, and meet in a `Bottleneck`, which is no module: `down` is registered, and stored, once.
+
+    Args:
+        bottleneck: What the group shares; the layer joins it.
+        in_features: Input features, for the leader; None for the others.
+        rank: Width of the bottleneck.
+        out_features: Output features.
+        bias: Whether `up` has a bias; `down` never has one.
+    """
+
+    def __init__(
+        self,
+        bottleneck: Bottleneck,
+        in_features: int | None,
+        rank: int,
+        out_features: int,
+        bias: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if in_features is not None:
+            self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+            bottleneck.leader = self
+        self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+        self.bottleneck = bottleneck
+        bottleneck.members += 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps (..., in_features) to (..., out_features)."""
+        return self.up(self.bottleneck(x))
+
+
+class Bottleneck:
+    """What the layers of a group share: the leader's `down`, and its latest output until every member has taken it.
+
+    An input is known again by identity, not by value: the layer that is called first computes z, the others find it. A
+    layer that is fed anything else computes its own, so the outputs are right whatever the model does.
+    """
+
+    def __init__(self) -> None:
+        self.leader: GroupedLinear | None = None
+        self.members = 0
+        self._latest: tuple[torch.Tensor, torch.Tensor, int] | None = None  # input, output, members yet to come
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps (..., in_features) to (..., rank)."""
+        latest = self._latest
+        if latest is not None and latest[0] is x:
+            _, z, left = latest
+        else:
+            assert self.leader is not None  # it joins first
+            z, left = self.leader.down(x), self.members
+        # Forgotten with the last one: a finished forward pass leaves no activations behind.
+        self._latest = (x, z, left - 1) if left > 1 else None
+        return z
+
+    def __getstate__(self) -> dict[str, object]:
+        return vars(self) | {"_latest": None}  # activations are not copied
+
+
 def order_dtype(out_features: int) -> torch.dtype:
     """Returns the smallest integer dtype that indexes `out_features` outputs."""
     return torch.int16 if out_features <= torch.iinfo(torch.int16).max + 1 else torch.int32

@@ -42,7 +42,7 @@ from lord_quant.linalg import require_finite
 from lord_quant.plan import LayerPlan, Plan, build_plan
 from lord_quant.report import build_report, model_card, to_json
 from lord_quant.sensitivity import Sensitivity
-from lord_quant.solver import Solver, make_solver
+from lord_quant.solver import Solvers, make_solver
 from lord_quant.source import (
     Source,
     build_skeleton,
@@ -228,7 +228,7 @@ def _compress_jointly(
     phases, quantized = Phases(), list[backend.GptqRecord]()
     solve = None
     if plan.bits != FLOAT_BITS:
-        solve = functools.partial(_solver_of, gptq=config.gptq, num_tokens=windows.num_tokens)
+        solve = functools.partial(_solvers_of, gptq=config.gptq, num_tokens=windows.num_tokens)
     dtype = torch.float64 if config.lowrank.float64 else torch.float32
     batches, sensitivity = windows.batches(config.calibration.batch_size), None
     few = _fisher_windows(windows, config)
@@ -253,8 +253,9 @@ def _compress_jointly(
     return Compressed(stacked.records, quantized, phases.seconds)
 
 
-def _solver_of(layer: LayerPlan, gptq: GptqConfig, num_tokens: int) -> Solver:
-    return make_solver(dataclasses.replace(gptq, bits=layer.bits), layer.group_size, num_tokens)
+def _solvers_of(layer: LayerPlan, gptq: GptqConfig, num_tokens: int) -> Solvers:
+    widths = (layer.bits, layer.up_bits)
+    return Solvers(*(make_solver(dataclasses.replace(gptq, bits=bits), layer.group_size, num_tokens) for bits in widths))
 
 
 def _fisher_windows(windows: TokenWindows, config: LordConfig) -> torch.Tensor:

@@ -19,15 +19,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from lord_quant.config import FORMS, GROUP_SIZES
+from lord_quant.config import GROUP_SIZES
 from lord_quant.errors import BudgetError
-from lord_quant.plan import factor_shapes, linear_bytes, order_bytes, rank_step
+from lord_quant.layer_bytes import PIVOTED, TWO_FACTOR, factor_shapes, linear_bytes, order_bytes, rank_step
 from lord_quant.probe import LayerLoss
 from lord_quant.targets import LinearSite
 
 
 DENSE = "dense"
-TWO_FACTOR, PIVOTED = FORMS
+
 PACKED_BITS = (2, 3, 4, 8)
 RANKS = 64
 """Most ranks tried per form and group size."""

@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import torch
 
 from lord_quant.config import GptqConfig, JointConfig
+from lord_quant.layer_bytes import PACK_MULTIPLE
 from lord_quant.linalg import require_finite
 from lord_quant.moments import Moments, PairedMoments
-from lord_quant.plan import PACK_MULTIPLE
 from lord_quant.refine import refine
 from lord_quant.solver import make_solver
 from lord_quant.stack import stack_layer, truncate, unit_metric

@@ -27,6 +27,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -38,6 +39,14 @@ from lord_quant.refine import Quantized
 
 Solver = Callable[[torch.Tensor, torch.Tensor], Quantized]
 """Quantizes a weight (m, n) in the metric of a Hessian (n, n)."""
+
+
+class Solvers(NamedTuple):
+    """The solvers of a layer's factors, which may differ in bits; a layer that stays dense has that of `down`."""
+
+    down: Solver
+    up: Solver
+
 
 COLUMNS = 32
 """Columns done before later ones hear of it."""

@@ -19,7 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"errors", "linalg", "modules", "version", "silence"},
     {"config", "moments", "decompose", "refine", "corpus"},
-    {"calibration", "targets", "plan", "solver"},
+    {"calibration", "targets", "layer_bytes", "ranks", "plan", "solver"},
     {
         "sensitivity",
         "stack",

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from lord_quant.config import BITS, GptqConfig, LowrankConfig
 from lord_quant.errors import GroupSizeError, RankError, TargetError
-from lord_quant.plan import Plan, build_plan, check_packable, choose_group_size, linear_bytes, rank_step
+from lord_quant.layer_bytes import linear_bytes, rank_step
+from lord_quant.plan import Plan, build_plan, check_packable, choose_group_size
 from lord_quant.targets import LinearSite
 
 

@@ -23,7 +23,7 @@ from lord_quant.backends import gptq as backend
 from lord_quant.checkpoint import METHOD_FLOAT, METHOD_GPTQ, check_tensors, check_version
 from lord_quant.config import GROUP_SIZES, PACKED_BITS, pattern_problems
 from lord_quant.errors import CheckpointError, ConfigError, unknown_keys
-from lord_quant.plan import Packing
+from lord_quant.layer_bytes import Packing
 from lord_quant.silence import hush
 from lord_quant.surgery import apply_rank_pattern, is_compressed, is_low_rank
 from lord_quant.targets import find_linears
@@ -77,7 +77,8 @@ class LordGPTQConfig(GPTQConfig):
         seed: Seed of the sampling generator.
         tokenizer: Tokenizer or path; None takes the model's own.
         group_size: Inputs per scale; None takes the largest that suits the model's shapes.
-        bits_pattern: Bits by layer pattern, where they are not `bits`; in a saved checkpoint, by full module path.
+        group_pattern: In a saved checkpoint, the leader of every grouped layer that uses another's `down`.
+        bits_pattern: Bits by layer or factor pattern, where they are not `bits`; in a saved checkpoint, by full path.
         group_size_pattern: Group size by layer pattern, likewise.
         **kwargs: What `GPTQConfig` takes: `sym`, `desc_act`, `damp_percent`, `true_sequential`, …; `backend` when a
             checkpoint is loaded.
@@ -120,6 +121,7 @@ class LordGPTQConfig(GPTQConfig):
         tokenizer: Any = None,
         group_size: int | None = None,
         form_pattern: Mapping[str, str] | None = None,
+        group_pattern: Mapping[str, str] | None = None,
         bits_pattern: Mapping[str, int] | None = None,
         group_size_pattern: Mapping[str, int] | None = None,
         format_version: int = FORMAT_VERSION,
@@ -127,7 +129,7 @@ class LordGPTQConfig(GPTQConfig):
         **kwargs: Any,
     ) -> None:
         packing = {"bits_pattern": bits_pattern, "group_size_pattern": group_size_pattern}
-        patterns = {"rank_pattern": rank_pattern, "form_pattern": form_pattern, **packing}
+        patterns = {"rank_pattern": rank_pattern, "form_pattern": form_pattern, "group_pattern": group_pattern, **packing}
         check_version({"format_version": format_version, **patterns})
         kwargs.pop("quant_method", None)
         unknown = unknown_keys(
@@ -152,6 +154,7 @@ class LordGPTQConfig(GPTQConfig):
         self.anchor, self.rotate, self.refit, self.order = anchor, rotate, refit, order
         self.deflate, self.refine, self.fisher, self.fisher_samples = deflate, refine, fisher, fisher_samples
         self.form_pattern = dict(form_pattern) if form_pattern else None
+        self.group_pattern = dict(group_pattern) if group_pattern else None
         self.bits_pattern = dict(bits_pattern) if bits_pattern else None
         self.group_size_pattern = dict(group_size_pattern) if group_size_pattern else None
         self.dataset, self.text_key = dataset, text_key
@@ -215,6 +218,7 @@ class LordConfigFloat(QuantizationConfigMixin):
         rank_pattern: Rank by full module path.
         mean_correction: Whether every low-rank layer has a bias.
         form_pattern: Form by full module path, of those that are not `two_factor`.
+        group_pattern: Leader by full module path, of grouped layers that use another's `down`.
         format_version: Version of the checkpoint format.
         lord_quant_version: Version that wrote it.
     """
@@ -224,11 +228,13 @@ class LordConfigFloat(QuantizationConfigMixin):
         rank_pattern: Mapping[str, int] | None = None,
         mean_correction: bool = True,
         form_pattern: Mapping[str, str] | None = None,
+        group_pattern: Mapping[str, str] | None = None,
         format_version: int = FORMAT_VERSION,
         lord_quant_version: str = __version__,
         **kwargs: Any,
     ) -> None:
-        check_version({"format_version": format_version, "rank_pattern": rank_pattern, "form_pattern": form_pattern})
+        patterns = {"rank_pattern": rank_pattern, "form_pattern": form_pattern, "group_pattern": group_pattern}
+        check_version({"format_version": format_version, **patterns})
         kwargs.pop("quant_method", None)
         unknown = unknown_keys(kwargs, _own_arguments(type(self)), "quantization_config")
         if unknown:
@@ -236,7 +242,7 @@ class LordConfigFloat(QuantizationConfigMixin):
         self.quant_method: Any = METHOD_FLOAT
         self.rank_pattern = dict(rank_pattern or {})
         self.mean_correction = mean_correction
-        self.form_pattern = dict(form_pattern or {})
+        self.form_pattern, self.group_pattern = dict(form_pattern or {}), dict(group_pattern or {})
         self.format_version, self.lord_quant_version = format_version, lord_quant_version
 
 
@@ -259,7 +265,8 @@ class LordGptqHfQuantizer(GptqHfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         ours = self.quantization_config
         if self.pre_quantized:
-            apply_rank_pattern(model, ours.rank_pattern or {}, ours.mean_correction, ours.form_pattern)
+            patterns = ours.form_pattern, ours.group_pattern
+            apply_rank_pattern(model, ours.rank_pattern or {}, ours.mean_correction, *patterns)
         with hush("transformers"):  # the host reads every attribute of every module
             if self.pre_quantized and (ours.bits_pattern or ours.group_size_pattern):
                 packings = _packings(model, ours)
@@ -295,7 +302,7 @@ class LordHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         ours = self.quantization_config
-        apply_rank_pattern(model, ours.rank_pattern, ours.mean_correction, ours.form_pattern)
+        apply_rank_pattern(model, ours.rank_pattern, ours.mean_correction, ours.form_pattern, ours.group_pattern)
         _check_files(model, _block_path(model), kwargs.get("checkpoint_files"))
         _protect_from_initialization(model)
 
@@ -330,18 +337,18 @@ def _packings(model: torch.nn.Module, wanted: LordGPTQConfig) -> dict[str, Packi
     for site in find_linears(model):
         parent = site.name.rpartition(".")[0]
         owners[site.name] = parent if is_low_rank(model.get_submodule(parent)) else site.name
-    known = set(owners.values())
+    known = {"bits_pattern": {*owners, *owners.values()}, "group_size_pattern": set(owners.values())}
     problems = pattern_problems("bits_pattern", bits, PACKED_BITS)
     problems += pattern_problems("group_size_pattern", sizes, GROUP_SIZES)
     for name, pattern in zip(_PACKING_PATTERNS, (bits, sizes), strict=True):
-        unknown = [key for key in pattern if key not in known]
+        unknown = [key for key in pattern if key not in known[name]]
         problems += [f"{name} names {key!r}, which {type(model).__name__} does not have" for key in unknown]
     if problems:
         raise CheckpointError(
             "\n  ".join(["quantization_config does not fit the model (was it edited, or is it another's?):", *problems])
         )
     size = wanted.group_size or -1
-    return {name: Packing(bits.get(own, wanted.bits), sizes.get(own, size)) for name, own in owners.items()}
+    return {name: Packing(bits.get(name, bits.get(own, wanted.bits)), sizes.get(own, size)) for name, own in owners.items()}
 
 
 def _block_path(model: torch.nn.Module) -> str:
