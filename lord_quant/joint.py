@@ -239,7 +239,7 @@ def _parts(layers: Sequence[LayerPlan], quantized: Mapping[str, Quantized]) -> d
     whole = found.pop(f"{layers[0].name}.up")
     parts = zip(*(tensor.split(sizes) for tensor in (whole.codes, whole.scales, whole.zeros)), strict=True)
     for layer, (codes, scales, zeros) in zip(layers, parts, strict=True):
-        own = whole._replace(codes=codes, scales=scales, zeros=zeros)
+        own = whole._replace(codes=codes, scales=scales, zeros=zeros, g_idx=whole.g_idx.clone())  # hosts pack in place
         found[f"{layer.name}.up"] = own if layer is layers[0] else own._replace(loss=None, seconds=0.0)
     return found
 

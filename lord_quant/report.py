@@ -74,7 +74,17 @@ def plan_table(plan: Plan) -> str:
         for layer in plan.layers
     ]
     form = ["form"] if plan.form_pattern else []
-    headers = ["layer", "out x in", "rank", *form, *(["bits", "group"] if plan.mixed else []), "kept", "bytes", "bpw", "note"]
+    headers = [
+        "layer",
+        "out x in",
+        "rank",
+        *form,
+        *(["bits", "group"] if plan.mixed else []),
+        "kept",
+        "bytes",
+        "bpw",
+        "note",
+    ]
     if not any(layer.note for layer in plan.layers):
         headers, rows = headers[:-1], [row[:-1] for row in rows]
     sides = ["right" if header not in ("layer", "form", "note") else "left" for header in headers]
