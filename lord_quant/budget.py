@@ -18,7 +18,7 @@ from lord_quant.checkpoint import atomic_file, weight_files
 from lord_quant.config import LordConfig, read_yaml
 from lord_quant.errors import BudgetError, ConfigError
 from lord_quant.pipeline import Job, backward_batches, plan_model, prepare
-from lord_quant.planner import DENSE, Allocation, Candidate, Menu
+from lord_quant.planner import DENSE, Allocation, Choice, Menu
 from lord_quant.sensitivity import Sensitivity
 from lord_quant.source import Source, build_skeleton, inspect_source, load_model
 from lord_quant.statistics import Statistics, measure_statistics, model_digest
@@ -147,16 +147,9 @@ class Planner:
         gptq = dataclasses.replace(config.gptq, bits=4, group_size=None, bits_pattern=None, group_size_pattern=None)
         alone = dataclasses.replace(config, lowrank=lowrank, gptq=gptq)
         plan = plan_model(build_skeleton(source), alone, source.dtype.itemsize)
-        targeted = select(list(statistics.sites.values()), lowrank.targets, lowrank.ignore)
-        dense = dataclasses.replace(menu, forms=(DENSE,))
+        menu = dataclasses.replace(menu, itemsize=source.dtype.itemsize)
         self.statistics, self.menu = statistics, menu
-        self.menus = {
-            name: (menu if name in targeted else dense).of(statistics.sites[name], loss)
-            for name, loss in statistics.losses.items()
-        }
-        empty = [name for name, candidates in self.menus.items() if not candidates]
-        if empty:
-            raise BudgetError(f"no candidate is left for {', '.join(empty[:5])}; wanted more forms, bits or group sizes")
+        self.menus = _menus(statistics, menu, select(list(statistics.sites.values()), lowrank.targets, lowrank.ignore))
         self.uniform = planner.uniform_plans(statistics.sites, statistics.losses, menu)
         self.dense_weights = sum(layer.dense_weights for layer in plan.layers)
         self.other_bytes = plan.other_bytes + sum(layer.bias_bytes for layer in plan.layers)
@@ -206,8 +199,8 @@ class Planner:
         return [planner.allocate(self.menus, limit, self.uniform) if limit >= smallest else None for limit in allowed]
 
     def _extreme(self, pick: Any) -> Allocation:
-        chosen: dict[str, Candidate] = {name: pick(candidates) for name, candidates in self.menus.items()}
-        return planner.total(chosen)
+        choices: list[Choice] = [pick(menu, key=lambda choice: choice.num_bytes) for menu in self.menus]
+        return planner.total({name: part for choice in choices for name, part in choice.parts})
 
     def _smallest_below(self, max_loss: float, smallest: Allocation, largest: Allocation) -> Allocation:
         if largest.loss > max_loss:
@@ -236,6 +229,21 @@ class Planner:
         sections = planner.patterns(allocation)
         lowrank = sections["lowrank"] | {"mean_correction": self.menu.mean_correction}
         return {PLANNED: about, **sections, "lowrank": lowrank}
+
+
+def _menus(statistics: Statistics, menu: Menu, targeted: frozenset[str]) -> list[list[Choice]]:
+    """Returns the choices of every unit: layers alone, and those with one input together."""
+    dense, sites = dataclasses.replace(menu, forms=(DENSE,)), statistics.sites
+    menus = {name: (menu if name in targeted else dense).of(sites[name], loss) for name, loss in statistics.losses.items()}
+    empty = [name for name, candidates in menus.items() if not candidates]
+    if empty:
+        raise BudgetError(f"no candidate is left for {', '.join(empty[:5])}; wanted more forms, bits or group sizes")
+    units = []
+    for names, loss in statistics.groups.items():
+        if targeted.issuperset(names):
+            grouped = menu.of_group([sites[name] for name in names], statistics.site_of(names), loss)
+            units.append(planner.merged({name: menus.pop(name) for name in names}, grouped))
+    return [*units, *(planner.single(name, candidates) for name, candidates in menus.items())]
 
 
 def write_plan(settings: Mapping[str, Any], path: str | Path) -> None:

@@ -9,26 +9,38 @@ convex hull of its menu. As λ falls, layers step along their hulls, and the ste
 the exact answer for every budget that a whole number of steps reaches (Everett, Operations Research 11(3), 1963). Steps
 that no longer fit are passed over, and what is left of the budget goes to the best single exchanges, hull or not, until
 none fits. Uniform plans are always compared: the answer is never predicted to be worse than any of them.
+
+Layers with one input may be grouped, so they choose together: what they would choose one by one along their merged hulls,
+or a bottleneck they share. Such a unit's menu has choices for all its layers.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from lord_quant.config import GROUP_SIZES
+from lord_quant.config import FLOAT_BITS, FORMS, GROUP_SIZES, PACKED_BITS
 from lord_quant.errors import BudgetError
-from lord_quant.layer_bytes import PIVOTED, TWO_FACTOR, factor_shapes, linear_bytes, order_bytes, rank_step
-from lord_quant.probe import LayerLoss
+from lord_quant.layer_bytes import (
+    GROUPED,
+    PIVOTED,
+    TWO_FACTOR,
+    factor_shapes,
+    linear_bytes,
+    num_weights,
+    order_bytes,
+    rank_step,
+)
+from lord_quant.probe import LayerLoss, noise_at
 from lord_quant.targets import LinearSite
 
 
 DENSE = "dense"
 
-PACKED_BITS = (2, 3, 4, 8)
 RANKS = 64
 """Most ranks tried per form and group size."""
 CAUTION = 4.0
@@ -44,11 +56,12 @@ class Candidate(NamedTuple):
 
     Attributes:
         num_bytes: Stored bytes: weights, scales, zeros, indices, added biases.
-        loss: Predicted, in nats per token.
-        form: `dense`, `two_factor` or `pivoted`.
+        loss: Predicted, in nats per token; of grouped layers, all of it with their leader.
+        form: `dense`, `two_factor`, `pivoted` or `grouped`.
         rank: Of its factors, or None.
-        bits: Of every packed weight.
+        bits: Of the dense layer's weights, or of `down`.
         group_size: Inputs per scale.
+        up_bits: Of `up`; of a dense layer, the same as `bits`.
     """
 
     num_bytes: int
@@ -57,6 +70,15 @@ class Candidate(NamedTuple):
     rank: int | None
     bits: int
     group_size: int
+    up_bits: int
+
+
+class Choice(NamedTuple):
+    """What may become of a unit: one candidate for each of its layers, by full path, and what they add up to."""
+
+    num_bytes: int
+    loss: float
+    parts: tuple[tuple[str, Candidate], ...]
 
 
 @dataclass(frozen=True)
@@ -65,63 +87,110 @@ class Menu:
 
     Attributes:
         forms: Forms allowed.
-        bits: Bit widths allowed.
+        bits: Bit widths allowed; 16 for float, with no other.
         group_sizes: Group sizes allowed.
         mean_correction: Whether factors get a bias their layer did not have.
+        itemsize: Bytes of a float value.
     """
 
-    forms: tuple[str, ...] = (DENSE, TWO_FACTOR, PIVOTED)
+    forms: tuple[str, ...] = (DENSE, *FORMS)
     bits: tuple[int, ...] = PACKED_BITS
     group_sizes: tuple[int, ...] = GROUP_SIZES
     mean_correction: bool = True
+    itemsize: int = 2
 
     def of(self, site: LinearSite, loss: LayerLoss) -> list[Candidate]:
         """Returns a layer's candidates, smallest first, without those that another one beats in bytes and in loss."""
-        tail = loss.tail.tolist()
         found = []
-        for group_size in (size for size in self.group_sizes if size in loss.groups):
-            shapes = list(self._shapes(site, loss, group_size))
-            for bits in self.bits:
-                noise = loss.factor_noise(bits, group_size)
-                for form, rank in shapes:
-                    if rank is None:
-                        lost = loss.of_dense(bits, group_size)
-                    else:
-                        noisier = PIVOTED_NOISE if form == PIVOTED else 1.0
-                        lost = CAUTION * tail[rank] + noisier * noise * (tail[0] - tail[rank])
-                    size = _stored_bytes(site, form, rank, bits, group_size, self.mean_correction)
-                    found.append(Candidate(size, lost, form, rank, bits, group_size))
+        for group_size in self._group_sizes(loss):
+            if DENSE in self.forms:
+                found += [self._dense(site, loss, bits, group_size) for bits in self.bits]
+            for form in (TWO_FACTOR, PIVOTED):
+                if form in self.forms:
+                    found += self._factored(site, loss, form, group_size)
         return _undominated(found)
 
-    def _shapes(self, site: LinearSite, loss: LayerLoss, group_size: int) -> Iterator[tuple[str, int | None]]:
-        """Yields forms and ranks, `RANKS` at most; ranks only where factors hold fewer weights than the layer."""
-        if DENSE in self.forms:
-            yield DENSE, None
-        smaller, step = min(site.in_features, site.out_features), rank_step(group_size)
+    def of_group(self, sites: Sequence[LinearSite], whole: LinearSite, loss: LayerLoss) -> list[Choice]:
+        """Returns the choices that give layers with one input a shared bottleneck.
+
+        Args:
+            sites: The layers; the first becomes the leader.
+            whole: The layer that all their outputs make.
+            loss: What that would lose.
+        """
+        unlike = len({site.has_bias for site in sites}) > 1 and not self.mean_correction
+        if GROUPED not in self.forms or unlike:
+            return []
+        found = []
+        for group_size in self._group_sizes(loss):
+            for each in self._factored(whole, loss, GROUPED, group_size):
+                parts = []
+                for site in sites:
+                    shapes = factor_shapes(site.in_features, site.out_features, each.rank or 0, GROUPED)
+                    size = linear_bytes(*shapes[".up"], False, each.up_bits, group_size, self.itemsize).weight
+                    if site is sites[0]:
+                        size += linear_bytes(*shapes[".down"], False, each.bits, group_size, self.itemsize).weight
+                    size += self._added_bias(site)
+                    own = each._replace(num_bytes=size, loss=each.loss if site is sites[0] else 0.0)
+                    parts.append((site.name, own))
+                found.append(Choice(sum(part.num_bytes for _, part in parts), each.loss, tuple(parts)))
+        return _undominated(found)
+
+    def _group_sizes(self, loss: LayerLoss) -> Iterator[int]:
+        return (size for size in self.group_sizes if size in loss.groups)
+
+    def _added_bias(self, site: LinearSite) -> int:
+        item = self.itemsize if FLOAT_BITS in self.bits else 2
+        return item * site.out_features if self.mean_correction and not site.has_bias else 0
+
+    def _dense(self, site: LinearSite, loss: LayerLoss, bits: int, group_size: int) -> Candidate:
+        size = linear_bytes(site.in_features, site.out_features, site.has_bias, bits, group_size, self.itemsize).weight
+        return Candidate(size, loss.of_dense(bits, group_size), DENSE, None, bits, group_size, bits)
+
+    def _factored(self, site: LinearSite, loss: LayerLoss, form: str, group_size: int) -> Iterator[Candidate]:
+        """Yields candidates of a form, `RANKS` ranks at most, only where factors hold fewer weights than the layer."""
+        if loss.down is None or loss.up is None:
+            return
+        inputs, outputs = site.in_features, site.out_features
+        smaller, step = min(inputs, outputs), rank_step(group_size)
         step *= math.ceil(smaller / step / RANKS)
-        for form in (TWO_FACTOR, PIVOTED):
-            if form not in self.forms or loss.share is None:
-                continue
-            for rank in range(step, smaller + 1, step):
-                shapes = factor_shapes(site.in_features, site.out_features, rank, form)
-                if sum(math.prod(shape) for shape in shapes.values()) >= site.in_features * site.out_features:
-                    break
-                yield form, rank
+        fixed = self._added_bias(site) + (order_bytes(outputs) if form == PIVOTED else 0)
+        noisier = loss.groups[group_size] * (PIVOTED_NOISE if form == PIVOTED else 1.0)
+        whole = float(loss.tail[0])
+        for rank in range(step, smaller + 1, step):
+            shapes = factor_shapes(inputs, outputs, rank, form)
+            if num_weights(shapes) >= inputs * outputs:
+                break
+            cut = float(loss.tail[rank])
+            scale = noisier * (whole - cut)
+            sides = [
+                {
+                    bits: (
+                        linear_bytes(*shapes[suffix], False, bits, group_size, self.itemsize).weight,
+                        scale * noise.at(rank) * noise_at(noise.by_bits, bits),
+                    )
+                    for bits in self.bits
+                }
+                for suffix, noise in ((".down", loss.down), (".up", loss.up))
+            ]
+            for bits, up_bits in self._widths(form):
+                (down_bytes, down_loss), (up_bytes, up_loss) = sides[0][bits], sides[1][up_bits]
+                size, lost = fixed + down_bytes + up_bytes, CAUTION * cut + down_loss + up_loss
+                yield Candidate(size, lost, form, rank, bits, group_size, up_bits)
+
+    def _widths(self, form: str) -> list[tuple[int, int]]:
+        """Returns the bits of both factors: neighbours among those allowed; of the pivoted form, the same."""
+        apart = 0 if form == PIVOTED else 1
+        places = dict(enumerate(sorted(self.bits)))
+        return [(places[i], places[j]) for i in places for j in places if abs(i - j) <= apart]
 
 
-def _stored_bytes(site: LinearSite, form: str, rank: int | None, bits: int, group_size: int, mean_correction: bool) -> int:
-    """Returns what counts towards bits per weight, as `LayerPlan.counted_bytes` does."""
-    if rank is None:
-        return linear_bytes(site.in_features, site.out_features, site.has_bias, bits, group_size, 2).weight
-    shapes = factor_shapes(site.in_features, site.out_features, rank, form)
-    size = sum(linear_bytes(*shape, False, bits, group_size, 2).weight for shape in shapes.values())
-    size += order_bytes(site.out_features) if form == PIVOTED else 0
-    return size + (2 * site.out_features if mean_correction and not site.has_bias else 0)
+_Sized = TypeVar("_Sized", Candidate, Choice)
 
 
-def _undominated(candidates: Iterable[Candidate]) -> list[Candidate]:
-    front: list[Candidate] = []
-    for candidate in sorted(candidates):
+def _undominated(candidates: Iterable[_Sized]) -> list[_Sized]:
+    front: list[_Sized] = []
+    for candidate in sorted(candidates, key=lambda each: (each.num_bytes, each.loss)):
         if not front or candidate.loss < front[-1].loss:
             front.append(candidate)
     return front
@@ -135,44 +204,66 @@ class Allocation(NamedTuple):
     loss: float
 
 
-def allocate(menus: Mapping[str, Sequence[Candidate]], budget: float, others: Iterable[Allocation] = ()) -> Allocation:
-    """Chooses a candidate per layer.
+def single(name: str, menu: Iterable[Candidate]) -> list[Choice]:
+    """Returns the choices of a layer that chooses alone."""
+    return [Choice(each.num_bytes, each.loss, ((name, each),)) for each in menu]
+
+
+def merged(menus: Mapping[str, Sequence[Candidate]], grouped: Iterable[Choice]) -> list[Choice]:
+    """Returns the choices of layers that choose together: steps along all their hulls by what they save, or a group."""
+    hulls = {name: lower_hull(menu) for name, menu in menus.items()}
+    at = {name: hull[0] for name, hull in hulls.items()}
+    every = [(name, *pair) for name, hull in hulls.items() for pair in itertools.pairwise(hull)]
+    steps = sorted(((_slope(before, after), name, after) for name, before, after in every), key=lambda step: step[0])
+    choices = [_choice(at)]
+    for _, name, after in steps:
+        at[name] = after
+        choices.append(_choice(at))
+    return _undominated([*choices, *grouped])
+
+
+def _choice(parts: Mapping[str, Candidate]) -> Choice:
+    whole = total(dict(parts))
+    return Choice(whole.num_bytes, whole.loss, tuple(parts.items()))
+
+
+def allocate(menus: Sequence[Sequence[Choice]], budget: float, others: Iterable[Allocation] = ()) -> Allocation:
+    """Chooses for every unit.
 
     Args:
-        menus: Candidates by layer.
+        menus: Choices by unit.
         budget: Bytes they may take in all.
         others: Plans to be compared, such as `uniform_plans`.
 
     Raises:
-        BudgetError: Not even the smallest candidates fit.
+        BudgetError: Not even the smallest choices fit.
     """
-    hulls = {name: lower_hull(menu) for name, menu in menus.items()}
-    at = dict.fromkeys(hulls, 0)
-    left = budget - sum(hull[0].num_bytes for hull in hulls.values())
+    hulls = [lower_hull(menu) for menu in menus]
+    at = [0] * len(hulls)
+    left = budget - sum(hull[0].num_bytes for hull in hulls)
     if left < 0:
-        smallest = sum(hull[0].num_bytes for hull in hulls.values())
+        smallest = sum(hull[0].num_bytes for hull in hulls)
         raise BudgetError(f"the budget is {budget:.0f} bytes for the linear layers; the smallest plan takes {smallest}")
     steps = [
-        ((after.loss - before.loss) / (after.num_bytes - before.num_bytes), order, position)
-        for order, hull in enumerate(hulls.values())
+        (_slope(before, after), unit, position)
+        for unit, hull in enumerate(hulls)
         for position, (before, after) in enumerate(itertools.pairwise(hull))
     ]
-    names = list(hulls)
-    for _, order, position in sorted(steps):
-        name = names[order]
-        size = hulls[name][position + 1].num_bytes - hulls[name][position].num_bytes
-        if at[name] == position and size <= left:
-            at[name] += 1
+    for _, unit, position in sorted(steps):
+        size = hulls[unit][position + 1].num_bytes - hulls[unit][position].num_bytes
+        if at[unit] == position and size <= left:
+            at[unit] += 1
             left -= size
-    chosen = {name: hulls[name][place] for name, place in at.items()}
+    chosen = [hull[place] for hull, place in zip(hulls, at, strict=True)]
     _spend(chosen, menus, left)
-    fitting = [total(chosen), *(other for other in others if other.num_bytes <= budget)]
+    mine = total({name: part for choice in chosen for name, part in choice.parts})
+    fitting = [mine, *(other for other in others if other.num_bytes <= budget)]
     return min(fitting, key=lambda allocation: allocation.loss)
 
 
-def lower_hull(menu: Sequence[Candidate]) -> list[Candidate]:
-    """Returns the candidates that are best at some price per byte, smallest first; losses fall ever more slowly."""
-    hull: list[Candidate] = []
+def lower_hull(menu: Sequence[_Sized]) -> list[_Sized]:
+    """Returns what is best at some price per byte, smallest first; losses fall ever more slowly."""
+    hull: list[_Sized] = []
     for candidate in _undominated(menu):
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], candidate):
             hull.pop()
@@ -185,7 +276,7 @@ def uniform_plans(sites: Mapping[str, LinearSite], losses: Mapping[str, LayerLos
     plans = []
     for bits, group_size in itertools.product(menu.bits, menu.group_sizes):
         if DENSE in menu.forms and all(group_size in loss.groups for loss in losses.values()):
-            alike = Menu((DENSE,), (bits,), (group_size,), menu.mean_correction)
+            alike = dataclasses.replace(menu, forms=(DENSE,), bits=(bits,), group_sizes=(group_size,))
             plans.append(total({name: alike.of(sites[name], loss)[0] for name, loss in losses.items()}))
     return plans
 
@@ -199,12 +290,16 @@ def patterns(allocation: Allocation) -> dict[str, Any]:
     lowrank: dict[str, Any] = {"rank_ratio": 1}
     if ranks:
         lowrank = {"rank_pattern": ranks, "form_pattern": {name: chosen[name].form for name in ranks}}
+    bits: dict[str, int] = {}
+    for name, each in chosen.items():
+        own = {"": each.bits} if each.bits == each.up_bits else {".down": each.bits, ".up": each.up_bits}
+        bits |= {name + suffix: width for suffix, width in own.items() if width != usual_bits}
     return {
         "lowrank": lowrank,
         "gptq": {
             "bits": usual_bits,
             "group_size": usual_group,
-            "bits_pattern": {name: each.bits for name, each in chosen.items() if each.bits != usual_bits},
+            "bits_pattern": bits,
             "group_size_pattern": {
                 name: each.group_size for name, each in chosen.items() if each.group_size != usual_group
             },
@@ -212,20 +307,20 @@ def patterns(allocation: Allocation) -> dict[str, Any]:
     }
 
 
-def _spend(chosen: dict[str, Candidate], menus: Mapping[str, Sequence[Candidate]], left: float) -> None:
+def _spend(chosen: list[Choice], menus: Sequence[Sequence[Choice]], left: float) -> None:
     """Makes the exchange that saves most loss with the bytes left, again and again."""
     while True:
         exchanges = [
-            (candidate.loss - old.loss, name, candidate)
-            for name, old in chosen.items()
-            for candidate in menus[name]
-            if candidate.loss < old.loss and candidate.num_bytes - old.num_bytes <= left
+            (choice.loss - old.loss, unit, choice)
+            for unit, old in enumerate(chosen)
+            for choice in menus[unit]
+            if choice.loss < old.loss and choice.num_bytes - old.num_bytes <= left
         ]
         if not exchanges:
             return
-        _, name, candidate = min(exchanges)
-        left -= candidate.num_bytes - chosen[name].num_bytes
-        chosen[name] = candidate
+        _, unit, choice = min(exchanges, key=lambda each: each[:2])
+        left -= choice.num_bytes - chosen[unit].num_bytes
+        chosen[unit] = choice
 
 
 def total(chosen: dict[str, Candidate]) -> Allocation:
@@ -234,7 +329,7 @@ def total(chosen: dict[str, Candidate]) -> Allocation:
     return Allocation(chosen, sum(part.num_bytes for part in parts), sum(part.loss for part in parts))
 
 
-def _slope(before: Candidate, after: Candidate) -> float:
+def _slope(before: Candidate | Choice, after: Candidate | Choice) -> float:
     return (after.loss - before.loss) / (after.num_bytes - before.num_bytes)
 
 

@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 import torch
 
-from lord_quant.config import GptqConfig
+from lord_quant.config import FLOAT_BITS, GptqConfig
 from lord_quant.errors import NumericsError
 from lord_quant.linalg import require_finite
 from lord_quant.refine import Quantized
@@ -54,6 +54,13 @@ SMALLEST = 2.0**-20
 """Smallest scale: float16 still has four bits there. Smaller ones belong to weights that are zero for every purpose."""
 SHRINKS = tuple(1 - step / 20 for step in range(12))
 """Ranges tried for a group, as shares of its full one; finer steps gain nothing once `refine` has fitted the scales."""
+
+
+def exact(weight: torch.Tensor, hessian: torch.Tensor) -> Quantized:
+    """A `Solver` that rounds nothing, with a grid on which the weight lies as it is; tells what the other factor loses."""
+    scales = weight.new_ones(len(weight), 1)
+    g_idx = torch.zeros(weight.shape[1], dtype=torch.int32, device=weight.device)
+    return Quantized(weight, scales, torch.zeros_like(scales), g_idx, bits=FLOAT_BITS)
 
 
 def make_solver(gptq: GptqConfig, group_size: int, num_tokens: int) -> Solver:

@@ -208,19 +208,33 @@ def truncate(
     target: torch.Tensor, covariance: torch.Tensor, rank: int, outputs: torch.Tensor | None
 ) -> tuple[OutputSpectrum, Factors]:
     """Returns the best factors of T in the metric `outputs` ⊗ H, `up` orthonormal in units of √diag G."""
+    spectrum = loss_spectrum(target, covariance, outputs)
+    return spectrum, factors_of(target, spectrum, rank, outputs)
+
+
+def loss_spectrum(target: torch.Tensor, covariance: torch.Tensor, outputs: torch.Tensor | None) -> OutputSpectrum:
+    """Returns what every rank of T loses in the metric `outputs` ⊗ H; one serves all ranks."""
+    return output_spectrum(target if outputs is None else _root(outputs) @ target, covariance)
+
+
+def factors_of(target: torch.Tensor, spectrum: OutputSpectrum, rank: int, outputs: torch.Tensor | None) -> Factors:
+    """Returns the factors that `truncate` does, from the spectrum."""
     if outputs is None:
-        spectrum = output_spectrum(target, covariance)
-        return spectrum, two_factor(target, None, spectrum, rank, None)
-    root, failed = torch.linalg.cholesky_ex(outputs, upper=True)
-    if failed:
-        raise NumericsError("the output sensitivity stayed indefinite with damping; --no-fisher does without")
-    weighted = root @ target
-    spectrum = output_spectrum(weighted, covariance)
-    factors = two_factor(weighted, None, spectrum, rank, None)
+        return two_factor(target, None, spectrum, rank, None)
+    root = _root(outputs)
+    factors = two_factor(root @ target, None, spectrum, rank, None)
     up = torch.linalg.solve_triangular(root, factors.up, upper=True)
     scale = outputs.diagonal().sqrt()[:, None]
     even = _orthonormal(factors._replace(up=scale * up))
-    return spectrum, even._replace(up=even.up / scale)
+    return even._replace(up=even.up / scale)
+
+
+def _root(outputs: torch.Tensor) -> torch.Tensor:
+    """Returns S with G = SᵀS."""
+    root, failed = torch.linalg.cholesky_ex(outputs, upper=True)
+    if failed:
+        raise NumericsError("the output sensitivity stayed indefinite with damping; --no-fisher does without")
+    return root
 
 
 def _orthonormal(factors: Factors) -> Factors:
@@ -342,11 +356,13 @@ def _quantize_rows(rows: torch.Tensor, metric: torch.Tensor, covariance: torch.T
 def refined(solve: Solver | Solvers, sweeps: int) -> Solvers:
     """Returns solvers whose results are refined by so many sweeps; one alone stands for both factors."""
 
-    def polish(solver: Solver) -> Solver:
-        return lambda weight, hessian: refine(weight, hessian, solver(weight, hessian).to(weight), sweeps)
-
     both = solve if isinstance(solve, Solvers) else Solvers(solve, solve)
-    return Solvers(polish(both.down), polish(both.up))
+    return Solvers(polished(both.down, sweeps), polished(both.up, sweeps))
+
+
+def polished(solve: Solver, sweeps: int) -> Solver:
+    """Returns a solver whose results are refined by so many sweeps."""
+    return lambda weight, hessian: refine(weight, hessian, solve(weight, hessian).to(weight), sweeps)
 
 
 def relative_error(
