@@ -40,8 +40,8 @@ PROBED_BITS = (2, 3, 4)
 PROBED_GROUPS = (32, 64, 128)
 GROUP_BITS = 3
 """Bits at which group sizes are compared."""
-STEEPEST = 2.0
-"""Largest power of the rank with which noise is taken to fall."""
+SLOPES = (-1.0, 2.0)
+"""Powers of the rank with which noise is believed to fall."""
 FINER = 256.0
 """How much less noise 8 bits make than 4: a step 16 times finer, squared."""
 
@@ -210,4 +210,4 @@ def _slope(rank: int, share: float, other: int, again: float) -> float:
     """Returns the power of the rank with which noise falls between two ranks, within reason."""
     if other == rank or share <= 0 or again <= 0:
         return 1.0
-    return min(max(math.log(share / again) / math.log(other / rank), 0.0), STEEPEST)
+    return min(max(math.log(share / again) / math.log(other / rank), SLOPES[0]), SLOPES[1])
