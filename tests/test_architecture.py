@@ -36,7 +36,7 @@ LAYERS = [
         "report",
     },
     {"backends"},
-    {"engine", "joint", "statistics", "pipeline", "budget"},
+    {"engine", "joint", "statistics", "pipeline", "budget", "plot_data", "plots"},
     {"evaluation", "commands"},
     {"integrations"},
 ]

@@ -16,6 +16,7 @@ EXAMPLES = """examples:
   optimum-cli lord plan --model ./my-model --param-ratio 0.8 --bits 16
   optimum-cli lord plan --model ./my-model --statistics my-model.stats --target-bpw 3.0 --save plan.yaml
   optimum-cli lord plan --model ./my-model --statistics my-model.stats --target-size 4GB
+  optimum-cli lord plan --model ./my-model --statistics my-model.stats --target-bpw 3.0 --plots pictures
   optimum-cli lord plan --config run.yaml --json > plan.json
 """
 BUDGETS = (2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0, 4.25)
@@ -29,7 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_flags(parser)
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument("--save", metavar="FILE", help="write the plan of a budget as YAML, for `lord quantize --plan`")
-    parser.add_argument("--overwrite", action="store_true", help="replace a file that stands at --save")
+    parser.add_argument(
+        "--plots", metavar="DIR", help="draw the plan of a budget and what it was chosen from: PNG, numbers as JSON"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what stands at --save and --plots")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,8 +41,9 @@ def run(args: argparse.Namespace) -> int:
     from lord_quant.errors import ConfigError
 
     budget = budget_from(args)
-    if budget is None and args.save:
-        raise ConfigError("--save is given without a budget; wanted --target-bpw, --target-size or --max-loss")
+    for flag in ("save", "plots"):
+        if budget is None and getattr(args, flag):
+            raise ConfigError(f"--{flag} is given without a budget; wanted --target-bpw, --target-size or --max-loss")
     config = run_of(args, budget)
     from lord_quant.silence import import_hosts
 
@@ -46,11 +51,15 @@ def run(args: argparse.Namespace) -> int:
     from lord_quant.budget import PLANNED, apply_plan, write_plan
     from lord_quant.checkpoint import check_file
     from lord_quant.pipeline import make_plan
+    from lord_quant.plot_data import collect
+    from lord_quant.plots import check_plots, write_plots
     from lord_quant.report import frontier_table, plan_dict, plan_table, to_json
 
     about, below = {}, ""
-    if args.save:
-        check_file(args.save, overwrite=args.overwrite)
+    file = check_file(args.save, overwrite=args.overwrite) if args.save else None
+    folder = check_plots(args.plots, overwrite=args.overwrite) if args.plots else None
+    if file and folder and (file == folder or folder in file.parents or file in folder.parents):
+        raise ConfigError(f"--save {args.save} and --plots {args.plots} lie in each other; wanted places apart")
     if budget is not None:
         planner = planner_from(args, config)
         allocation = planner.choose(budget)
@@ -60,6 +69,9 @@ def run(args: argparse.Namespace) -> int:
             points = zip(BUDGETS, planner.frontier(BUDGETS), strict=True)
             reached = [(limit, planner.bpw(each), each.loss) for limit, each in points if each is not None]
             below = f"\n{planner.tell(allocation)}; for other budgets:\n\n{frontier_table(reached)}\n"
+        if folder:
+            write_plots(collect(planner, allocation, settings[PLANNED]), folder, overwrite=args.overwrite)
+            below += f"\nplots written to {args.plots}\n"
         if args.save:
             write_plan(settings, args.save)
             below += f"\nwritten to {args.save}\n"

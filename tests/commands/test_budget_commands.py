@@ -141,6 +141,40 @@ def test_saving_needs_a_budget_and_a_free_place(
     assert not any(tmp_path.iterdir())
 
 
+def test_plots_need_a_budget_and_a_place_of_their_own(
+    model: Path, statistics: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command("plan", "--model", model, "--rank-ratio", "0.5", "--plots", tmp_path / "plots") == 2
+    assert "--plots is given without a budget" in capfd.readouterr().err
+    # Refused before the statistics are even looked for.
+    budget = ["plan", "--model", model, "--statistics", tmp_path / "none", "--target-bpw", "3", "--refine", "1"]
+    assert run_command(*budget, "--plots", statistics.parent) == 2
+    assert "is not empty; wanted a new folder, or --overwrite" in capfd.readouterr().err
+    assert run_command(*budget, "--plots", statistics.parent, "--overwrite") == 2
+    assert "no folder of plots" in capfd.readouterr().err
+    for save, plots in (("out/plan.yaml", "out"), ("out", "out"), ("out", "out/plots")):
+        assert run_command(*budget, "--save", tmp_path / save, "--plots", tmp_path / plots) == 2
+        assert "lie in each other; wanted places apart" in capfd.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_plots_are_of_the_plan_that_is_printed(
+    model: Path, statistics: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    budget = ["plan", "--model", model, "--statistics", statistics, "--target-bpw", "2.6", "--refine", "1"]
+    assert run_command(*budget, "--plots", out, "--json") == 0
+    printed, drawn = json.loads(capfd.readouterr().out), json.loads((out / "plots.json").read_text())
+    assert drawn["about"] == printed["planned"] and drawn["unit"] == "nats per token"
+    keys = ("form", "rank", "bits", "group_size", "bpw")
+    for told, each in zip(printed["layers"], drawn["layers"], strict=True):
+        assert told["name"] == each["layer"] and [told[key] for key in keys] == [each[key] for key in keys]
+    assert run_command(*budget, "--plots", out) == 2
+    assert run_command(*budget, "--plots", out, "--overwrite") == 0
+    assert f"plots written to {out}" in capfd.readouterr().out
+
+
 def test_files_that_are_wrong_are_refused(
     model: Path, data: list[str], statistics: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
