@@ -39,7 +39,7 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _one_of(where: str, value: Any, legal: Sequence[Any]) -> list[str]:
+def choice_problems(where: str, value: Any, legal: Sequence[Any]) -> list[str]:
     """Says what is wrong with a value that must be one of some numbers or names; 4.0 is no 4."""
     if value in legal and (_is_int(value) or isinstance(value, str)):
         return []
@@ -65,7 +65,7 @@ def pattern_problems(name: str, pattern: Any, legal: Sequence[Any]) -> list[str]
         return []
     if not isinstance(pattern, Mapping):
         return [f"{name} is {pattern!r}; wanted a mapping of layer pattern to {name.removesuffix('_pattern')}"]
-    values = [problem for key, value in pattern.items() for problem in _one_of(f"{name}[{key!r}]", value, legal)]
+    values = [problem for key, value in pattern.items() for problem in choice_problems(f"{name}[{key!r}]", value, legal)]
     return _pattern_keys(name, pattern) + values
 
 
@@ -157,7 +157,7 @@ class LowrankConfig:
             if not isinstance(value, tuple) or not all(isinstance(item, str) and item for item in value):
                 problems.append(f"{name} is {value!r}; wanted a list of patterns")
         problems += _not_bool(self, "force_rank", "mean_correction", "float64")
-        problems += _one_of("form", self.form, FORMS) + pattern_problems("form_pattern", self.form_pattern, FORMS)
+        problems += choice_problems("form", self.form, FORMS) + pattern_problems("form_pattern", self.form_pattern, FORMS)
         if self.targets == ():
             problems.append("targets is empty; wanted at least one pattern, such as 'all'")
         ranks = self.rank_pattern if self.rank_pattern is not None else {}
@@ -202,9 +202,9 @@ class GptqConfig:
     true_sequential: bool = True
 
     def __post_init__(self) -> None:
-        problems = _one_of("bits", self.bits, BITS)
+        problems = choice_problems("bits", self.bits, BITS)
         if self.group_size is not None:
-            problems += _one_of("group_size", self.group_size, GROUP_SIZES)
+            problems += choice_problems("group_size", self.group_size, GROUP_SIZES)
         problems += pattern_problems("bits_pattern", self.bits_pattern, PACKED_BITS)
         problems += pattern_problems("group_size_pattern", self.group_size_pattern, GROUP_SIZES)
         if self.bits == FLOAT_BITS and self.bits_pattern:
@@ -246,7 +246,7 @@ class JointConfig:
 
     def __post_init__(self) -> None:
         problems = _not_bool(self, "anchor", "rotate", "refit", "deflate", "fisher")
-        problems += _one_of("order", self.order, ORDERS)
+        problems += choice_problems("order", self.order, ORDERS)
         if not _is_int(self.refine) or not 0 <= self.refine <= 100:
             problems.append(f"refine is {self.refine!r}; wanted a number of sweeps from 0 to 100, such as 2")
         if not _is_int(self.fisher_samples) or self.fisher_samples < 1:
@@ -290,7 +290,7 @@ class LordConfig:
             problems.append(f"output is {self.output!r}; wanted a folder, or none")
         if not isinstance(self.device, str) or not self.device:
             problems.append(f"device is {self.device!r}; wanted a name such as 'auto', 'cpu' or 'cuda:0'")
-        problems += _one_of("stack", self.stack, STACKS) + _one_of("dtype", self.dtype, DTYPES)
+        problems += choice_problems("stack", self.stack, STACKS) + choice_problems("dtype", self.dtype, DTYPES)
         given = [name for name in ("bits_pattern", "group_size_pattern") if getattr(self.gptq, name)]
         if self.stack == "naive" and given:
             problems.append(f"{' and '.join(given)} given: the naive stack packs all layers alike; wanted --stack joint")

@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import GPTQConfig, QuantizationConfi
 
 from lord_quant.backends import gptq as backend
 from lord_quant.checkpoint import METHOD_FLOAT, METHOD_GPTQ, check_tensors, check_version
-from lord_quant.config import GROUP_SIZES, PACKED_BITS, pattern_problems
+from lord_quant.config import GROUP_SIZES, PACKED_BITS, choice_problems, pattern_problems
 from lord_quant.errors import CheckpointError, ConfigError, unknown_keys
 from lord_quant.plan import Packing
 from lord_quant.silence import hush
@@ -323,7 +323,8 @@ def _packings(model: torch.nn.Module, wanted: LordGPTQConfig) -> dict[str, Packi
     """Returns how a mixed checkpoint packs every linear layer of the rebuilt skeleton, factors included, by full path.
 
     Raises:
-        CheckpointError: A pattern names a layer the model does not have, or an illegal value (all are named).
+        CheckpointError: The group size is missing, a pattern names a layer the model does not have, or a value is illegal
+            (all are named).
     """
     bits, sizes = wanted.bits_pattern or {}, wanted.group_size_pattern or {}
     owners = {}  # of a linear layer: itself, or the low-rank layer it is a factor of
@@ -331,7 +332,8 @@ def _packings(model: torch.nn.Module, wanted: LordGPTQConfig) -> dict[str, Packi
         parent = site.name.rpartition(".")[0]
         owners[site.name] = parent if is_low_rank(model.get_submodule(parent)) else site.name
     known = set(owners.values())
-    problems = pattern_problems("bits_pattern", bits, PACKED_BITS)
+    problems = choice_problems("group_size", wanted.group_size, GROUP_SIZES)
+    problems += pattern_problems("bits_pattern", bits, PACKED_BITS)
     problems += pattern_problems("group_size_pattern", sizes, GROUP_SIZES)
     for name, pattern in zip(_PACKING_PATTERNS, (bits, sizes), strict=True):
         unknown = [key for key in pattern if key not in known]
@@ -340,7 +342,7 @@ def _packings(model: torch.nn.Module, wanted: LordGPTQConfig) -> dict[str, Packi
         raise CheckpointError(
             "\n  ".join(["quantization_config does not fit the model (was it edited, or is it another's?):", *problems])
         )
-    size = wanted.group_size or -1
+    size = wanted.group_size
     return {name: Packing(bits.get(own, wanted.bits), sizes.get(own, size)) for name, own in owners.items()}
 
 
