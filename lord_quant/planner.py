@@ -68,12 +68,14 @@ class Menu:
         bits: Bit widths allowed.
         group_sizes: Group sizes allowed.
         mean_correction: Whether factors get a bias their layer did not have.
+        min_param_ratio: Fraction of a layer's weights that its factors must hold.
     """
 
     forms: tuple[str, ...] = (DENSE, TWO_FACTOR, PIVOTED)
     bits: tuple[int, ...] = PACKED_BITS
     group_sizes: tuple[int, ...] = GROUP_SIZES
     mean_correction: bool = True
+    min_param_ratio: float = 0.0
 
     def of(self, site: LinearSite, loss: LayerLoss) -> list[Candidate]:
         """Returns a layer's candidates, smallest first, without those that another one beats in bytes and in loss."""
@@ -104,9 +106,11 @@ class Menu:
                 continue
             for rank in range(step, smaller + 1, step):
                 shapes = factor_shapes(site.in_features, site.out_features, rank, form)
-                if sum(math.prod(shape) for shape in shapes.values()) >= site.in_features * site.out_features:
+                kept = sum(math.prod(shape) for shape in shapes.values()) / (site.in_features * site.out_features)
+                if kept >= 1:
                     break
-                yield form, rank
+                if kept >= self.min_param_ratio:
+                    yield form, rank
 
 
 def _stored_bytes(site: LinearSite, form: str, rank: int | None, bits: int, group_size: int, mean_correction: bool) -> int:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import time
 from typing import Any
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from lord_quant.config import GptqConfig, LowrankConfig
 from lord_quant.errors import BudgetError
-from lord_quant.plan import build_plan
+from lord_quant.plan import build_plan, factor_shapes
 from lord_quant.planner import (
     DENSE,
     Allocation,
@@ -175,6 +176,22 @@ def test_no_candidate_is_beaten_by_another_and_losses_are_the_formulas() -> None
 def test_restrictions_hold(menu: Menu, key: str, allowed: set[Any]) -> None:
     for name, loss in LOSSES.items():
         assert {getattr(each, key) for each in menu.of(SITES[name], loss)} <= allowed
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 1.0])
+def test_no_candidate_keeps_less_of_a_layer_than_is_asked_for(ratio: float) -> None:
+    for name, loss in LOSSES.items():
+        site, every = SITES[name], Menu().of(SITES[name], loss)
+        dense = site.in_features * site.out_features
+
+        def kept(each: Candidate, site: LinearSite = site, dense: int = dense) -> float:
+            return sum(math.prod(shape) for shape in factor_shapes(*site[2:4], each.rank, each.form).values()) / dense
+
+        limited = Menu(min_param_ratio=ratio).of(site, loss)
+        assert all(each.rank is None or kept(each) >= ratio for each in limited)
+        # Nothing else goes: what is left out is too small, or beaten by what the floor took away.
+        assert {each for each in every if each.rank is None or kept(each) >= ratio} <= set(limited)
+        assert any(each.rank and kept(each) < ratio for each in every)
 
 
 def test_plans_are_never_predicted_worse_than_uniform_ones_or_smaller_budgets() -> None:
