@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from lord_quant.budget_config import BudgetConfig
 from lord_quant.corpus import STDLIB, TEXT_KEY
 from lord_quant.errors import ConfigError, nearest_name, unknown_keys
 
@@ -26,6 +27,7 @@ GROUP_SIZES = (32, 64, 128, 256)
 """Group sizes that every kernel of the host accepts at 4 bits on the CPU."""
 STACKS = ("joint", "naive")
 FORMS = ("two_factor", "pivoted")
+RANK_CHOICES = ("rank_ratio", "param_ratio", "rank_pattern")
 ORDERS = ("auto", "down_first", "up_first")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -139,7 +141,7 @@ class LowrankConfig:
     float64: bool = False
 
     def __post_init__(self) -> None:
-        ways = [name for name in ("rank_ratio", "param_ratio", "rank_pattern") if getattr(self, name) is not None]
+        ways = [name for name in RANK_CHOICES if getattr(self, name) is not None]
         problems = []
         if not ways:
             problems.append(
@@ -270,6 +272,7 @@ class LordConfig:
         lowrank: See `LowrankConfig`.
         gptq: See `GptqConfig`.
         joint: See `JointConfig`.
+        budget: What chooses ranks, forms, bits and group sizes; None where they are given. See `BudgetConfig`.
     """
 
     model: str
@@ -281,6 +284,7 @@ class LordConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     gptq: GptqConfig = field(default_factory=GptqConfig)
     joint: JointConfig = field(default_factory=JointConfig)
+    budget: BudgetConfig | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -294,6 +298,8 @@ class LordConfig:
         given = [name for name in ("bits_pattern", "group_size_pattern") if getattr(self.gptq, name)]
         if self.stack == "naive" and given:
             problems.append(f"{' and '.join(given)} given: the naive stack packs all layers alike; wanted --stack joint")
+        if self.budget is not None:
+            problems += _beside_budget(self)
         _check(problems, "run")
 
     def to_dict(self) -> dict[str, Any]:
@@ -307,7 +313,8 @@ class LordConfig:
         Raises:
             ConfigError: A key is unknown (every such key is named) or a value illegal.
         """
-        sections = {"lowrank": LowrankConfig, "calibration": CalibrationConfig, "gptq": GptqConfig, "joint": JointConfig}
+        sections: dict[str, type] = {"lowrank": LowrankConfig, "calibration": CalibrationConfig}
+        sections |= {"gptq": GptqConfig, "joint": JointConfig, "budget": BudgetConfig}
         _require_known(values, cls, "configuration")
         if "model" not in values:
             raise ConfigError("model is not given; wanted a folder or a hub name")
@@ -317,8 +324,26 @@ class LordConfig:
             if not isinstance(given, Mapping):
                 raise ConfigError(f"section {name!r} is {type(given).__name__}; wanted a mapping")
             _require_known(given, section, f"section {name!r}")
+            if name == "budget" and not given:
+                continue
+            if name == "lowrank" and values.get("budget") and not any(given.get(way) is not None for way in RANK_CHOICES):
+                given = {**given, "rank_ratio": 1}  # until the budget chooses
             built[name] = section(**{key: _tuples(value) for key, value in given.items()})
         return cls(**built)
+
+
+def _beside_budget(config: LordConfig) -> list[str]:
+    """Says what makes no sense beside a budget, which chooses ranks, forms, bits and group sizes."""
+    problems = []
+    if config.stack == "naive":
+        problems.append("a budget is given for the naive stack, which packs all layers alike; wanted stack joint")
+    lowrank, gptq = config.lowrank, config.gptq
+    given = [name for name in ("param_ratio", "rank_pattern", "form_pattern", "force_rank") if getattr(lowrank, name)]
+    given += ["rank_ratio"] if lowrank.rank_ratio not in (None, 1) else []
+    given += [name for name in ("bits_pattern", "group_size_pattern") if getattr(gptq, name)]
+    if given:
+        problems.append(f"a budget and {', '.join(given)} are given; wanted one or the other")
+    return problems
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "lord_quant"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
-    {"errors", "linalg", "modules", "version", "silence"},
+    {"errors", "linalg", "modules", "version", "silence", "budget_config"},
     {"config", "moments", "decompose", "refine", "corpus"},
     {"calibration", "targets", "plan", "solver"},
     {
@@ -36,7 +36,7 @@ LAYERS = [
         "report",
     },
     {"backends"},
-    {"engine", "joint", "statistics", "pipeline", "budget"},
+    {"engine", "joint", "statistics", "pipeline", "budget", "loaded"},
     {"evaluation", "commands"},
     {"integrations"},
 ]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from lord_quant.commands.budget_options import add_budget_flags, budget_from, planner_from, run_of
+from lord_quant.commands.budget_options import add_budget_flags, planner_from, run_of
 from lord_quant.commands.options import add_plan_flags, add_run_flags
 
 
@@ -36,10 +36,9 @@ def run(args: argparse.Namespace) -> int:
     """Prints the plan, and for a budget what other budgets would give."""
     from lord_quant.errors import ConfigError
 
-    budget = budget_from(args)
-    if budget is None and args.save:
+    config = run_of(args)
+    if config.budget is None and args.save:
         raise ConfigError("--save is given without a budget; wanted --target-bpw, --target-size or --max-loss")
-    config = run_of(args, budget)
     from lord_quant.silence import import_hosts
 
     import_hosts()
@@ -51,9 +50,9 @@ def run(args: argparse.Namespace) -> int:
     about, below = {}, ""
     if args.save:
         check_file(args.save, overwrite=args.overwrite)
-    if budget is not None:
+    if config.budget is not None:
         planner = planner_from(args, config)
-        allocation = planner.choose(budget)
+        allocation = planner.choose(config.budget)
         settings = planner.settings(allocation)
         config, about = apply_plan(config, settings), {PLANNED: settings[PLANNED]}
         if not args.json:
