@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from lord_quant.planner import Menu
 
 
+FRONTIER = (2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0, 4.25)
+"""Bits per weight of the predicted frontier."""
+
+
 def add_budget_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that give a budget."""
     unset: Any = argparse.SUPPRESS
@@ -90,3 +94,11 @@ def planner_from(args: argparse.Namespace, config: LordConfig) -> Planner:
     from lord_quant.budget import Planner, statistics_of
 
     return Planner(config, statistics_of(config), menu_from(args))
+
+
+def frontier_of(planner: Planner) -> str:
+    """Renders what other budgets would give."""
+    from lord_quant.report import frontier_table
+
+    points = zip(FRONTIER, planner.frontier(FRONTIER), strict=True)
+    return frontier_table((limit, planner.bpw(each), each.loss) for limit, each in points if each is not None)

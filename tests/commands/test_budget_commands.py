@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import calendar
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -169,6 +171,44 @@ def test_statistics_of_other_calibration_tokens_are_told(
     assert told not in capfd.readouterr().err
     assert run_command("quantize", *budget, "--seed", "1") == 0
     assert f"warning: {told}" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_budgets_are_swept(
+    model: Path, data: list[str], statistics: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    heldout = tmp_path / "heldout.py"
+    heldout.write_text(Path(calendar.__file__).read_text())
+    run = ["--model", model, *data, "--statistics", statistics, "--heldout", heldout, "--max-windows", "3"]
+    assert run_command("plan", *run, "--sweep", "2.5", "4", "2.5", "--json") == 0
+    printed = json.loads(capfd.readouterr().out)
+    assert [point["budget"] for point in printed["budgets"]] == [2.5, 4.0]
+    assert printed["dense"]["num_windows"] == 3 and printed["in_nats"]
+    for point in printed["budgets"]:
+        assert 0 < point["bpw"] <= point["budget"] and point["predicted_loss"] > 0
+        ratio = point["perplexity"] / printed["dense"]["perplexity"]
+        assert point["measured_loss"] == pytest.approx(math.log(ratio), abs=1e-9)
+    assert run_command("plan", *run, "--sweep", "4") == 0
+    table = capfd.readouterr().out
+    assert f"{printed['budgets'][1]['perplexity']:.3f}" in table and "3 windows of 256 tokens of heldout.py" in table
+
+
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        (["--sweep", "3"], "EvaluationError: --sweep measures on text .* wanted --heldout"),
+        (["--sweep", "3", "--heldout", "no.py"], "CalibrationError: .*no.py"),
+        (["--sweep", "3", "--heldout", "python-stdlib", "--target-bpw", "3"], "ConfigError: --sweep and --target-bpw are"),
+        (["--sweep", "3", "--heldout", "python-stdlib", "--rank-ratio", "0.5"], "a budget and --rank-ratio are given"),
+        (["--heldout", "python-stdlib", "--target-bpw", "3"], "ConfigError: --heldout is given without --sweep"),
+    ],
+)
+def test_a_sweep_refuses(
+    flags: list[str], error: str, model: Path, statistics: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command("plan", "--model", model, "--statistics", statistics, "--refine", "1", *flags) == 2
+    printed = capfd.readouterr()
+    assert re.search(error, printed.err, re.DOTALL) and not printed.out
 
 
 def test_saving_needs_a_budget_and_a_free_place(
