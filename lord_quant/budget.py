@@ -154,7 +154,8 @@ class Planner:
                 f"no candidate is left for {', '.join(empty[:5])}; wanted more forms, bits or group "
                 "sizes, or a smaller min_param_ratio"
             )
-        self.uniform = planner.uniform_plans(statistics.sites, statistics.losses, menu)
+        uniform = planner.uniform_plans(statistics.sites, statistics.losses, menu)
+        self.plans = planner.Frontier(self.menus, uniform)
         self.dense_weights = sum(layer.dense_weights for layer in plan.layers)
         self.other_bytes = plan.other_bytes + sum(layer.bias_bytes for layer in plan.layers)
 
@@ -183,7 +184,12 @@ class Planner:
                 raise BudgetError(
                     "max_loss is in nats, the statistics are of output errors; wanted some with a backward pass"
                 )
-            return self._smallest_below(budget.max_loss, smallest, largest)
+            if largest.loss > budget.max_loss:
+                raise BudgetError(
+                    f"no plan loses as little as {budget.max_loss:g} nats per token; what can be reached is "
+                    f"{largest.loss:.3g} to {smallest.loss:.3g}"
+                )
+            return self.plans.below(budget.max_loss)
         if budget.target_bpw is not None:
             allowed = budget.target_bpw * self.dense_weights / 8
             reach = f"{self.bpw(smallest):.3f} to {self.bpw(largest):.3f} bits per weight"
@@ -194,33 +200,17 @@ class Planner:
         if allowed < smallest.num_bytes:
             asked = budget.target_bpw or budget.target_size
             raise BudgetError(f"no plan is as small as {asked}; what can be reached is {reach}")
-        return planner.allocate(self.menus, allowed, self.uniform)
+        return self.plans.within(allowed)
 
     def frontier(self, budgets: Sequence[float]) -> list[Allocation | None]:
         """Returns the best plans at several bits per weight; None for those out of reach."""
         smallest = self._extreme(min).num_bytes
         allowed = [bpw * self.dense_weights / 8 for bpw in budgets]
-        return [planner.allocate(self.menus, limit, self.uniform) if limit >= smallest else None for limit in allowed]
+        return [self.plans.within(limit) if limit >= smallest else None for limit in allowed]
 
     def _extreme(self, pick: Any) -> Allocation:
         chosen: dict[str, Candidate] = {name: pick(candidates) for name, candidates in self.menus.items()}
         return planner.total(chosen)
-
-    def _smallest_below(self, max_loss: float, smallest: Allocation, largest: Allocation) -> Allocation:
-        if largest.loss > max_loss:
-            raise BudgetError(
-                f"no plan loses as little as {max_loss:g} nats per token; what can be reached is {largest.loss:.3g} to "
-                f"{smallest.loss:.3g}"
-            )
-        low, high, best = smallest.num_bytes, largest.num_bytes, largest
-        while low <= high:
-            middle = (low + high) // 2
-            found = planner.allocate(self.menus, middle, self.uniform)
-            if found.loss <= max_loss:
-                best, high = found, middle - 1
-            else:
-                low = middle + 1
-        return best
 
     def settings(self, allocation: Allocation) -> dict[str, Any]:
         """Returns a plan as the sections of a configuration, and where it comes from."""

@@ -13,6 +13,7 @@ none fits. Uniform plans are always compared: the answer is never predicted to b
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -139,39 +140,81 @@ class Allocation(NamedTuple):
     loss: float
 
 
-def allocate(menus: Mapping[str, Sequence[Candidate]], budget: float, others: Iterable[Allocation] = ()) -> Allocation:
-    """Chooses a candidate per layer.
+class Frontier:
+    """The best plans of a model at every price: convex hulls of all menus, and their steps in one sorted sequence.
 
     Args:
         menus: Candidates by layer.
-        budget: Bytes they may take in all.
         others: Plans to be compared, such as `uniform_plans`.
+    """
+
+    def __init__(self, menus: Mapping[str, Sequence[Candidate]], others: Iterable[Allocation] = ()) -> None:
+        self.menus, self.others = menus, tuple(others)
+        self.hulls = {name: lower_hull(menu) for name, menu in menus.items()}
+        steps = [
+            (_slope(before, after), order, position)
+            for order, hull in enumerate(self.hulls.values())
+            for position, (before, after) in enumerate(itertools.pairwise(hull))
+        ]
+        names = list(self.hulls)
+        self.steps = [(names[order], position) for _, order, position in sorted(steps)]
+
+    def within(self, budget: float) -> Allocation:
+        """Returns the plan of least loss that takes at most so many bytes.
+
+        Raises:
+            BudgetError: Not even the smallest candidates fit.
+        """
+        at = dict.fromkeys(self.hulls, 0)
+        smallest = sum(hull[0].num_bytes for hull in self.hulls.values())
+        left = budget - smallest
+        if left < 0:
+            raise BudgetError(f"the budget is {budget:.0f} bytes for the linear layers; the smallest plan takes {smallest}")
+        for name, position in self.steps:
+            size = self.hulls[name][position + 1].num_bytes - self.hulls[name][position].num_bytes
+            if at[name] == position and size <= left:
+                at[name] += 1
+                left -= size
+        chosen = {name: self.hulls[name][place] for name, place in at.items()}
+        _spend(chosen, self.menus, left)
+        fitting = [total(chosen), *(other for other in self.others if other.num_bytes <= budget)]
+        return min(fitting, key=lambda allocation: allocation.loss)
+
+    def below(self, max_loss: float) -> Allocation:
+        """Returns the smallest plan that loses at most so much.
+
+        The first steps that get there are the answer for a limit that they meet exactly. Otherwise the last of them is one
+        too many and all but the last are one too few: both are improved by exchanges, and the smaller is taken.
+
+        Raises:
+            BudgetError: Not even the candidates of least loss do.
+        """
+        count = bisect.bisect_left(range(len(self.steps) + 1), True, key=lambda n: self._after(n).loss <= max_loss)
+        if count > len(self.steps):
+            least = self._after(len(self.steps)).loss
+            raise BudgetError(f"the loss is to be at most {max_loss:g}; the plan of least loss loses {least:g}")
+        found = [_give_back(self._after(count).chosen, self.menus, max_loss)]
+        if count:
+            short = self._after(count - 1)
+            found += [_give_back(each, self.menus, max_loss) for each in _one_more(short, self.menus, max_loss)]
+        found += [other for other in self.others if other.loss <= max_loss]
+        return min(found, key=lambda allocation: (allocation.num_bytes, allocation.loss))
+
+    def _after(self, count: int) -> Allocation:
+        """Returns where the first so many steps lead."""
+        chosen = {name: hull[0] for name, hull in self.hulls.items()}
+        for name, position in self.steps[:count]:
+            chosen[name] = self.hulls[name][position + 1]
+        return total(chosen)
+
+
+def allocate(menus: Mapping[str, Sequence[Candidate]], budget: float, others: Iterable[Allocation] = ()) -> Allocation:
+    """Returns what `Frontier.within` does, for one budget.
 
     Raises:
         BudgetError: Not even the smallest candidates fit.
     """
-    hulls = {name: lower_hull(menu) for name, menu in menus.items()}
-    at = dict.fromkeys(hulls, 0)
-    left = budget - sum(hull[0].num_bytes for hull in hulls.values())
-    if left < 0:
-        smallest = sum(hull[0].num_bytes for hull in hulls.values())
-        raise BudgetError(f"the budget is {budget:.0f} bytes for the linear layers; the smallest plan takes {smallest}")
-    steps = [
-        ((after.loss - before.loss) / (after.num_bytes - before.num_bytes), order, position)
-        for order, hull in enumerate(hulls.values())
-        for position, (before, after) in enumerate(itertools.pairwise(hull))
-    ]
-    names = list(hulls)
-    for _, order, position in sorted(steps):
-        name = names[order]
-        size = hulls[name][position + 1].num_bytes - hulls[name][position].num_bytes
-        if at[name] == position and size <= left:
-            at[name] += 1
-            left -= size
-    chosen = {name: hulls[name][place] for name, place in at.items()}
-    _spend(chosen, menus, left)
-    fitting = [total(chosen), *(other for other in others if other.num_bytes <= budget)]
-    return min(fitting, key=lambda allocation: allocation.loss)
+    return Frontier(menus, others).within(budget)
 
 
 def lower_hull(menu: Sequence[Candidate]) -> list[Candidate]:
@@ -230,6 +273,41 @@ def _spend(chosen: dict[str, Candidate], menus: Mapping[str, Sequence[Candidate]
         _, name, candidate = min(exchanges)
         left -= candidate.num_bytes - chosen[name].num_bytes
         chosen[name] = candidate
+
+
+def _one_more(
+    short: Allocation, menus: Mapping[str, Sequence[Candidate]], max_loss: float
+) -> Iterator[dict[str, Candidate]]:
+    """Yields the plan that gets below a loss by the smallest single exchange, if one does."""
+    exchanges = [
+        (candidate.num_bytes - old.num_bytes, name, candidate)
+        for name, old in short.chosen.items()
+        for candidate in menus[name]
+        if candidate.loss < old.loss
+    ]
+    for _, name, candidate in sorted(exchanges):
+        plan = short.chosen | {name: candidate}
+        if short.loss + candidate.loss - short.chosen[name].loss <= max_loss and total(plan).loss <= max_loss:
+            yield plan
+            return
+
+
+def _give_back(chosen: dict[str, Candidate], menus: Mapping[str, Sequence[Candidate]], max_loss: float) -> Allocation:
+    """Makes the exchange that saves most bytes with the loss to spare, again and again."""
+    plan = total(chosen)
+    while True:
+        spare = max_loss - plan.loss
+        exchanges = [
+            (candidate.num_bytes - old.num_bytes, name, candidate)
+            for name, old in plan.chosen.items()
+            for candidate in menus[name]
+            if candidate.num_bytes < old.num_bytes and candidate.loss - old.loss <= spare
+        ]
+        better = (total(plan.chosen | {name: candidate}) for _, name, candidate in sorted(exchanges))
+        smaller = next((each for each in better if each.loss <= max_loss), None)  # sums round
+        if smaller is None:
+            return plan
+        plan = smaller
 
 
 def total(chosen: dict[str, Candidate]) -> Allocation:

@@ -21,6 +21,7 @@ from lord_quant.planner import (
     DENSE,
     Allocation,
     Candidate,
+    Frontier,
     Menu,
     allocate,
     lower_hull,
@@ -94,6 +95,51 @@ def test_budgets_of_whole_steps_are_met_exactly(menus: Any) -> None:
     for _, _, size in steps:
         budget += size
         assert allocate(menus, budget).loss == pytest.approx(best_by_trying_all(menus, budget), abs=1e-9)
+
+
+def smallest_by_trying_all(menus: Any, max_loss: float) -> int:
+    plans = itertools.product(*menus.values())
+    return min(sum(c.num_bytes for c in plan) for plan in plans if sum(c.loss for c in plan) <= max_loss)
+
+
+@settings(max_examples=200, deadline=None)
+@given(menus_of_points, st.integers(0, 4000))
+def test_the_smallest_plan_below_a_loss_is_within_a_step_of_the_smallest(menus: Any, max_loss: int) -> None:
+    least = sum(min(c.loss for c in menu) for menu in menus.values())
+    if max_loss < least:
+        with pytest.raises(BudgetError, match=f"at most {max_loss}; the plan of least loss loses {least:g}"):
+            Frontier(menus).below(max_loss)
+        return
+    found = Frontier(menus).below(max_loss)
+    assert found == total(found.chosen) and found.loss <= max_loss
+    assert all(each in menus[name] for name, each in found.chosen.items())
+    steps = [b.num_bytes - a.num_bytes for menu in menus.values() for a, b in itertools.pairwise(lower_hull(menu))]
+    best = smallest_by_trying_all(menus, max_loss)
+    assert best <= found.num_bytes <= best + max(steps, default=0)
+    # No one layer can give back anything more.
+    for name, old in found.chosen.items():
+        bearable = [c for c in menus[name] if c.loss - old.loss <= max_loss - found.loss]
+        assert old.num_bytes <= min(c.num_bytes for c in bearable)
+
+
+@settings(max_examples=100, deadline=None)
+@given(menus_of_points)
+def test_losses_of_whole_steps_are_met_exactly(menus: Any) -> None:
+    frontier = Frontier(menus)
+    chosen = {name: hull[0] for name, hull in frontier.hulls.items()}
+    for name, position in [(None, 0), *frontier.steps]:
+        if name is not None:
+            chosen[name] = frontier.hulls[name][position + 1]
+        limit = total(chosen).loss
+        found = frontier.below(limit)
+        assert found.num_bytes == smallest_by_trying_all(menus, limit) and found.loss <= limit
+
+
+def test_a_given_plan_that_is_smaller_is_taken_if_it_loses_no_more() -> None:
+    menus = {"a": [candidate(10, 5.0), candidate(20, 4.0)]}
+    smaller = Allocation({"a": candidate(15, 4.0)}, 15, 4.0)
+    assert Frontier(menus, [smaller]).below(4.0) is smaller
+    assert Frontier(menus, [smaller]).below(5.0).num_bytes == 10
 
 
 def test_a_given_plan_that_is_better_is_taken_if_it_fits() -> None:
@@ -208,7 +254,7 @@ def test_plans_are_never_predicted_worse_than_uniform_ones_or_smaller_budgets() 
 
 
 def test_a_16b_shaped_model_is_planned_in_seconds() -> None:
-    """StarCoder-15.5B's shapes, synthetic spectra, two budgets from scratch; processor time, not wall time."""
+    """StarCoder-15.5B's shapes, synthetic spectra, two budgets and their losses; processor time, not wall time."""
     shapes = {"attn.c_attn": (6144, 6400), "attn.c_proj": (6144, 6144), "c_fc": (6144, 24576), "c_proj": (24576, 6144)}
     sites = {
         f"h.{block}.{name}": LinearSite(f"h.{block}.{name}", block, *shape, True)
@@ -219,7 +265,12 @@ def test_a_16b_shaped_model_is_planned_in_seconds() -> None:
     dense = sum(site.in_features * site.out_features for site in sites.values())
     start, menu = time.process_time(), Menu()
     menus = {name: menu.of(sites[name], loss) for name, loss in losses.items()}
-    uniform = uniform_plans(sites, losses, menu)
-    found = [allocate(menus, bpw * dense / 8, uniform) for bpw in (2.5, 3.0)]
+    frontier = Frontier(menus, uniform_plans(sites, losses, menu))
+    found = [frontier.within(bpw * dense / 8) for bpw in (2.5, 3.0)]
     assert time.process_time() - start < 10
+    start = time.process_time()
+    below = [frontier.below(each.loss) for each in found]
+    assert time.process_time() - start < 5
+    for tight, each in zip(below, found, strict=True):
+        assert tight.loss <= each.loss and 0.999 * each.num_bytes < tight.num_bytes <= each.num_bytes
     assert [round(8 * each.num_bytes / dense, 2) for each in found] == [2.5, 3.0]
