@@ -8,7 +8,6 @@ already loaded.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import time
@@ -21,7 +20,7 @@ import torch
 
 from lord_quant.backends import gptq as backend
 from lord_quant.calibration import TokenWindows, sample_windows
-from lord_quant.cautions import log_cautions, run_cautions
+from lord_quant.cautions import run_cautions
 from lord_quant.checkpoint import (
     REPORT_NAME,
     atomic_folder,
@@ -35,7 +34,7 @@ from lord_quant.checkpoint import (
 from lord_quant.config import FLOAT_BITS, GptqConfig, LordConfig
 from lord_quant.corpus import Corpus, load_corpus
 from lord_quant.engine import DecompositionRecord, decompose_model
-from lord_quant.errors import CalibrationError, ModelError
+from lord_quant.errors import CalibrationError, ConfigError, ModelError
 from lord_quant.estimate import Estimate, estimate
 from lord_quant.joint import StackRecord, stack_model
 from lord_quant.linalg import require_finite
@@ -49,7 +48,6 @@ from lord_quant.source import (
     choose_device,
     inspect_source,
     load_model,
-    refuse_unfit,
     tensor_bytes,
 )
 from lord_quant.surgery import is_compressed
@@ -136,9 +134,12 @@ def plan_model(model: torch.nn.Module, config: LordConfig, itemsize: int) -> Pla
     """Plans a model that is at hand, loaded or on the meta device.
 
     Raises:
+        ConfigError: The run has a budget and nothing was chosen for it yet, see `budget.py`.
         ModelError: It is decomposed or packed already.
         LordError: Whatever is wrong with patterns, ranks or group size.
     """
+    if config.budget is not None:
+        raise ConfigError("the run has a budget, and nothing was chosen for it; wanted the run that `apply_plan` returns")
     done = [name for name, module in model.named_modules() if is_compressed(module)]
     if done:
         raise ModelError(f"the model is already compressed (layer {done[0]!r}); wanted the dense model it was made from")
@@ -149,8 +150,13 @@ def plan_model(model: torch.nn.Module, config: LordConfig, itemsize: int) -> Pla
     return build_plan(sites, config.lowrank, config.gptq, itemsize=itemsize, other_bytes=other)
 
 
-def prepare(config: LordConfig, *, overwrite: bool = False) -> Job:
+def prepare(config: LordConfig, *, overwrite: bool = False, measured_on: str | None = None) -> Job:
     """Checks a run and reads its calibration text, before any weight is loaded.
+
+    Args:
+        config: The run.
+        overwrite: Whether an existing checkpoint at its output may be replaced.
+        measured_on: Digest of the tokens on which the losses were measured that its plan rests on, if it does.
 
     Raises:
         LordError: Whatever is wrong; nothing was written.
@@ -166,7 +172,7 @@ def prepare(config: LordConfig, *, overwrite: bool = False) -> Job:
     joint = config.stack == "joint"
     fisher_tokens = _fisher_windows(windows, config).numel() if joint and plan.rank_pattern else 0
     guess = estimate(plan, windows.num_tokens, device, source.dtype.itemsize, joint, fisher_tokens)
-    cautions = run_cautions(skeleton, plan, windows, device, config.stack)
+    cautions = run_cautions(skeleton, plan, windows, device, config.stack, measured_on)
     return Job(config, source, plan, windows, device, output, overwrite, guess, cautions)
 
 
@@ -305,29 +311,6 @@ def host_arguments(config: LordConfig, plan: Plan, model: torch.nn.Module, windo
     }
 
 
-def compress_loaded(model: PreTrainedModel, tokenizer: Any, config: LordConfig) -> Compressed:
-    """Plans, calibrates and compresses a loaded dense model in place; the path of `from_pretrained`.
-
-    Args:
-        model: The dense model.
-        tokenizer: A tokenizer, a path to one, or None for the model's own.
-        config: The run; its `model` says where the tokenizer is when none is given.
-    """
-    from transformers import AutoTokenizer
-
-    refuse_unfit(config.model, dense_config(model))
-    plan = plan_model(model, config, next(model.parameters()).element_size())
-    if tokenizer is None or isinstance(tokenizer, str):
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer or config.model)
-        except Exception as error:  # tokenizer backends raise whatever they like
-            raise ModelError(f"no tokenizer at {tokenizer or config.model!r}: {error}; pass tokenizer=…") from error
-    context = getattr(model.config, "max_position_embeddings", None) or DEFAULT_SEQ_LEN
-    windows = calibrate(config, tokenizer, context)
-    log_cautions(model, plan, windows, config.stack)
-    return compress_model(model, plan, windows, config)
-
-
 def execute(job: Job) -> dict[str, Any]:
     """Runs a job and writes its checkpoint; returns the report.
 
@@ -380,10 +363,3 @@ def write_checkpoint(
         (folder / REPORT_NAME).write_text(to_json(report), encoding="utf-8")
         (folder / "README.md").write_text(model_card(report), encoding="utf-8")
     return report
-
-
-def dense_config(model: PreTrainedModel) -> Any:
-    """Returns the model's configuration without the compression that is about to happen (transformers sets it early)."""
-    config = copy.copy(model.config)
-    config.quantization_config = None
-    return config

@@ -18,8 +18,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lord_quant.plan import choose_group_size, factor_shapes, linear_bytes, order_bytes
-from lord_quant.planner import CAUTION, PIVOTED, TWO_FACTOR, Allocation
+from lord_quant.layer_bytes import PIVOTED, TWO_FACTOR, factor_shapes, linear_bytes, order_bytes
+from lord_quant.menu import CAUTION
+from lord_quant.plan import choose_group_size
+from lord_quant.planner import Allocation
 from lord_quant.statistics import Statistics
 from lord_quant.targets import ATTENTION, MLP, LinearSite
 
@@ -81,7 +83,7 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class Fate:
-    """What becomes of a layer: `planner.Candidate`, with its place and its stored bits per dense weight."""
+    """What becomes of a layer: `menu.Candidate`, with its place and its stored bits per dense weight."""
 
     layer: str
     type: str
@@ -90,6 +92,7 @@ class Fate:
     rank: int | None
     bits: int
     group_size: int
+    up_bits: int
     bpw: float
     loss: float
 
@@ -268,7 +271,7 @@ def fates(statistics: Statistics, allocation: Allocation) -> list[Fate]:
         each = allocation.chosen[name]
         bpw = 8 * each.num_bytes / (site.in_features * site.out_features)
         place = (name, layer_type(site), site.block)
-        found.append(Fate(*place, each.form, each.rank, each.bits, each.group_size, bpw, each.loss))
+        found.append(Fate(*place, each.form, each.rank, each.bits, each.group_size, each.up_bits, bpw, each.loss))
     return found
 
 

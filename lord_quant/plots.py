@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from lord_quant.checkpoint import atomic_folder, check_output
 from lord_quant.errors import ConfigError, OutputError
 from lord_quant.plot_data import Fate, PlotData
-from lord_quant.report import to_json
+from lord_quant.report import bits_text, to_json
 
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def draw_layers(data: PlotData) -> Figure:
 
 def describe(fate: Fate) -> str:
     """Says in a few characters what becomes of a layer."""
-    packing = f"{fate.bits}b g{fate.group_size}"
+    packing = f"{bits_text(fate.bits, fate.up_bits)}b g{fate.group_size}"
     return f"{fate.form} {packing}" if fate.rank is None else f"{fate.form} r{fate.rank}, {packing}"
 
 

@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "lord_quant"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
-    {"errors", "linalg", "modules", "version", "silence"},
+    {"errors", "linalg", "modules", "version", "silence", "budget_config"},
     {"config", "moments", "decompose", "refine", "corpus"},
     {"calibration", "targets", "layer_bytes", "ranks", "plan", "solver"},
     {
@@ -26,6 +26,7 @@ LAYERS = [
         "stream",
         "pairing",
         "probe",
+        "menu",
         "planner",
         "surgery",
         "checkpoint",
@@ -36,7 +37,7 @@ LAYERS = [
         "report",
     },
     {"backends"},
-    {"engine", "joint", "statistics", "pipeline", "budget", "plot_data", "plots"},
+    {"engine", "joint", "statistics", "pipeline", "budget", "loaded", "plot_data", "plots"},
     {"evaluation", "commands"},
     {"integrations"},
 ]

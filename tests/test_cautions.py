@@ -49,6 +49,13 @@ def test_too_few_tokens_are_counted_against_the_widest_layer() -> None:
     assert "63 calibration tokens" in caution and "64 inputs" in caution
 
 
+def test_losses_predicted_on_other_tokens_are_told() -> None:
+    given = windows(640)
+    assert run_cautions(Model(), plan(Model()), given, CPU, "joint", given.sha256) == ()
+    (caution,) = run_cautions(Model(), plan(Model()), given, CPU, "joint", windows(641).sha256)
+    assert windows(641).sha256[:12] in caution and given.sha256[:12] in caution
+
+
 def test_weights_that_are_no_linear_layers_are_noticed() -> None:
     (caution,) = run_cautions(Model(hidden=1024), plan(Model(hidden=1024)), windows(640), CPU, "naive")
     assert "only 20% of the blocks' parameters" in caution  # 16384 of 16384 + 256 + 65536

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import time
 from typing import Any
@@ -15,18 +16,16 @@ from hypothesis import strategies as st
 
 from lord_quant.config import GptqConfig, LowrankConfig
 from lord_quant.errors import BudgetError
+from lord_quant.layer_bytes import factor_shapes
+from lord_quant.menu import DENSE, Candidate, Choice, Menu, single
 from lord_quant.plan import build_plan
 from lord_quant.planner import (
-    DENSE,
     Allocation,
-    Candidate,
-    Choice,
-    Menu,
+    Frontier,
     allocate,
     lower_hull,
     merged,
     patterns,
-    single,
     total,
     uniform_plans,
 )
@@ -100,6 +99,51 @@ def test_budgets_of_whole_steps_are_met_exactly(menus: Any) -> None:
     for _, _, size in steps:
         budget += size
         assert allocate(units(menus), budget).loss == pytest.approx(best_by_trying_all(menus, budget), abs=1e-9)
+
+
+def smallest_by_trying_all(menus: Any, max_loss: float) -> int:
+    plans = itertools.product(*menus.values())
+    return min(sum(c.num_bytes for c in plan) for plan in plans if sum(c.loss for c in plan) <= max_loss)
+
+
+@settings(max_examples=200, deadline=None)
+@given(menus_of_points, st.integers(0, 4000))
+def test_the_smallest_plan_below_a_loss_is_within_a_step_of_the_smallest(menus: Any, max_loss: int) -> None:
+    least = sum(min(c.loss for c in menu) for menu in menus.values())
+    if max_loss < least:
+        with pytest.raises(BudgetError, match=f"at most {max_loss}; the plan of least loss loses {least:g}"):
+            Frontier(units(menus)).below(max_loss)
+        return
+    found = Frontier(units(menus)).below(max_loss)
+    assert found == total(found.chosen) and found.loss <= max_loss
+    assert all(each in menus[name] for name, each in found.chosen.items())
+    steps = [b.num_bytes - a.num_bytes for menu in menus.values() for a, b in itertools.pairwise(lower_hull(menu))]
+    best = smallest_by_trying_all(menus, max_loss)
+    assert best <= found.num_bytes <= best + max(steps, default=0)
+    # No one layer can give back anything more.
+    for name, old in found.chosen.items():
+        bearable = [c for c in menus[name] if c.loss - old.loss <= max_loss - found.loss]
+        assert old.num_bytes <= min(c.num_bytes for c in bearable)
+
+
+@settings(max_examples=100, deadline=None)
+@given(menus_of_points)
+def test_losses_of_whole_steps_are_met_exactly(menus: Any) -> None:
+    frontier = Frontier(units(menus))
+    chosen = [hull[0] for hull in frontier.hulls]
+    for unit, position in [(None, 0), *frontier.steps]:
+        if unit is not None:
+            chosen[unit] = frontier.hulls[unit][position + 1]
+        limit = sum(choice.loss for choice in chosen)
+        found = frontier.below(limit)
+        assert found.num_bytes == smallest_by_trying_all(menus, limit) and found.loss <= limit
+
+
+def test_a_given_plan_that_is_smaller_is_taken_if_it_loses_no_more() -> None:
+    menus = {"a": [candidate(10, 5.0), candidate(20, 4.0)]}
+    smaller = Allocation({"a": candidate(15, 4.0)}, 15, 4.0)
+    assert Frontier(units(menus), [smaller]).below(4.0) is smaller
+    assert Frontier(units(menus), [smaller]).below(5.0).num_bytes == 10
 
 
 def test_a_given_plan_that_is_better_is_taken_if_it_fits() -> None:
@@ -249,6 +293,22 @@ def test_a_group_that_is_better_is_chosen() -> None:
     assert allocate([unit], 40).loss == 2.0 and allocate([unit], 21).loss == 10.0
 
 
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 1.0])
+def test_no_candidate_keeps_less_of_a_layer_than_is_asked_for(ratio: float) -> None:
+    for name, loss in LOSSES.items():
+        site, every = SITES[name], Menu().of(SITES[name], loss)
+        dense = site.in_features * site.out_features
+
+        def kept(each: Candidate, site: LinearSite = site, dense: int = dense) -> float:
+            return sum(math.prod(shape) for shape in factor_shapes(*site[2:4], each.rank, each.form).values()) / dense
+
+        limited = Menu(min_param_ratio=ratio).of(site, loss)
+        assert all(each.rank is None or kept(each) >= ratio for each in limited)
+        # Nothing else goes: what is left out is too small, or beaten by what the floor took away.
+        assert {each for each in every if each.rank is None or kept(each) >= ratio} <= set(limited)
+        assert any(each.rank and kept(each) < ratio for each in every)
+
+
 def test_plans_are_never_predicted_worse_than_uniform_ones_or_smaller_budgets() -> None:
     menu = Menu()
     menus = {name: menu.of(SITES[name], loss) for name, loss in LOSSES.items()}
@@ -263,7 +323,7 @@ def test_plans_are_never_predicted_worse_than_uniform_ones_or_smaller_budgets() 
 
 
 def test_a_16b_shaped_model_is_planned_in_seconds() -> None:
-    """StarCoder-15.5B's shapes, synthetic spectra, two budgets from scratch; processor time, not wall time."""
+    """StarCoder-15.5B's shapes, synthetic spectra, two budgets and their losses; processor time, not wall time."""
     shapes = {"attn.c_attn": (6144, 6400), "attn.c_proj": (6144, 6144), "c_fc": (6144, 24576), "c_proj": (24576, 6144)}
     sites = {
         f"h.{block}.{name}": LinearSite(f"h.{block}.{name}", block, *shape, True)
@@ -274,7 +334,12 @@ def test_a_16b_shaped_model_is_planned_in_seconds() -> None:
     dense = sum(site.in_features * site.out_features for site in sites.values())
     start, menu = time.process_time(), Menu()
     menus = {name: menu.of(sites[name], loss) for name, loss in losses.items()}
-    uniform = uniform_plans(sites, losses, menu)
-    found = [allocate(units(menus), bpw * dense / 8, uniform) for bpw in (2.5, 3.0)]
+    frontier = Frontier(units(menus), uniform_plans(sites, losses, menu))
+    found = [frontier.within(bpw * dense / 8) for bpw in (2.5, 3.0)]
     assert time.process_time() - start < 10
+    start = time.process_time()
+    below = [frontier.below(each.loss) for each in found]
+    assert time.process_time() - start < 5
+    for tight, each in zip(below, found, strict=True):
+        assert tight.loss <= each.loss and 0.999 * each.num_bytes < tight.num_bytes <= each.num_bytes
     assert [round(8 * each.num_bytes / dense, 2) for each in found] == [2.5, 3.0]

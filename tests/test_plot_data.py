@@ -11,12 +11,15 @@ import pytest
 import torch
 
 from lord_quant import plot_data
-from lord_quant.budget import Budget, Planner, _solver, digest_of
+from lord_quant.budget import Planner, _solver, digest_of
+from lord_quant.budget_config import BudgetConfig
 from lord_quant.config import GptqConfig, LordConfig, LowrankConfig
-from lord_quant.plan import build_plan, factor_shapes, rank_step
-from lord_quant.planner import DENSE, PIVOTED, TWO_FACTOR, Candidate, Menu, total
+from lord_quant.layer_bytes import PIVOTED, TWO_FACTOR, factor_shapes, rank_step
+from lord_quant.menu import DENSE, Candidate, Menu
+from lord_quant.plan import build_plan
+from lord_quant.planner import total
 from lord_quant.plot_data import layer_type, stored_parity, two_factor_parity
-from lord_quant.probe import LayerLoss
+from lord_quant.probe import FactorNoise, LayerLoss
 from lord_quant.source import build_skeleton, inspect_source
 from lord_quant.statistics import Statistics
 from lord_quant.targets import LinearSite, find_linears
@@ -25,12 +28,13 @@ from lord_quant.targets import LinearSite, find_linears
 def falling(full: int, whole: float) -> LayerLoss:
     """A layer whose loss falls with rank in a straight line: `whole` (1 - r / full)."""
     tail = whole * (1 - torch.arange(full + 1, dtype=torch.float64) / full)
-    return LayerLoss(tail, {2: 1.0, 3: 0.2, 4: 0.05}, {32: 0.9, 64: 1.0}, 64, 0.01)
+    noise = FactorNoise(full // 2, {2: 0.1, 3: 0.02, 4: 0.005}, 1.0)
+    return LayerLoss(tail, {2: 1.0, 3: 0.2, 4: 0.05}, {32: 0.9, 64: 1.0}, 64, noise, noise)
 
 
 def statistics_of(*layers: tuple[LinearSite, float]) -> Statistics:
     losses = {site.name: falling(min(site.in_features, site.out_features), whole) for site, whole in layers}
-    return Statistics(losses, {site.name: site for site, _ in layers}, {})
+    return Statistics(losses, {site.name: site for site, _ in layers}, {}, {})
 
 
 SMALL = statistics_of(
@@ -41,10 +45,10 @@ SMALL = statistics_of(
 )
 CHOSEN = total(
     {
-        "h.0.attn.q": Candidate(2048, 0.2, DENSE, None, 3, 64),
-        "h.0.mlp.up": Candidate(1536, 0.5, TWO_FACTOR, 32, 2, 32),
-        "h.1.attn.q": Candidate(1024, 0.1, "grouped", 96, 4, 32),
-        "h.1.mlp.up": Candidate(768, 0.0, PIVOTED, 16, 2, 64),
+        "h.0.attn.q": Candidate(2048, 0.2, DENSE, None, 3, 64, 3),
+        "h.0.mlp.up": Candidate(1536, 0.5, TWO_FACTOR, 32, 2, 32, 3),
+        "h.1.attn.q": Candidate(1024, 0.1, "grouped", 96, 4, 32, 4),
+        "h.1.mlp.up": Candidate(768, 0.0, PIVOTED, 16, 2, 64, 2),
     }
 )
 
@@ -68,7 +72,7 @@ def test_spectra_are_shares_of_the_whole_and_say_what_was_kept() -> None:
 
 def test_long_spectra_are_thinned_evenly_to_their_ends() -> None:
     site = LinearSite("h.0.fc", 0, 1000, 2000, True)
-    dense = total({"h.0.fc": Candidate(1, 0.0, DENSE, None, 4, 64)})
+    dense = total({"h.0.fc": Candidate(1, 0.0, DENSE, None, 4, 64, 4)})
     (found,) = plot_data.spectra(statistics_of((site, 1.0)), dense)
     steps = [after - before for before, after in zip(found.rank_ratios, found.rank_ratios[1:], strict=False)]
     assert len(found.rank_ratios) == 129 and found.rank_ratios[0] == 0 and found.rank_ratios[-1] == 1
@@ -86,7 +90,8 @@ def test_fates_are_candidates_with_their_bits_per_weight() -> None:
     ]
     for name, each in found.items():
         chosen = CHOSEN.chosen[name]
-        assert Candidate(chosen.num_bytes, each.loss, each.form, each.rank, each.bits, each.group_size) == chosen
+        packing = each.bits, each.group_size, each.up_bits
+        assert Candidate(chosen.num_bytes, each.loss, each.form, each.rank, *packing) == chosen
     assert [each.bpw for each in found.values()] == [4.0, 1.0, 2.0, 0.5]
 
 
@@ -168,12 +173,12 @@ def planner(model_folder: Callable[..., Path]) -> Planner:
     source = inspect_source(config.model, "auto")
     sites = find_linears(build_skeleton(source))
     made_up = statistics_of(*((site, 2.0 + site.block) for site in sites))
-    origin = {"model_sha256": digest_of(source), "solver": _solver(config), "fisher_samples": 0}
+    origin = {"model_sha256": digest_of(config.model), "solver": _solver(config), "fisher_samples": 0}
     return Planner(config, made_up._replace(origin=origin), Menu(bits=(2, 3, 4)))
 
 
 def test_the_frontier_holds_what_the_planner_says(planner: Planner) -> None:
-    allocation = planner.choose(Budget(target_bpw=3.0))
+    allocation = planner.choose(BudgetConfig(target_bpw=3.0))
     data = plot_data.collect(planner, allocation, {"seed": 0})
     assert data.about == {"seed": 0} and data.unit == "squared output error"
     assert data.frontier.chosen == plot_data.Point(planner.bpw(allocation), allocation.loss)

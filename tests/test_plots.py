@@ -14,8 +14,10 @@ import torch
 
 from lord_quant import plots
 from lord_quant.errors import ConfigError, OutputError
+from lord_quant.layer_bytes import PIVOTED, TWO_FACTOR
+from lord_quant.menu import DENSE, Candidate
 from lord_quant.plan import PACK_MULTIPLE
-from lord_quant.planner import DENSE, PIVOTED, TWO_FACTOR, Candidate, total
+from lord_quant.planner import total
 from lord_quant.plot_data import Frontier, PlotData, Point, UniformPoint, fates, parity, spectra, type_curves
 from lord_quant.plots import check_plots, describe, write_plots
 from lord_quant.probe import LayerLoss
@@ -32,10 +34,10 @@ def data() -> PlotData:
         LinearSite(f"h.{block}.{name}", block, *shape, True) for block in range(BLOCKS) for name, shape in TYPES.items()
     ]
     tail = torch.cat((torch.logspace(0, -3, 64, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)))
-    losses = {site.name: LayerLoss(tail, {4: 0.01}, {32: 1.0}, 32, 0.01) for site in sites}
-    statistics = Statistics(losses, {site.name: site for site in sites}, {})
+    losses = {site.name: LayerLoss(tail, {4: 0.01}, {32: 1.0}, 32, None, None) for site in sites}
+    statistics = Statistics(losses, {site.name: site for site in sites}, {}, {})
     forms = {"attn.qkv": (DENSE, None), "mlp.up": (TWO_FACTOR, PACK_MULTIPLE), "mlp.down": (PIVOTED, PACK_MULTIPLE)}
-    chosen = {site.name: Candidate(3000, 0.1, *forms[site.name.split(".", 2)[2]], 4, 32) for site in sites}
+    chosen = {site.name: Candidate(3000, 0.1, *forms[site.name.split(".", 2)[2]], 4, 32, 4) for site in sites}
     frontier = Frontier([Point(2.0, 1.0), Point(3.0, 0.1)], [UniformPoint(4, 32, 4.6, 0.05)], Point(2.5, 0.4))
     allocation = total(chosen)
     return PlotData(

@@ -249,6 +249,8 @@ MIXED_DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda c: c["group_size_pattern"].update({OTHER: 128}),
         rf"wrong shape: {OTHER}\.(scales|qzeros)",
     ),
+    "group size missing": (lambda c: c.pop("group_size"), "group_size is None; wanted one of 32, 64, 128, 256"),
+    "group size that does not exist": (lambda c: c.update(group_size=48), "group_size is 48; wanted .*nearest: 32"),
     "everything removed": (lambda c: [c.pop("group_size_pattern"), c.pop("bits_pattern")], "wrong shape"),
     "bits of a factor": (
         lambda c: c["bits_pattern"].update({f"{LAYER}.down": 8}),
