@@ -304,7 +304,7 @@ GROUPED_DAMAGE: dict[str, tuple[Edit, type[LordError], str]] = {
     "rank above all outputs": (
         lambda folder, bits: edit_config(folder, lambda c: c["rank_pattern"].update({Q: 160, K: 160, V: 160})),
         RankError,
-        f"{Q}: rank 160, wanted 1 to 128; {K}: rank 160",
+        f"{K}: rank 160, wanted 1 to 128; {Q}: rank 160",
     ),
     "leader in another block": (
         lambda folder, bits: edit_config(folder, lambda c: c["group_pattern"].update({K: f"{FIRST}.q_proj"})),
@@ -336,7 +336,7 @@ GROUPED_DAMAGE: dict[str, tuple[Edit, type[LordError], str]] = {
     "group of one": (
         lambda folder, bits: edit_config(folder, lambda c: [c["group_pattern"].pop(K), c["group_pattern"].pop(V)]),
         CheckpointError,
-        f"{Q}: grouped with no other layer; {K}: grouped with no other layer",
+        f"{K}: grouped with no other layer; {Q}: grouped with no other layer",
     ),
     "form changed": (
         lambda folder, bits: edit_config(folder, lambda c: c["form_pattern"].update({K: "pivoted"})),
