@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -64,7 +65,10 @@ def _plan_warnings(plan: Plan, windows: TokenWindows) -> Iterator[str]:
     dense = [layer for layer in plan.layers if layer.note]
     if dense:
         yield f"{len(dense)} of {len(dense) + len(plan.rank_pattern)} targeted layers stay dense (see the plan's notes)"
-    enlarged = [layer for layer in plan.layers if layer.rank and layer.weights > layer.dense_weights]
+    grown: Counter[str] = Counter()  # weights, by layer or by group, whose leader holds what all share
+    for layer in plan.layers:
+        grown[layer.leader or layer.name] += layer.weights - layer.dense_weights
+    enlarged = [layer for layer in plan.layers if grown[layer.leader or layer.name] > 0]
     if enlarged:
         yield f"--force-rank makes {len(enlarged)} layers larger than they were"
 

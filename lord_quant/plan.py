@@ -30,10 +30,12 @@ from lord_quant.layer_bytes import (
     order_bytes,
 )
 from lord_quant.ranks import Unit, choose_rank, explicit_ranks, nothing_decomposed
-from lord_quant.targets import LinearSite, find_matching, select, siblings
+from lord_quant.targets import LinearSite, find_matching, matching, select, siblings
 
 
 FACTORS = (".down", ".up")
+SHARED = {"group_size": "group size", "rank": "rank", "up_bits": "bits of `up`", "biased": "bias"}
+"""What grouped layers must have in common and what it is called; what follows from another comes after it."""
 _Value = TypeVar("_Value")
 
 
@@ -53,7 +55,7 @@ class LayerPlan:
         bias_bytes: Stored bytes of the bias.
         note: Why a targeted layer stays dense; empty otherwise.
         form: How a decomposed layer is stored: `two_factor`, `pivoted` or `grouped`.
-        bits: Bits of its packed weights, or of `down`; 16 for float.
+        bits: Bits of its packed weights, or of the `down` it uses; 16 for float.
         group_size: Inputs per scale.
         up_bits: Bits of `up`; of a layer that stays dense, the same as `bits`.
         leader: Of a grouped layer, the full path of the one that holds the `down` it uses; empty otherwise.
@@ -267,11 +269,13 @@ def build_plan(
     Raises:
         TargetError: A pattern matches nothing.
         GroupSizeError: A shape cannot be packed.
-        RankError: An explicit rank is illegal, a layer has a form but no rank, or ratios below 1 leave every layer dense.
+        RankError: An explicit rank is illegal, a layer has a form but no rank, a factor has bits but there is none, grouped
+            layers are not alike, or ratios below 1 leave every layer dense.
     """
     group_size = gptq.group_size or choose_group_size(sites, gptq.bits)
-    bits, sizes = _by_factor(gptq.bits_pattern, sites), _by_name(gptq.group_size_pattern, sites)
-    forms = _by_name(lowrank.form_pattern, sites)
+    widths, meant = gptq.bits_pattern or {}, _meant(gptq.bits_pattern or {}, sites)
+    bits = {name: widths[key] for key, names in meant.items() for name in names}
+    sizes, forms = _by_name(gptq.group_size_pattern, sites), _by_name(lowrank.form_pattern, sites)
     check_packable(sites, gptq.bits, group_size, sizes)
     targeted = select(sites, lowrank.targets, lowrank.ignore)
     units = _units(sites, lowrank, forms, targeted)
@@ -280,14 +284,15 @@ def build_plan(
     )
     layers = []
     for site in sites:
-        unit, packing = units[site.name], Packing(bits.get(site.name, gptq.bits), sizes.get(site.name, group_size))
+        unit, size = units[site.name], sizes.get(site.name, group_size)
         rank, note = None, ""
         if site.name in targeted:
-            rank, note = choose_rank(unit, lowrank, explicit.get(site.name), packing.group_size)
-        up_bits = bits.get(f"{site.name}.up", packing.bits) if rank is not None else packing.bits
-        packing = packing._replace(bits=bits.get(f"{site.name}.down", packing.bits)) if rank is not None else packing
+            rank, note = choose_rank(unit, lowrank, explicit.get(site.name), size)
+        named = (site.name, site.name) if rank is None else (f"{unit.site.name}.down", f"{site.name}.up")
+        down_bits, up_bits = (bits.get(name, gptq.bits) for name in named)
+        packing = Packing(down_bits, size)
         layers.append(_layer_plan(site, unit, rank, note, lowrank.mean_correction, packing, up_bits, itemsize))
-    _require_alike(layers)
+    _require_alike(layers, units)
     plan = Plan(tuple(layers), gptq.bits, group_size, lowrank.mean_correction, other_bytes)
     asked = lowrank.rank_pattern or min(lowrank.rank_ratio or 1, lowrank.param_ratio or 1) < 1
     if asked and not plan.rank_pattern:
@@ -297,6 +302,10 @@ def build_plan(
     if formless:
         lines = [f"  {layer.name}: {layer.note or 'dense'}; wanted a rank for it, or no form" for layer in formless]
         raise RankError("\n".join(["form_pattern names layers without a rank:", *lines]))
+    idle = [key for key, names in meant.items() if names.isdisjoint({*plan.packings, *plan.rank_pattern})]
+    if idle:
+        listed = ", ".join(map(repr, idle))
+        raise RankError(f"bits_pattern names factors that no layer will have: {listed}; wanted a rank for them, or layers")
     return plan
 
 
@@ -305,19 +314,17 @@ def _by_name(pattern: Mapping[str, _Value] | None, sites: Sequence[LinearSite]) 
     return {name: value for key, value in (pattern or {}).items() for name in sorted(find_matching(key, sites))}
 
 
-def _by_factor(pattern: Mapping[str, int] | None, sites: Sequence[LinearSite]) -> dict[str, int]:
-    """Returns bits by layer or factor pattern as bits by full path; later entries win, those of a layer for both factors.
+def _meant(keys: Iterable[str], sites: Sequence[LinearSite]) -> dict[str, set[str]]:
+    """Returns what keys of `bits_pattern` mean, by full path: layers and both of their factors, or factors alone.
 
-    A key that ends in ``.down`` or ``.up`` and is no layer's means that factor of the layers the rest of it matches.
+    A key that ends in ``.down`` or ``.up`` and matches no layer means that factor of the layers the rest of it matches.
     """
-    found: dict[str, int] = {}
-    names = [site.name for site in sites]
-    for key, value in (pattern or {}).items():
+    found: dict[str, set[str]] = {}
+    for key in keys:
         factor = next((suffix for suffix in FACTORS if key.endswith(suffix)), "")
-        if factor and not any(name == key or name.endswith(f".{key}") for name in names):
-            found |= {name + factor: value for name in find_matching(key.removesuffix(factor), sites)}
-        else:
-            found |= {name + suffix: value for name in find_matching(key, sites) for suffix in ("", *FACTORS)}
+        alone = bool(factor) and not matching(key, sites)
+        names = find_matching(key.removesuffix(factor) if alone else key, sites)
+        found[key] = {name + suffix for name in names for suffix in ((factor,) if alone else ("", *FACTORS))}
     return found
 
 
@@ -337,7 +344,7 @@ def _units(
     return units
 
 
-def _require_alike(layers: Sequence[LayerPlan]) -> None:
+def _require_alike(layers: Sequence[LayerPlan], units: Mapping[str, Unit]) -> None:
     """Refuses groups whose layers differ in what they must share.
 
     Raises:
@@ -346,13 +353,14 @@ def _require_alike(layers: Sequence[LayerPlan]) -> None:
     by_name = {layer.name: layer for layer in layers}
     problems = []
     for layer in layers:
-        if layer.leader in ("", layer.name):
+        unit = units[layer.name]
+        first = by_name[unit.site.name]
+        if unit.form != GROUPED or layer.rank is first.rank is None:
             continue
-        first = by_name[layer.leader]
-        for what in ("rank", "group_size", "up_bits", "biased"):
+        different = [what for what in SHARED if getattr(layer, what) != getattr(first, what)]
+        for what in different[:1]:
             mine, wanted = getattr(layer, what), getattr(first, what)
-            if mine != wanted:
-                problems.append(f"  {layer.name}: {what} {mine}; wanted that of {first.name}, {wanted}")
+            problems.append(f"  {layer.name}: {SHARED[what]} {mine}; wanted that of {first.name}, {wanted}")
     if problems:
         raise RankError("\n".join(["grouped layers share a bottleneck and must be alike:", *problems]))
 

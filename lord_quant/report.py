@@ -57,6 +57,11 @@ def bits_text(bits: int | None, up_bits: int | None) -> str:
     return str(bits) if bits == up_bits else f"{bits}/{up_bits}"
 
 
+def form_text(form: str, name: str, leader: str) -> str:
+    """Renders a layer's form; of a grouped layer that uses the `down` of another, also whose: grouped (q_proj)."""
+    return form if leader in ("", name) else f"{form} ({leader.rpartition('.')[2]})"
+
+
 def plan_table(plan: Plan) -> str:
     """Renders every layer's shape, rank, bytes and bits per weight, its packing where that differs, and the totals."""
     rows = [
@@ -64,7 +69,7 @@ def plan_table(plan: Plan) -> str:
             layer.name,
             f"{layer.out_features}x{layer.in_features}",
             layer.rank or "dense",
-            *([layer.form if layer.rank else "-"] if plan.form_pattern else []),
+            *([form_text(layer.form, layer.name, layer.leader) if layer.rank else "-"] if plan.form_pattern else []),
             *([bits_text(layer.bits, layer.up_bits), layer.group_size] if plan.mixed else []),
             f"{layer.weights / layer.dense_weights:.2f}",
             human_bytes(layer.weight_bytes + layer.bias_bytes),

@@ -7,7 +7,7 @@ architecture, the bytes from the safetensors headers. Nothing is taken from a re
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,9 +29,10 @@ class StoredLayer(NamedTuple):
         rank: Rank of its factors, or None.
         weight_bytes: Bytes of weights, scales, zeros and indices, and of a bias the dense layer did not have.
         bias_bytes: Bytes of a bias the dense layer had.
-        bits: Bits of its packed weights, of `down` where it holds one; None where it is not packed as GPTQ packs.
+        bits: Bits of its packed weights, or of the `down` it uses; None where it is not packed as GPTQ packs.
         group_size: Inputs per scale, likewise.
         up_bits: Bits of `up`; of a layer that is not low-rank, the same as `bits`.
+        leader: Of a grouped layer, the full path of the one that holds the `down` it uses; empty otherwise.
     """
 
     site: LinearSite
@@ -42,6 +43,7 @@ class StoredLayer(NamedTuple):
     bits: int | None
     group_size: int | None
     up_bits: int | None
+    leader: str
 
     @property
     def bpw(self) -> float:
@@ -96,14 +98,13 @@ def measure(folder: str | Path) -> Stored:
     files = weight_files(folder)
     headers = read_headers(files)
     settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    tensors = [_tensors_of(site.name, headers) or _tensors_of(site.name.removeprefix(prefix), headers) for site in sites]
+    tensors = {s.name: _tensors_of(s.name, headers) or _tensors_of(s.name.removeprefix(prefix), headers) for s in sites}
     ours = settings.get("quant_method") == METHOD_GPTQ
-    groups = settings.get("group_pattern")
-    leaders: dict[str, str] = dict(groups) if isinstance(groups, Mapping) else {}
+    leaders = _leaders_of(settings, tensors)
     missing = [
-        f"{site.name}.{name}"
-        for site, mine in zip(sites, tensors, strict=True)
-        for name in _missing_of(mine, ours, ("up.",) if site.name in leaders else ("down.", "up."))
+        f"{layer}.{name}"
+        for layer, mine in tensors.items()
+        for name in _missing_of(mine, ours, ("down.", "up.") if leaders.get(layer, layer) == layer else ("up.",))
     ]
     if missing:
         more = [f"… and {len(missing) - 10} more"] if len(missing) > 10 else []
@@ -111,14 +112,26 @@ def measure(folder: str | Path) -> Stored:
             "\n  ".join([f"the weights in {str(folder)!r} do not hold every layer; missing:", *missing[:10], *more])
         )
     return Stored(
-        layers=tuple(
-            _stored_layer(site, mine, site.name in leaders or site.name in leaders.values())
-            for site, mine in zip(sites, tensors, strict=True)
-        ),
+        layers=tuple(_stored_layer(site, tensors, leaders.get(site.name, "")) for site in sites),
         quantization_config=settings,
         tensor_bytes=sum(size for _, _, size in headers.values()),
         file_bytes=sum(Path(file).stat().st_size for file in files),
     )
+
+
+def _leaders_of(settings: Mapping[str, Any], layers: Container[str]) -> dict[str, str]:
+    """Returns the leader of every grouped layer, leaders included.
+
+    Raises:
+        CheckpointError: `group_pattern` is no mapping of layers to layers.
+    """
+    pattern = settings.get("group_pattern") or {}
+    if not isinstance(pattern, Mapping):
+        raise CheckpointError(f"group_pattern is {type(pattern).__name__}; wanted a mapping of path to leader")
+    odd = [f"{name}: {leader!r}" for name, leader in pattern.items() if not isinstance(leader, str) or leader not in layers]
+    if odd:
+        raise CheckpointError(f"group_pattern names leaders that the model does not have: {', '.join(odd)}")
+    return {leader: leader for leader in pattern.values()} | dict(pattern)
 
 
 def _tensors_of(layer: str, headers: Headers) -> Headers:
@@ -139,16 +152,19 @@ def _missing_of(mine: Headers, ours: bool, factors: tuple[str, ...]) -> list[str
     return missing
 
 
-def _stored_layer(site: LinearSite, mine: Headers, grouped: bool) -> StoredLayer:
+def _stored_layer(site: LinearSite, tensors: Mapping[str, Headers], leader: str) -> StoredLayer:
+    mine = tensors[site.name]
     biases = {name for name in mine if name.rpartition(".")[2] == "bias"}
     own_bias = biases if site.has_bias else set()
     packed = any(name.endswith("qweight") for name in mine)
     rank = None
     if any(name.startswith("up.") for name in mine):
         rank = mine["up.g_idx"][0][0] if "up.g_idx" in mine else mine["up.weight"][0][1]
-    form = "dense" if rank is None else "grouped" if grouped else "pivoted" if "order" in mine else "two_factor"
+    form = "dense" if rank is None else "grouped" if leader else "pivoted" if "order" in mine else "two_factor"
     form += " packed" if packed else ""
-    packings = [found for part in ("", "down.", "up.") if (found := _packing(mine, part)) is not None]
+    used = tensors[leader] if leader else mine
+    parts = (_packing(used, ""), _packing(used, "down."), _packing(mine, "up."))
+    packings = [found for found in parts if found is not None]
     return StoredLayer(
         site=site,
         form=form,
@@ -158,6 +174,7 @@ def _stored_layer(site: LinearSite, mine: Headers, grouped: bool) -> StoredLayer
         bits=packings[0][0] if packings else None,
         group_size=packings[0][1] if packings else None,
         up_bits=packings[-1][0] if packings else None,
+        leader=leader if rank is not None else "",
     )
 
 

@@ -84,9 +84,11 @@ def replace_group(model: nn.Module, names: Sequence[str], factors: Factors) -> l
             module.up.weight.copy_(up)
             if bias is not None:
                 module.up.bias.copy_(bias)
-    for name, module in zip(names, modules, strict=True):
+    named = dict(zip(names, modules, strict=True))
+    for name, module in named.items():
         for part, parameter in module.named_parameters():
             require_finite(parameter, f"factor {part} of {name!r} in {parameter.dtype}")
+    for name, module in named.items():
         model.set_submodule(name, module)
     return modules
 
@@ -152,15 +154,20 @@ def apply_rank_pattern(
             f"form_pattern holds {', '.join(odd)}; wanted {' or '.join(legal)}, for layers of rank_pattern"
         )
     shapes = {name: dense_weight(modules[name]).shape for name in rank_pattern}
-    groups: dict[str, list[str]] = {name: [name] for name in rank_pattern if forms.get(name) == GROUPED}
-    groups = {name: members for name, members in groups.items() if name not in leaders}
+    groups: dict[str, list[str]] = {
+        name: [name] for name in rank_pattern if forms.get(name) == GROUPED and name not in leaders
+    }
+
+    def alike(name: str) -> tuple[str, int, int]:  # what the layers of a group have in common
+        return name.rpartition(".")[0], shapes[name][1], rank_pattern[name]
+
     problems = []
     for name, leader in leaders.items():
-        fits = forms.get(name) == GROUPED and leader in groups
-        if fits and shapes[name][1] == shapes[leader][1] and rank_pattern[name] == rank_pattern[leader]:
+        known = isinstance(leader, str) and leader in groups and forms.get(name) == GROUPED
+        if known and alike(name) == alike(leader):
             groups[leader].append(name)
         else:
-            problems.append(f"{name}: {leader!r}, wanted another grouped layer with its inputs and rank")
+            problems.append(f"{name}: {leader!r}, wanted a grouped layer beside it with its inputs and rank")
     problems += [f"{leader}: grouped with no other layer" for leader, members in groups.items() if len(members) == 1]
     if problems:
         raise CheckpointError("group_pattern does not fit together: " + "; ".join(problems))

@@ -145,11 +145,19 @@ def find_matching(pattern: str, sites: Sequence[LinearSite]) -> set[str]:
     Raises:
         TargetError: None does.
     """
-    names = [site.name for site in sites]
-    hits = _matches(pattern, names)
+    hits = matching(pattern, sites)
     if not hits:
-        raise TargetError(f"pattern {pattern!r} matches no layer{_suggest(pattern, names)}")
+        raise TargetError(f"pattern {pattern!r} matches no layer{_suggest(pattern, [site.name for site in sites])}")
     return hits
+
+
+def matching(pattern: str, sites: Sequence[LinearSite]) -> set[str]:
+    """Returns the full paths that one pattern matches, if any.
+
+    Raises:
+        TargetError: It is no pattern.
+    """
+    return _matches(pattern, [site.name for site in sites])
 
 
 def _matches(pattern: str, names: Iterable[str]) -> set[str]:

@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints the folder's layers and totals."""
     from tabulate import tabulate
 
-    from lord_quant.report import bits_text, human_bytes, to_json
+    from lord_quant.report import bits_text, form_text, human_bytes, to_json
     from lord_quant.silence import import_hosts
     from lord_quant.stored import measure
 
@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
         {
             "name": layer.site.name,
             "form": layer.form,
+            "leader": layer.leader,
             "out_features": layer.site.out_features,
             "in_features": layer.site.in_features,
             "rank": layer.rank,
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     table = [
         [
             layer.site.name,
-            layer.form,
+            form_text(layer.form, layer.site.name, layer.leader),
             f"{layer.site.out_features}x{layer.site.in_features}",
             layer.rank or "-",
             *([bits_text(layer.bits, layer.up_bits), layer.group_size or "-"] if mixed else []),

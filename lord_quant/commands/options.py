@@ -85,7 +85,10 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
         help="layers to decompose: all (default), attention, mlp, a name's end, a shell pattern, re:REGEX",
     )  # fmt: skip
     ranks.add_argument("--ignore", default=unset, nargs="+", metavar="PATTERN", help="patterns taken away from the targets")
-    ranks.add_argument("--form", default=unset, help="two_factor (default), or pivoted: rank² weights fewer")
+    ranks.add_argument(
+        "--form", default=unset,
+        help="two_factor (default); pivoted: rank² weights fewer; grouped: layers with one input share `down`",
+    )  # fmt: skip
     ranks.add_argument(
         "--force-rank", default=unset, action=argparse.BooleanOptionalAction, help="decompose even where that enlarges"
     )

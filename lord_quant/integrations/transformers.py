@@ -45,6 +45,7 @@ _FIXED = {
     "backend": "auto",
     "batch_size": 1,
     "cache_block_outputs": True,
+    "group_pattern": None,
     "module_name_preceding_first_block": None,
     "modules_in_block_to_quantize": None,
 }
@@ -67,7 +68,7 @@ class LordGPTQConfig(GPTQConfig):
         rank_pattern: Ranks by layer pattern; in a saved checkpoint, by full module path.
         targets: Presets and patterns of layers to decompose.
         ignore: Patterns taken away from the targets.
-        form: `two_factor` or `pivoted`.
+        form: `two_factor`, `pivoted` or `grouped`, see `LowrankConfig`.
         form_pattern: Form by layer pattern, of layers that get a rank; in a saved checkpoint, by full module path.
         force_rank: Decompose also where that makes a layer larger.
         mean_correction: Correct biases for the mean input.
