@@ -96,7 +96,8 @@ def main() -> None:
         raise SystemExit(f"--layers {args.layers}; wanted at least 1")
     clock, published = Clock(), digests([args.model])
     text = Settings(args.calibration, args.heldout, args.num_samples, args.seq_len, args.windows, False).published()
-    settings = {name: value for name, value in text.items() if name != "humaneval"} | {"seed": args.seed}
+    settings = {name: value for name, value in text.items() if name != "humaneval"}
+    settings |= {"seed": args.seed, "layers": args.layers}
     content: dict[str, Any] = {"settings": settings, "models": published, "revision": revision()}
     layers, predicted, calibration, heldout = prepare(args)
     print(f"{len(layers)} layers predicted ({clock})", flush=True)

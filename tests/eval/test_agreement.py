@@ -60,8 +60,8 @@ def test_pairs_ordered_right_are_counted_alone_and_among_the_clear_ones(agreemen
     pairs = [{"rows": [0, 1], "errors_apart": 9.0}, {"rows": [1, 2], "errors_apart": 1.0}]
     equal = agreement.summarise(rows, pairs)["equal_bytes"]
     assert (equal["pairs"], equal["clear"]) == (2, 1)
-    assert equal["predicted"] == {"all": 0.5, "clear": 1.0}
-    assert equal["output_error"] == {"all": 0.0, "clear": 0.0}
+    assert equal["predicted"] == {"all": 0.5, "clear": 1.0, "divergence": 0.5}
+    assert equal["output_error"] == {"all": 0.0, "clear": 0.0, "divergence": 0.0}
 
 
 def test_summary_gives_ratios_by_kind_and_leaves_missing_kinds_out(agreement: Any) -> None:
@@ -71,7 +71,8 @@ def test_summary_gives_ratios_by_kind_and_leaves_missing_kinds_out(agreement: An
     ratios = {"calibration": 4.0, "heldout": 2.0, "heldout_divergence": 6.0}
     assert kinds["dense"]["over_predicted"] == pytest.approx(ratios)
     assert kinds["dense"]["over_crossed"] == pytest.approx({name: ratio / 2 for name, ratio in ratios.items()})
-    assert (kinds["dense"]["predicted"], kinds["truncation"]["predicted"]) == (pytest.approx(1.0), None)
+    correlations = [kinds[kind]["correlations"]["heldout"]["predicted"] for kind in ("dense", "truncation")]
+    assert correlations == [pytest.approx(1.0), None]
 
 
 def test_tables_and_plot(agreement: Any, tmp_path: Path) -> None:
