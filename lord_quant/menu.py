@@ -31,8 +31,6 @@ CAUTION = 4.0
 """How many times its predicted loss a truncation is taken to cost. Directions are dropped because the calibration found no
 use for them, which it finds of more directions than there are: over three models at rank ratio 0.75, all layers truncated,
 held-out text lost 2.8, 5.1 and 5.5 times what was predicted (rounding: 0.7, 1.1 and 1.2 times)."""
-PIVOTED_NOISE = 2.0
-"""Rounding loss of the pivoted form, relative to two factors at the same rank and bits."""
 
 
 class Candidate(NamedTuple):
@@ -141,7 +139,7 @@ class Menu:
         smaller, step = min(inputs, outputs), rank_step(group_size)
         step *= math.ceil(smaller / step / RANKS)
         fixed = self._added_bias(site) + (order_bytes(outputs) if form == PIVOTED else 0)
-        noisier = loss.groups[group_size] * (PIVOTED_NOISE if form == PIVOTED else 1.0)
+        noisier = loss.groups[group_size] * (loss.pivoted if form == PIVOTED else 1.0)
         whole = float(loss.tail[0])
         for rank in range(step, smaller + 1, step):
             shapes = factor_shapes(inputs, outputs, rank, form)

@@ -13,7 +13,8 @@ some of them, solved at 2, 3 and 4 bits and at 3 bits in other groups, tell the 
 taken as a product of the two. Factors are made at half rank, and each is rounded alone at 2, 3 and 4 bits, the other left
 in float but given its optimum, as in the real stack; at 3/4 of the rank, at 3 bits, once more. What is lost beyond
 truncation, relative to the energy kept, is taken to add up over both factors, to follow a power of the rank (usually about
-1/r: solvers make more of many channels than of few), and to go with groups as the dense layer's noise does.
+1/r: solvers make more of many channels than of few), and to go with groups as the dense layer's noise does. The pivoted form
+is rounded once, at half rank and 3 bits, which tells how much noisier it is than two factors.
 """
 
 from __future__ import annotations
@@ -26,12 +27,21 @@ from typing import NamedTuple
 import torch
 
 from lord_quant.config import FLOAT_BITS, GptqConfig, JointConfig
-from lord_quant.decompose import OutputSpectrum
+from lord_quant.decompose import Factors, OutputSpectrum
 from lord_quant.layer_bytes import PACK_MULTIPLE
 from lord_quant.linalg import require_finite
 from lord_quant.moments import Moments
 from lord_quant.solver import Solver, Solvers, exact, make_solver
-from lord_quant.stack import factors_of, loss_spectrum, polished, relative_error, stack_two_factor, unit_metric
+from lord_quant.stack import (
+    factors_of,
+    loss_spectrum,
+    pivoted_factors,
+    polished,
+    relative_error,
+    stack_pivoted,
+    stack_two_factor,
+    unit_metric,
+)
 
 
 ROWS = 256
@@ -40,6 +50,11 @@ PROBED_BITS = (2, 3, 4)
 PROBED_GROUPS = (32, 64, 128)
 GROUP_BITS = 3
 """Bits at which group sizes are compared."""
+PIVOTED_NOISE = 2.0
+"""What the pivoted form is taken to lose by rounding, relative to two factors, where choosing pivots for a probe would take
+too long. Where it was measured it was 0.5 to 3.5 times."""
+PIVOTED_SIZE = 2**21
+"""Most weights of a layer for which pivots are chosen."""
 SLOPES = (-1.0, 2.0)
 """Powers of the rank with which noise is believed to fall."""
 FINER = 256.0
@@ -74,6 +89,7 @@ class LayerLoss(NamedTuple):
         group_size: Group size of the probes.
         down: Loss of rounding the first factor alone; None where no rank is legal.
         up: That of the second, likewise.
+        pivoted: Loss of rounding in the pivoted form, relative to two factors of the same rank and bits.
     """
 
     tail: torch.Tensor
@@ -82,6 +98,7 @@ class LayerLoss(NamedTuple):
     group_size: int
     down: FactorNoise | None
     up: FactorNoise | None
+    pivoted: float = PIVOTED_NOISE
 
     def of_dense(self, bits: int, group_size: int) -> float:
         """Returns the loss of a layer that stays dense."""
@@ -157,7 +174,7 @@ def probe(
     if weight.shape[1] % 256 == 0:
         groups[256] = groups[128] * groups[128] / groups[64]
     joint = covariance if has_bias or mean_correction else seen
-    spectrum, down, up = loss_spectrum(weight, joint, metric), None, None
+    spectrum, down, up, pivoted = loss_spectrum(weight, joint, metric), None, None, PIVOTED_NOISE
     step = usual if min(weight.shape) >= usual else PACK_MULTIPLE
     if min(weight.shape) >= step:
         half, down_shares, up_shares = _rounded(
@@ -168,9 +185,11 @@ def probe(
         )
         down = FactorNoise(half, down_shares, _slope(half, down_shares[GROUP_BITS], more, down_again[GROUP_BITS]))
         up = FactorNoise(half, up_shares, _slope(half, up_shares[GROUP_BITS], more, up_again[GROUP_BITS]))
+        factors = factors_of(weight, spectrum, half, metric)
+        pivoted = _pivoted_noise(weight, joint, metric, factors, solver(GROUP_BITS, step), options, seed)
     values = spectrum.eigenvalues.double().cpu()
     tail = torch.cat((values.flip(0).cumsum(0).flip(0), values.new_zeros(1)))
-    return LayerLoss(unit * tail, dense, groups, usual, down, up)
+    return LayerLoss(unit * tail, dense, groups, usual, down, up, pivoted)
 
 
 def _rounded(
@@ -204,6 +223,31 @@ def _rounded(
     solvers = {bits: solver(bits, group_size) for bits in widths}
     down = {bits: lost(Solvers(solve, exact)) for bits, solve in solvers.items()}
     return rank, down, {bits: lost(Solvers(exact, solve)) for bits, solve in solvers.items()}
+
+
+def _pivoted_noise(
+    weight: torch.Tensor,
+    covariance: torch.Tensor,
+    metric: torch.Tensor | None,
+    factors: Factors,
+    solve: Solver,
+    options: JointConfig,
+    seed: int,
+) -> float:
+    """Returns what rounding in the pivoted form loses, relative to two factors; both are made."""
+    rank = len(factors.down)
+    if weight.numel() > PIVOTED_SIZE or rank >= len(weight):
+        return PIVOTED_NOISE
+    cut, both = relative_error(factors.product(), weight, covariance, metric), Solvers(solve, solve)
+    other = pivoted_factors(factors, metric)
+    lost = []
+    for form, quantized in (
+        (factors, stack_two_factor(weight, covariance, metric, factors, both, options, seed)),
+        (other, stack_pivoted(weight, covariance, metric, other, both, options)),
+    ):
+        made = form._replace(down=quantized[".down"].weight(), up=quantized[".up"].weight())
+        lost.append(relative_error(made.product(), weight, covariance, metric) - cut)
+    return max(lost[1] / lost[0], 0.1) if lost[0] > 0 else PIVOTED_NOISE
 
 
 def _slope(rank: int, share: float, other: int, again: float) -> float:

@@ -159,12 +159,11 @@ def stack_layer(
         outputs = None if sensitivity is None else unit_metric(sensitivity.to(weight))
         spectrum, factors = truncate(target, moments.covariance, rank, outputs)
         if form == "pivoted":
-            factors = factors if outputs is None else _orthonormal(factors)
-            factors = pivoted(factors)
+            factors = pivoted_factors(factors, outputs)
             coefficient = float(factors.up.abs().max())
         if quantize is not None:
             if form == "pivoted":
-                quantized = _stack_pivoted(target, moments.covariance, outputs, factors, quantize, options)
+                quantized = stack_pivoted(target, moments.covariance, outputs, factors, quantize, options)
             else:
                 quantized = stack_two_factor(target, moments.covariance, outputs, factors, quantize, options, seed)
             factors = factors._replace(down=quantized[".down"].weight(), up=quantized[".up"].weight())
@@ -227,6 +226,11 @@ def factors_of(target: torch.Tensor, spectrum: OutputSpectrum, rank: int, output
     scale = outputs.diagonal().sqrt()[:, None]
     even = _orthonormal(factors._replace(up=scale * up))
     return even._replace(up=even.up / scale)
+
+
+def pivoted_factors(factors: Factors, outputs: torch.Tensor | None) -> Factors:
+    """Brings what `factors_of` returns into the pivoted form."""
+    return pivoted(factors if outputs is None else _orthonormal(factors))
 
 
 def _root(outputs: torch.Tensor) -> torch.Tensor:
@@ -306,7 +310,7 @@ def _down_first(
     return {".down": first, ".up": quantize.up(up, grid @ covariance @ grid.T)}
 
 
-def _stack_pivoted(
+def stack_pivoted(
     target: torch.Tensor,
     covariance: torch.Tensor,
     metric: torch.Tensor | None,
@@ -314,6 +318,7 @@ def _stack_pivoted(
     quantize: Solvers,
     options: JointConfig,
 ) -> dict[str, Quantized]:
+    """Quantizes pivoted factors of T, as `stack_two_factor` does others."""
     down, up, pivots, others = factors.down, factors.up, factors.pivots, factors.others()
     if options.order == "down_first":
         return _down_first(target[others], covariance, down, up, covariance, quantize, options.refit)

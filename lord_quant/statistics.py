@@ -186,7 +186,8 @@ def load_statistics(path: str | Path) -> Statistics:
 def _plain(loss: LayerLoss) -> dict[str, Any]:
     """Returns all but the spectrum as JSON values."""
     factors = {name: None if noise is None else noise._asdict() for name, noise in (("down", loss.down), ("up", loss.up))}
-    return {"dense": loss.dense, "groups": loss.groups, "group_size": loss.group_size} | factors
+    plain = {"dense": loss.dense, "groups": loss.groups, "group_size": loss.group_size, "pivoted": loss.pivoted}
+    return plain | factors
 
 
 def _loss(tail: torch.Tensor, values: dict[str, Any]) -> LayerLoss:
@@ -196,6 +197,7 @@ def _loss(tail: torch.Tensor, values: dict[str, Any]) -> LayerLoss:
         {int(size): float(ratio) for size, ratio in values["groups"].items()},
         int(values["group_size"]),
         *(None if values[name] is None else _factor(values[name]) for name in ("down", "up")),
+        float(values["pivoted"]),
     )
 
 

@@ -215,7 +215,7 @@ def test_no_candidate_is_beaten_by_another_and_losses_are_the_formulas() -> None
         else:
             noise = loss.of_factors(each.rank, each.bits, each.up_bits, each.group_size)
             assert each.loss == pytest.approx(
-                4 * float(loss.tail[each.rank]) + noise * (2 if each.form == "pivoted" else 1)
+                4 * float(loss.tail[each.rank]) + noise * (loss.pivoted if each.form == "pivoted" else 1)
             )
             assert each.bits == each.up_bits or each.form == "two_factor"
     assert any(each.bits < each.up_bits for each in candidates)  # the factor with less noise gets fewer bits
