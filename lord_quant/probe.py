@@ -13,8 +13,8 @@ some of them, solved at 2, 3 and 4 bits and at 3 bits in other groups, tell the 
 taken as a product of the two. Factors are made at half rank, and each is rounded alone at 2, 3 and 4 bits, the other left
 in float but given its optimum, as in the real stack; at 3/4 of the rank, at 3 bits, once more. What is lost beyond
 truncation, relative to the energy kept, is taken to add up over both factors, to follow a power of the rank (usually about
-1/r: solvers make more of many channels than of few), and to go with groups as the dense layer's noise does. The pivoted form
-is rounded once, at half rank and 3 bits, which tells how much noisier it is than two factors.
+1/r: solvers make more of many channels than of few), and to go with groups as the dense layer's noise does. The pivoted
+form is rounded once, at half rank and 3 bits, which tells how much noisier it is than two factors.
 """
 
 from __future__ import annotations

@@ -191,12 +191,14 @@ def _plain(loss: LayerLoss) -> dict[str, Any]:
 
 
 def _loss(tail: torch.Tensor, values: dict[str, Any]) -> LayerLoss:
+    down, up = (None if values[name] is None else _factor(values[name]) for name in ("down", "up"))
     return LayerLoss(
         tail,
         {int(bits): float(noise) for bits, noise in values["dense"].items()},
         {int(size): float(ratio) for size, ratio in values["groups"].items()},
         int(values["group_size"]),
-        *(None if values[name] is None else _factor(values[name]) for name in ("down", "up")),
+        down,
+        up,
         float(values["pivoted"]),
     )
 

@@ -92,10 +92,12 @@ def test_some_rows_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
         assert some.dense[bits] == pytest.approx(whole.dense[bits], rel=0.2) and some.dense[bits] != whole.dense[bits]
 
 
-def real_loss(weight: torch.Tensor, moments: Moments, metric: torch.Tensor, rank: int, solvers: Solvers) -> float:
+def real_loss(
+    weight: torch.Tensor, moments: Moments, metric: torch.Tensor, rank: int, solvers: Solvers, form: str = "two_factor"
+) -> float:
     """What a real stack loses, in nats per token."""
     paired = PairedMoments(moments.mean, moments.mean, moments.covariance, moments.covariance, moments.num_tokens)
-    stacked = stack_layer(weight, None, paired, rank, "two_factor", solvers, OPTIONS, sensitivity=metric, seed=3)
+    stacked = stack_layer(weight, None, paired, rank, form, solvers, OPTIONS, sensitivity=metric, seed=3)
     assert stacked.factors is not None
     return cost(stacked.factors.product() - weight, moments.covariance, metric_of(metric))
 
@@ -127,6 +129,16 @@ def test_factor_noise_follows_the_rank() -> None:
         guess = found.of_factors(rank, 3, 3, 64)
         assert guess == pytest.approx(real - float(found.tail[rank]), rel=0.35)
     assert found.of_factors(128, 16, 16, 64) == 0 == found.of_dense(16, 64)
+
+
+def test_noise_of_the_pivoted_form_is_that_of_a_real_one_or_assumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, moments, sensitivity = problem(256, 128)
+    found = run(weight, moments, sensitivity, seed=3)
+    tail, both = float(found.tail[64]), Solvers(solver(3), solver(3))
+    two, one = (real_loss(weight, moments, sensitivity, 64, both, form) - tail for form in ("two_factor", "pivoted"))
+    assert found.pivoted == pytest.approx(one / two, rel=1e-6) and found.pivoted != 2
+    monkeypatch.setattr(probing, "PIVOTED_SIZE", 256 * 128 - 1)
+    assert run(weight, moments, sensitivity, seed=3).pivoted == 2
 
 
 def test_units_are_nats_and_do_not_depend_on_those_of_activations() -> None:
