@@ -27,6 +27,8 @@ from lord_quant.targets import select
 from lord_quant.version import __version__
 
 
+SENSED_SAMPLES = 32
+"""Windows of the backward pass of a sensitivity pass: G of few windows fits them more than the text they stand for."""
 PLANNED = "planned"
 """Section of a plan file that says where it comes from; the others are those of a configuration."""
 
@@ -70,6 +72,8 @@ def sense_model(model: torch.nn.Module, windows: TokenWindows, config: LordConfi
         windows: Calibration tokens.
         config: Where the model came from, and the solver; ranks and bits in it do not matter.
     """
+    samples = min(config.joint.fisher_samples or SENSED_SAMPLES, len(windows.input_ids))
+    config = dataclasses.replace(config, joint=dataclasses.replace(config.joint, fisher_samples=samples))
     sensitivity, seed = None, config.calibration.seed
     if config.joint.fisher:
         sensitivity = Sensitivity.measure(model, backward_batches(windows, config), seed=seed)
@@ -132,9 +136,10 @@ class Planner:
     ) -> None:
         if model is None:
             source = inspect_source(config.model, config.dtype)
-            plan = plan_model(build_skeleton(source), unplanned(config), source.dtype.itemsize)
+            model, itemsize = build_skeleton(source), source.dtype.itemsize
         else:
-            plan = plan_model(model, unplanned(config), next(model.parameters()).element_size())
+            itemsize = next(model.parameters()).element_size()
+        plan = plan_model(model, unplanned(config), itemsize)
         origin = statistics.origin
         _require_same(digest_of(config.model), origin.get("model_sha256"), "statistics were", config.model)
         measured, now = origin.get("solver"), _solver(config)
@@ -142,7 +147,7 @@ class Planner:
             seen = measured if isinstance(measured, Mapping) else {}
             odd = [f"{name} {seen.get(name)!r}, now {now[name]!r}" for name in now if seen.get(name) != now[name]]
             raise BudgetError(f"the statistics were measured with other settings: {', '.join(odd)}; wanted the same")
-        menu = dataclasses.replace(menu, itemsize=source.dtype.itemsize)
+        menu = dataclasses.replace(menu, itemsize=itemsize)
         self.statistics, self.menu = statistics, menu
         targeted = select(list(statistics.sites.values()), config.lowrank.targets, config.lowrank.ignore)
         self.menus = _menus(statistics, menu, targeted)
@@ -213,8 +218,10 @@ class Planner:
             "tensor_bytes": allocation.num_bytes + self.other_bytes,
         }
         sections = planner.patterns(allocation)
-        lowrank = sections["lowrank"] | {"mean_correction": self.menu.mean_correction}
-        return {PLANNED: about, **sections, "lowrank": lowrank}
+        sections["lowrank"]["mean_correction"] = self.menu.mean_correction
+        if self.in_nats:  # truncate in the metric the plan was made in
+            sections["joint"] = {"fisher_samples": self.statistics.origin["fisher_samples"]}
+        return {PLANNED: about, **sections}
 
 
 def _menus(statistics: Statistics, menu: Menu, targeted: frozenset[str]) -> list[list[Choice]]:
@@ -244,12 +251,17 @@ def write_plan(settings: Mapping[str, Any], path: str | Path) -> None:
 
 
 def apply_plan(config: LordConfig, settings: Mapping[str, Any]) -> LordConfig:
-    """Returns a run with the ranks, bits and group sizes of a plan instead of a budget; everything else stays."""
+    """Returns a run with the ranks, bits and group sizes of a plan instead of a budget; everything else stays.
+
+    The windows of its backward pass are the plan's too, unless the run has its own.
+    """
     lowrank = {"rank_ratio": None, "param_ratio": None, "rank_pattern": None, "form_pattern": None} | settings["lowrank"]
+    joint = {} if config.joint.fisher_samples else settings.get("joint", {})
     return dataclasses.replace(
         config,
         lowrank=dataclasses.replace(config.lowrank, **lowrank),
         gptq=dataclasses.replace(config.gptq, **settings["gptq"]),
+        joint=dataclasses.replace(config.joint, **joint),
         budget=None,
     )
 
@@ -263,8 +275,8 @@ def read_plan(path: str | Path, model: str) -> dict[str, Any]:
     """
     values = read_yaml(path)
     about = values.pop(PLANNED, None)
-    if not isinstance(about, Mapping) or not set(values) <= {"lowrank", "gptq"}:
-        raise ConfigError(f"{str(path)!r} is no plan; wanted the sections {PLANNED}, lowrank and gptq")
+    if not isinstance(about, Mapping) or not set(values) <= {"lowrank", "gptq", "joint"}:
+        raise ConfigError(f"{str(path)!r} is no plan; wanted the sections {PLANNED}, lowrank, gptq and joint")
     _require_same(digest_of(model), about.get("model_sha256"), f"plan {str(path)!r} was", model)
     return values
 

@@ -235,7 +235,8 @@ class JointConfig:
         deflate: Quantize `down` modulo what the refit of `up` absorbs.
         refine: Sweeps over scales and codes after each solve; 0 for none.
         fisher: Truncate in the metric of the model's loss, which takes a backward pass; otherwise in that of output error.
-        fisher_samples: Calibration windows of that backward pass, the first so many.
+        fisher_samples: Calibration windows of that backward pass, the first so many. None takes 8; for a sensitivity pass,
+            and for the run of a plan that was made of one, 32.
     """
 
     anchor: bool = True
@@ -245,15 +246,16 @@ class JointConfig:
     deflate: bool = True
     refine: int = 2
     fisher: bool = True
-    fisher_samples: int = 8
+    fisher_samples: int | None = None
 
     def __post_init__(self) -> None:
         problems = _not_bool(self, "anchor", "rotate", "refit", "deflate", "fisher")
         problems += choice_problems("order", self.order, ORDERS)
         if not _is_int(self.refine) or not 0 <= self.refine <= 100:
             problems.append(f"refine is {self.refine!r}; wanted a number of sweeps from 0 to 100, such as 2")
-        if not _is_int(self.fisher_samples) or self.fisher_samples < 1:
-            problems.append(f"fisher_samples is {self.fisher_samples!r}; wanted a positive number of windows, such as 8")
+        samples = self.fisher_samples
+        if samples is not None and (not _is_int(samples) or samples < 1):
+            problems.append(f"fisher_samples is {samples!r}; wanted a positive number of windows, such as 8")
         _check(problems, "joint")
 
 

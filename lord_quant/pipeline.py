@@ -60,6 +60,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_SEQ_LEN = 2048
+FISHER_SAMPLES = 8
+"""Windows of the backward pass where nothing else is said: what a run with given ranks can spare the time for."""
 BACKWARD_TOKENS = 2048
 """Tokens per backward pass: enough to keep a processor busy, few enough for a large vocabulary's logits."""
 
@@ -266,7 +268,8 @@ def _solvers_of(layer: LayerPlan, gptq: GptqConfig, num_tokens: int) -> Solvers:
 
 def _fisher_windows(windows: TokenWindows, config: LordConfig) -> torch.Tensor:
     """Returns the windows of the joint stack's backward pass, with shape (≤ fisher_samples, seq_len); none without it."""
-    return windows.input_ids[: config.joint.fisher_samples if config.joint.fisher else 0]
+    samples = config.joint.fisher_samples or FISHER_SAMPLES
+    return windows.input_ids[: samples if config.joint.fisher else 0]
 
 
 def backward_batches(windows: TokenWindows, config: LordConfig) -> list[torch.Tensor]:

@@ -198,3 +198,13 @@ def test_what_is_no_plan_is_refused(text: str, config: LordConfig, tmp_path: Pat
     (tmp_path / "plan.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"is no plan|wanted a mapping"):
         read_plan(tmp_path / "plan.yaml", config.model)
+
+
+def test_a_plan_is_run_in_the_metric_it_was_made_in(planner: Planner, config: LordConfig) -> None:
+    """As many windows in the backward pass of the run as in the sensitivity pass, unless the run says otherwise."""
+    settings = planner.settings(planner.choose(BudgetConfig(target_bpw=2.6)))
+    assert settings["joint"] == {"fisher_samples": 2}
+    silent = LordConfig.from_dict(merge(config.to_dict(), {"joint": {"fisher_samples": None}}))
+    assert apply_plan(silent, settings).joint.fisher_samples == 2
+    spoken = LordConfig.from_dict(merge(config.to_dict(), {"joint": {"fisher_samples": 3}}))
+    assert apply_plan(spoken, settings).joint.fisher_samples == 3

@@ -133,7 +133,13 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         stack.add_argument(f"--{idea}", default=unset, action=argparse.BooleanOptionalAction, help=meaning)
     stack.add_argument("--order", default=unset, help="first factor: auto (default), down_first, up_first")
     stack.add_argument("--refine", default=unset, type=int, metavar="N", help="sweeps over scales and codes (2); 0: none")
-    stack.add_argument("--fisher-samples", default=unset, type=int, metavar="N", help="windows of the backward pass (8)")
+    stack.add_argument(
+        "--fisher-samples",
+        default=unset,
+        type=int,
+        metavar="N",
+        help="windows of the backward pass (8; for a budget 32)",
+    )
     data = parser.add_argument_group("calibration")
     data.add_argument(
         "--dataset", default=unset, metavar="DATA",
@@ -206,6 +212,8 @@ def _with_plan(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     if not model:
         raise ConfigError("model is not given; wanted a folder or a hub name")
     plan = read_plan(given["plan"], model)
+    if "fisher_samples" in given:
+        plan.pop("joint", None)
     return merge(without(values, lowrank=(*RANK_CHOICES, "form", "form_pattern"), gptq=PACKING), plan)
 
 

@@ -119,7 +119,7 @@ class LordGPTQConfig(GPTQConfig):
         deflate: bool = True,
         refine: int = 2,
         fisher: bool = True,
-        fisher_samples: int = 8,
+        fisher_samples: int | None = None,
         mse: float = 2.0,
         sym: bool = False,
         damp_percent: float = 0.01,
