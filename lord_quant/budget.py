@@ -15,7 +15,7 @@ from lord_quant import planner
 from lord_quant.budget_config import BudgetConfig
 from lord_quant.calibration import TokenWindows
 from lord_quant.checkpoint import atomic_file, weight_files
-from lord_quant.config import LordConfig, read_yaml
+from lord_quant.config import FLOAT_BITS, LordConfig, read_yaml
 from lord_quant.errors import BudgetError, ConfigError
 from lord_quant.menu import DENSE, Choice, Menu, single
 from lord_quant.pipeline import backward_batches, plan_model, prepare
@@ -139,7 +139,10 @@ class Planner:
             model, itemsize = build_skeleton(source), source.dtype.itemsize
         else:
             itemsize = next(model.parameters()).element_size()
-        plan = plan_model(model, unplanned(config), itemsize)
+        dense = unplanned(config)
+        if FLOAT_BITS in menu.bits:  # biases of float layers are stored like all floats, of packed ones in 2 bytes
+            dense = dataclasses.replace(dense, gptq=dataclasses.replace(dense.gptq, bits=FLOAT_BITS))
+        plan = plan_model(model, dense, itemsize)
         origin = statistics.origin
         _require_same(digest_of(config.model), origin.get("model_sha256"), "statistics were", config.model)
         measured, now = origin.get("solver"), _solver(config)

@@ -44,6 +44,7 @@ class Candidate(NamedTuple):
         bits: Of the dense layer's weights, or of `down`.
         group_size: Inputs per scale.
         up_bits: Of `up`; of a dense layer, the same as `bits`.
+        leader: Of a grouped layer, the full path of the one that holds the `down` it uses; empty otherwise.
     """
 
     num_bytes: int
@@ -53,6 +54,7 @@ class Candidate(NamedTuple):
     bits: int
     group_size: int
     up_bits: int
+    leader: str = ""
 
 
 class Choice(NamedTuple):
@@ -115,7 +117,8 @@ class Menu:
                     if site is sites[0]:
                         size += linear_bytes(*shapes[".down"], False, each.bits, group_size, self.itemsize).weight
                     size += self._added_bias(site)
-                    own = each._replace(num_bytes=size, loss=each.loss if site is sites[0] else 0.0)
+                    lost = each.loss if site is sites[0] else 0.0
+                    own = each._replace(num_bytes=size, loss=lost, leader=sites[0].name)
                     parts.append((site.name, own))
                 found.append(Choice(sum(part.num_bytes for _, part in parts), each.loss, tuple(parts)))
         return undominated(found)

@@ -173,6 +173,8 @@ def patterns(allocation: Allocation) -> dict[str, Any]:
     bits: dict[str, int] = {}
     for name, each in chosen.items():
         own = {"": each.bits} if each.bits == each.up_bits else {".down": each.bits, ".up": each.up_bits}
+        if each.leader not in ("", name):
+            own.pop(".down", None)  # its leader's
         bits |= {name + suffix: width for suffix, width in own.items() if width != usual_bits}
     return {
         "lowrank": lowrank,

@@ -2,7 +2,7 @@
 """The numbers behind the pictures of a plan: what it chose, and what it chose from. Drawing them is `plots.py`'s.
 
 Losses are in the unit of the statistics: nats per token, or squared output error where there was no backward pass.
-Truncation is counted `planner.CAUTION` times wherever it stands for a predicted loss, as plans count it.
+Truncation is counted `menu.CAUTION` times wherever it stands for a predicted loss, as plans count it.
 
 Parity is where factors weigh as much as the dense layer. For m outputs and n inputs, aspect ratio a = m / n:
 

@@ -177,6 +177,8 @@ def load_statistics(path: str | Path) -> Statistics:
                 else:
                     statistics.groups[names] = loss
             return statistics
+    except CheckpointError:  # a ValueError too
+        raise
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"statistics {str(path)!r} cannot be read: {error}") from error
     except (KeyError, ValueError, TypeError, AttributeError) as error:

@@ -70,6 +70,17 @@ def test_a_size_counts_the_whole_checkpoint(planner: Planner, config: LordConfig
     assert 0.995 * size < make_plan(apply_plan(config, planner.settings(allocation)))[1].tensor_bytes <= size
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_float_plan_counts_biases_as_they_are_stored(dtype: str, config: LordConfig, statistics: Statistics) -> None:
+    run = LordConfig.from_dict(merge(config.to_dict(), {"dtype": dtype}))
+    planner = Planner(run, statistics, Menu(bits=(16,), group_sizes=(32,)))
+    allocation = planner.choose(BudgetConfig(target_bpw=12.0 if dtype == "bfloat16" else 24.0))
+    settings = planner.settings(allocation)
+    plan = make_plan(apply_plan(run, settings))[1]
+    assert plan.rank_pattern and plan.bpw == pytest.approx(planner.bpw(allocation), rel=1e-12)
+    assert settings["planned"]["tensor_bytes"] == plan.tensor_bytes
+
+
 def test_the_smallest_plan_below_a_loss_is_found(planner: Planner) -> None:
     reference = planner.choose(BudgetConfig(target_bpw=3.0))
     found = planner.choose(BudgetConfig(max_loss=reference.loss))

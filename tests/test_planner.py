@@ -262,6 +262,24 @@ def test_groups_weigh_what_plans_weigh(bits: tuple[int, ...]) -> None:
         assert choice.loss == first.loss == pytest.approx(4 * cut + noise)
 
 
+@pytest.mark.parametrize("usual", [2, 3, 4])
+def test_bits_of_a_shared_factor_are_its_leaders_whatever_other_layers_have(usual: int) -> None:
+    others = [LinearSite(f"h.0.other{number}", 0, 256, 256, False) for number in range(4)]
+    rest = {site.name: Candidate(0, 0.0, DENSE, None, usual, 32, usual) for site in others}
+    choices = Menu(forms=("grouped",), bits=(2, 3, 4), group_sizes=(32,)).of_group(TOGETHER, WHOLE, layer_loss(256, 5))
+    apart = [choice for choice in choices if choice.parts[0][1].bits != choice.parts[0][1].up_bits]
+    assert {choice.parts[0][1].bits for choice in apart} == {2, 3, 4}
+    for choice in apart:
+        chosen = dict(choice.parts) | rest
+        settings = patterns(total(chosen))
+        lowrank, gptq = LowrankConfig(**settings["lowrank"]), GptqConfig(**settings["gptq"])
+        assert gptq.bits == usual
+        plan = build_plan([*TOGETHER, *others], lowrank, gptq, itemsize=2, other_bytes=0)
+        for layer in plan.layers:
+            each = chosen[layer.name]
+            assert (layer.bits, layer.up_bits, layer.leader) == (each.bits, each.up_bits, each.leader)
+
+
 def test_groups_that_differ_in_bias_have_no_choices_unless_all_get_one() -> None:
     sites = [TOGETHER[0], TOGETHER[1]._replace(has_bias=True)]
     loss = layer_loss(256, 5)

@@ -212,8 +212,6 @@ def _with_plan(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     if not model:
         raise ConfigError("model is not given; wanted a folder or a hub name")
     plan = read_plan(given["plan"], model)
-    if "fisher_samples" in given:
-        plan.pop("joint", None)
     return merge(without(values, lowrank=(*RANK_CHOICES, "form", "form_pattern"), gptq=PACKING), plan)
 
 

@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
         allocation = planner.choose(config.budget)
         settings = planner.settings(allocation)
         config, about = apply_plan(config, settings), {PLANNED: settings[PLANNED]}
+        _, plan = make_plan(config)  # before anything is written
         if not args.json:
             below = f"\n{planner.tell(allocation)}; for other budgets:\n\n{frontier_of(planner)}\n"
         if folder:
@@ -77,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
         if args.save:
             write_plan(settings, args.save)
             below += f"\nwritten to {args.save}\n"
-    _, plan = make_plan(config)
+    else:
+        _, plan = make_plan(config)
     sys.stdout.write(to_json(plan_dict(plan) | about) if args.json else plan_table(plan) + "\n" + below)
     return 0

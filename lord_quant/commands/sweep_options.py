@@ -40,7 +40,7 @@ def run_sweep(args: argparse.Namespace) -> int:
     """
     from lord_quant.errors import ConfigError, EvaluationError
 
-    given = [f"--{name.replace('_', '-')}" for name in (*BUDGETS, "save") if getattr(args, name, None) is not None]
+    given = [f"--{name.replace('_', '-')}" for name in (*BUDGETS, "save", "plots") if getattr(args, name, None) is not None]
     if given:
         raise ConfigError(f"--sweep and {', '.join(given)} are given; wanted one or the other")
     if not args.heldout:

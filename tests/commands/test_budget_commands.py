@@ -7,6 +7,7 @@ import calendar
 import json
 import math
 import re
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 import yaml
 from in_process import run_command
 
+from lord_quant.commands.options import settings_from
 from lord_quant.stored import measure
 
 
@@ -67,6 +69,16 @@ def test_a_plan_is_saved_and_run(
 
     loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     assert torch.isfinite(loaded(torch.arange(8)[None]).logits).all()
+
+
+def test_a_flag_wins_over_a_plan_and_leaves_the_rest_of_it(model: Path, statistics: Path, tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    budget = ["--model", model, "--statistics", statistics, "--target-bpw", "2.6", "--refine", "1"]
+    assert run_command("plan", *budget, "--save", path) == 0
+    plan = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump(plan | {"joint": {"fisher_samples": 2, "anchor": False}}))
+    settings = settings_from(Namespace(model=str(model), config=None, plan=str(path), fisher_samples=3))
+    assert settings["joint"] == {"fisher_samples": 3, "anchor": False} and settings["gptq"] == plan["gptq"]
 
 
 @pytest.mark.slow
@@ -199,6 +211,7 @@ def test_budgets_are_swept(
         (["--sweep", "3"], "EvaluationError: --sweep measures on text .* wanted --heldout"),
         (["--sweep", "3", "--heldout", "no.py"], "CalibrationError: .*no.py"),
         (["--sweep", "3", "--heldout", "python-stdlib", "--target-bpw", "3"], "ConfigError: --sweep and --target-bpw are"),
+        (["--sweep", "3", "--heldout", "python-stdlib", "--plots", "p"], "ConfigError: --sweep and --plots are given"),
         (["--sweep", "3", "--heldout", "python-stdlib", "--rank-ratio", "0.5"], "a budget and --rank-ratio are given"),
         (["--heldout", "python-stdlib", "--target-bpw", "3"], "ConfigError: --heldout is given without --sweep"),
     ],
