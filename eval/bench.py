@@ -18,13 +18,13 @@ from torch import nn
 from torch.nn.functional import nll_loss
 
 from lord_quant.config import FLOAT_BITS, GptqConfig, JointConfig
-from lord_quant.decompose import output_spectrum
+from lord_quant.crossfit import Half
 from lord_quant.engine import gather
 from lord_quant.moments import Moments, PairedMoments
 from lord_quant.probe import LayerLoss, probe
 from lord_quant.sensitivity import Sensitivity
 from lord_quant.solver import make_solver
-from lord_quant.stack import stack_layer, unit_metric
+from lord_quant.stack import stack_layer
 from lord_quant.stream import Replay, block_kinds, capture
 from lord_quant.targets import LinearSite, dense_bias, dense_weight, find_blocks, find_linears
 
@@ -49,13 +49,19 @@ class Layer(NamedTuple):
         """Its path inside the block."""
         return self.site.name.partition(f".{self.site.block}.")[2]
 
+    def half(self, fisher: bool = True) -> Half:
+        """Returns what it says of the layer if it is of half the text."""
+        return Half(self.moments, self.sensitivity if fisher else None)
+
     @torch.no_grad()
-    def predict(self, seed: int, *, fisher: bool = True) -> LayerLoss:
-        """Returns what it would lose, in nats per token, or in squared output error without the Fisher metric."""
+    def predict(self, seed: int, *, fisher: bool = True, halves: tuple[Half, Half] | None = None) -> LayerLoss:
+        """Returns what it would lose, in nats per token, or in squared output error without the Fisher metric.
+
+        With the same of either half of the text, truncation also as it is on the half it was not chosen on.
+        """
         return probe(
             dense_weight(self.module),
-            self.moments,
-            self.sensitivity if fisher else None,
+            halves or (self.half(fisher), self.half(fisher)),
             has_bias=self.site.has_bias,
             gptq=GptqConfig(),
             options=JointConfig(),
@@ -120,36 +126,6 @@ def collect(model: nn.Module, batches: Sequence[torch.Tensor], backward: Sequenc
         moments = gathered.results(prefix)
         layers += [Layer(site, block.get_submodule(name), moments[name], minded[name]) for name, site in own.items()]
     return layers
-
-
-@torch.no_grad()
-def crossed_tail(fitted: Layer, other: Layer) -> torch.Tensor:
-    """Returns what truncations chosen on some text lose on other text, at rank 0, 1, …, k = min(m, n).
-
-    In the metric of `fitted`, G = SᵀS, the truncation to rank r drops V C beyond its first r columns and rows, with
-    V = S⁻¹ U, C = Uᵀ S W. In that of `other` this costs ½ Σ_ij (Vᵀ G′ V)_ij (C H′ Cᵀ)_ij over i, j ≥ r, for all r at once.
-    The bias is that of `fitted`, so H′ is about its mean.
-
-    Args:
-        fitted: The layer with moments and sensitivities of some text.
-        other: The same layer with those of other text.
-
-    Returns:
-        Nats per token, float64, with shape (k + 1,).
-    """
-    weight = dense_weight(fitted.module)
-    metric = unit_metric(fitted.sensitivity)
-    if metric is None:
-        return weight.new_zeros(min(weight.shape) + 1, dtype=torch.float64)
-    root = torch.linalg.cholesky(metric, upper=True)
-    vectors = output_spectrum(root @ weight, fitted.moments.covariance).vectors
-    right = (vectors.T @ root @ weight).double()
-    left = torch.linalg.solve_triangular(root, vectors, upper=True).double()
-    shift = other.moments.mean - fitted.moments.mean
-    seen = (other.moments.covariance + torch.outer(shift, shift)).double()
-    products = (left.T @ other.sensitivity.double() @ left) * (right @ seen @ right.T)
-    sums = products.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
-    return torch.cat((0.5 * sums, sums.new_zeros(1)))
 
 
 class Rise(NamedTuple):

@@ -159,11 +159,8 @@ def prepare(args: argparse.Namespace) -> tuple[list[Layer], dict[str, Losses], B
 
 def predict(layer: Layer, one: Layer, other: Layer, seed: int) -> Losses:
     """Predicts what a layer would lose; `one` and `other` are the same layer on either half of the calibration windows."""
-    from bench import crossed_tail
-
-    fisher = layer.predict(seed)
-    crossed = fisher._replace(tail=(crossed_tail(one, other) + crossed_tail(other, one)) / 2)
-    return Losses(fisher, crossed)
+    fisher = layer.predict(seed, halves=(one.half(), other.half()))
+    return Losses(fisher, fisher._replace(tail=fisher.cut))
 
 
 def choose_layers(layers: Sequence[Layer], count: int, seed: int) -> list[Layer]:

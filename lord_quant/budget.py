@@ -74,13 +74,18 @@ def sense_model(model: torch.nn.Module, windows: TokenWindows, config: LordConfi
     """
     samples = min(config.joint.fisher_samples or SENSED_SAMPLES, len(windows.input_ids))
     config = dataclasses.replace(config, joint=dataclasses.replace(config.joint, fisher_samples=samples))
-    sensitivity, seed = None, config.calibration.seed
+    sensitivities, seed = None, config.calibration.seed
     if config.joint.fisher:
-        sensitivity = Sensitivity.measure(model, backward_batches(windows, config), seed=seed)
+        batches = backward_batches(windows, config)
+        first, second = (
+            Sensitivity.measure(model, part or batches, seed=2 * seed + half)
+            for half, part in enumerate((batches[::2], batches[1::2]))
+        )
+        sensitivities = first, second
     return measure_statistics(
         model,
         windows.batches(config.calibration.batch_size),
-        sensitivity,
+        sensitivities,
         gptq=unplanned(config).gptq,
         options=config.joint,
         origin=_origin(config, windows),

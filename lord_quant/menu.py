@@ -151,8 +151,7 @@ class Menu:
                 break
             if kept < self.min_param_ratio:
                 continue
-            cut = float(loss.tail[rank])
-            scale = noisier * (whole - cut)
+            scale = noisier * (whole - float(loss.tail[rank]))
             sides = [
                 {
                     bits: (
@@ -165,7 +164,7 @@ class Menu:
             ]
             for bits, up_bits in self._widths(form):
                 (down_bytes, down_loss), (up_bytes, up_loss) = sides[0][bits], sides[1][up_bits]
-                size, lost = fixed + down_bytes + up_bytes, CAUTION * cut + down_loss + up_loss
+                size, lost = fixed + down_bytes + up_bytes, CAUTION * float(loss.cut[rank]) + down_loss + up_loss
                 yield Candidate(size, lost, form, rank, bits, group_size, up_bits)
 
     def _widths(self, form: str) -> list[tuple[int, int]]:

@@ -6,7 +6,7 @@ moment of the inputs and G that of the loss's gradients at the outputs (`sensiti
 of 1, as `stack.unit_metric` does, that is `unit` · tr G D H Dᵀ, unit = ½ mean diag G.
 
 Truncation is exact: the best rank-r approximation loses the eigenvalues after the r-th; one decomposition serves every
-rank.
+rank. What that is on other text is `crossfit.py`'s.
 
 Rounding has no formula that could be trusted, so a few real solves stand for all. Rows of a dense layer are independent:
 some of them, solved at 2, 3 and 4 bits and at 3 bits in other groups, tell the noise of every bit width and group size,
@@ -27,10 +27,11 @@ from typing import NamedTuple
 import torch
 
 from lord_quant.config import FLOAT_BITS, GptqConfig, JointConfig
+from lord_quant.crossfit import Half, crossed_tail
 from lord_quant.decompose import Factors, OutputSpectrum
 from lord_quant.layer_bytes import PACK_MULTIPLE
 from lord_quant.linalg import require_finite
-from lord_quant.moments import Moments
+from lord_quant.moments import merged
 from lord_quant.solver import Solver, Solvers, exact, make_solver
 from lord_quant.stack import (
     factors_of,
@@ -84,6 +85,7 @@ class LayerLoss(NamedTuple):
 
     Attributes:
         tail: Loss of truncation at rank 0, 1, …, k = min(m, n), float64, with shape (k + 1,), falling to 0.
+        cut: The same on text on which the truncation was not chosen.
         dense: Loss of rounding the dense layer, by bits, in groups of `group_size`.
         groups: Noise in groups of other sizes, relative to those of `group_size`.
         group_size: Group size of the probes.
@@ -93,6 +95,7 @@ class LayerLoss(NamedTuple):
     """
 
     tail: torch.Tensor
+    cut: torch.Tensor
     dense: dict[int, float]
     groups: dict[int, float]
     group_size: int
@@ -123,8 +126,7 @@ def noise_at(by_bits: Mapping[int, float], bits: int) -> float:
 
 def probe(
     weight: torch.Tensor,
-    moments: Moments,
-    sensitivity: torch.Tensor | None,
+    halves: tuple[Half, Half],
     *,
     has_bias: bool,
     mean_correction: bool = True,
@@ -136,9 +138,9 @@ def probe(
 
     Args:
         weight: W with shape (m, n).
-        moments: Of its inputs in the dense model.
-        sensitivity: G with shape (m, m), in nats² per unit of output²; zero for a layer the loss does not depend on, which
-            loses nothing. None counts all outputs alike, with G = I: losses are squared output errors then.
+        halves: Moments of its inputs in the dense model and sensitivities, of either half of the text. G with shape (m, m)
+            is in nats² per unit of output²; zero for a layer the loss does not depend on, which loses nothing. None counts
+            all outputs alike, with G = I: losses are squared output errors then.
         has_bias: Whether it has a bias.
         mean_correction: Whether its factors get one anyway.
         gptq: How it would be quantized; bits and group size are chosen here.
@@ -148,6 +150,7 @@ def probe(
     Raises:
         NumericsError: Something holds NaN or inf.
     """
+    moments, sensitivity = merged(halves[0].moments, halves[1].moments), _mean_of(halves)
     covariance, mean = moments.covariance, moments.mean
     weight = weight.to(covariance)
     require_finite(weight, "weight")
@@ -189,7 +192,14 @@ def probe(
         pivoted = _pivoted_noise(weight, joint, metric, factors, solver(GROUP_BITS, step), options, seed)
     values = spectrum.eigenvalues.double().cpu()
     tail = torch.cat((values.flip(0).cumsum(0).flip(0), values.new_zeros(1)))
-    return LayerLoss(unit * tail, dense, groups, usual, down, up, pivoted)
+    cut = crossed_tail(weight, halves, centred=has_bias or mean_correction)
+    return LayerLoss(unit * tail, cut, dense, groups, usual, down, up, pivoted)
+
+
+def _mean_of(halves: tuple[Half, Half]) -> torch.Tensor | None:
+    """Returns the sensitivity of both halves, which are taken to be of equally many tokens."""
+    first, second = (half.sensitivity for half in halves)
+    return None if first is None or second is None else (first + second) / 2
 
 
 def _rounded(

@@ -213,14 +213,14 @@ def truncate(
 
 def loss_spectrum(target: torch.Tensor, covariance: torch.Tensor, outputs: torch.Tensor | None) -> OutputSpectrum:
     """Returns what every rank of T loses in the metric `outputs` ⊗ H; one serves all ranks."""
-    return output_spectrum(target if outputs is None else _root(outputs) @ target, covariance)
+    return output_spectrum(target if outputs is None else loss_root(outputs) @ target, covariance)
 
 
 def factors_of(target: torch.Tensor, spectrum: OutputSpectrum, rank: int, outputs: torch.Tensor | None) -> Factors:
     """Returns the factors that `truncate` does, from the spectrum."""
     if outputs is None:
         return two_factor(target, None, spectrum, rank, None)
-    root = _root(outputs)
+    root = loss_root(outputs)
     factors = two_factor(root @ target, None, spectrum, rank, None)
     up = torch.linalg.solve_triangular(root, factors.up, upper=True)
     scale = outputs.diagonal().sqrt()[:, None]
@@ -233,7 +233,7 @@ def pivoted_factors(factors: Factors, outputs: torch.Tensor | None) -> Factors:
     return pivoted(factors if outputs is None else _orthonormal(factors))
 
 
-def _root(outputs: torch.Tensor) -> torch.Tensor:
+def loss_root(outputs: torch.Tensor) -> torch.Tensor:
     """Returns S with G = SᵀS."""
     root, failed = torch.linalg.cholesky_ex(outputs, upper=True)
     if failed:

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from lord_quant.checkpoint import atomic_file
 from lord_quant.config import GptqConfig, JointConfig
+from lord_quant.crossfit import Half
 from lord_quant.engine import gather
 from lord_quant.errors import CheckpointError, NumericsError
 from lord_quant.probe import FactorNoise, LayerLoss, probe
@@ -29,7 +30,7 @@ from lord_quant.stream import block_kinds, capture
 from lord_quant.targets import LinearSite, dense_weight, find_blocks, find_linears, siblings
 
 
-VERSION = 2
+VERSION = 3
 JOINED = "+"
 """Joins the names of layers with one input."""
 METADATA = "lord_statistics"
@@ -64,7 +65,7 @@ class Statistics(NamedTuple):
 def measure_statistics(
     model: nn.Module,
     batches: Sequence[torch.Tensor],
-    sensitivity: Sensitivity | None,
+    sensitivities: tuple[Sensitivity, Sensitivity] | None,
     *,
     gptq: GptqConfig,
     options: JointConfig,
@@ -78,7 +79,8 @@ def measure_statistics(
     Args:
         model: A loaded dense model in evaluation mode.
         batches: Token windows with shape (batch, seq_len), all without padding.
-        sensitivity: How much the loss minds errors in outputs; used up. None counts output errors alike.
+        sensitivities: How much the loss minds errors in outputs, from either half of the text; used up. None counts output
+            errors alike.
         gptq: How layers would be quantized.
         options: How they would be stacked.
         origin: What the file is to say of where it comes from.
@@ -99,25 +101,27 @@ def measure_statistics(
     for index, block in enumerate(tqdm(blocks.modules, desc="probe", unit="block", disable=None)):
         prefix = f"{blocks.path}.{index}."
         layers = {site.name.removeprefix(prefix): site for site in sites if site.block == index}
-        minded = {} if sensitivity is None else sensitivity.of_block(index, block, kinds[index], list(layers), dtype)
-        with gather({name: block.get_submodule(name) for name in layers}, dtype) as gathered:
-            for batch in stream:
-                batch.hidden = batch.run(block, kinds[index])
-        moments = gathered.results(prefix)
+        minded = [each.of_block(index, block, kinds[index], list(layers), dtype) for each in sensitivities or ()]
+        moments = []
+        for part in (stream[::2], stream[1::2]):
+            with gather({name: block.get_submodule(name) for name in layers}, dtype) as gathered:
+                for batch in part:
+                    batch.hidden = batch.run(block, kinds[index])
+            if part:
+                moments.append(gathered.results(prefix))
+                leaders = gathered.leader
         together = [
             [site.name.removeprefix(prefix) for site in found]
             for found in siblings(list(layers.values()))
-            if len({gathered.leader[site.name.removeprefix(prefix)] for site in found}) == 1
+            if len({leaders[site.name.removeprefix(prefix)] for site in found}) == 1
         ]
         for names in [*([name] for name in layers), *together]:
             weight = torch.cat([dense_weight(block.get_submodule(name)) for name in names])
-            metrics = [minded[name] for name in names if name in minded]
-            has_bias = all(layers[name].has_bias for name in names)
-            metric, number = torch.block_diag(*metrics) if metrics else None, len(losses) + len(groups)
+            metrics = [torch.block_diag(*(each[name] for name in names)) for each in minded] or [None, None]
+            halves = Half(moments[0][names[0]], metrics[0]), Half(moments[-1][names[0]], metrics[1])
+            has_bias, number = all(layers[name].has_bias for name in names), len(losses) + len(groups)
             try:
-                loss = probe(
-                    weight, moments[names[0]], metric, has_bias=has_bias, seed=seed * 2 * len(sites) + number, **settings
-                )
+                loss = probe(weight, halves, has_bias=has_bias, seed=seed * 2 * len(sites) + number, **settings)
             except NumericsError as error:
                 raise NumericsError(f"layer {prefix + names[0]!r}: {error}") from error
             if len(names) == 1:
@@ -138,10 +142,10 @@ def save_statistics(statistics: Statistics, path: str | Path) -> None:
     layers = {name: statistics.sites[name]._asdict() | _plain(loss) for name, loss in statistics.losses.items()}
     groups = {JOINED.join(names): _plain(loss) for names, loss in statistics.groups.items()}
     about = {"version": VERSION, "origin": statistics.origin, "layers": layers, "groups": groups}
-    tails = {name: loss.tail for name, loss in statistics.losses.items()}
-    tails |= {JOINED.join(names): loss.tail for names, loss in statistics.groups.items()}
+    every = statistics.losses | {JOINED.join(names): loss for names, loss in statistics.groups.items()}
+    tensors = {name: torch.stack((loss.tail, loss.cut)) for name, loss in every.items()}
     with atomic_file(path) as staging:
-        save_file(tails, staging, metadata={METADATA: json.dumps(about)})
+        save_file(tensors, staging, metadata={METADATA: json.dumps(about)})
 
 
 def load_statistics(path: str | Path) -> Statistics:
@@ -192,10 +196,12 @@ def _plain(loss: LayerLoss) -> dict[str, Any]:
     return plain | factors
 
 
-def _loss(tail: torch.Tensor, values: dict[str, Any]) -> LayerLoss:
+def _loss(tails: torch.Tensor, values: dict[str, Any]) -> LayerLoss:
     down, up = (None if values[name] is None else _factor(values[name]) for name in ("down", "up"))
+    tail, cut = tails
     return LayerLoss(
         tail,
+        cut,
         {int(bits): float(noise) for bits, noise in values["dense"].items()},
         {int(size): float(ratio) for size, ratio in values["groups"].items()},
         int(values["group_size"]),

@@ -25,6 +25,7 @@ LAYERS = [
         "stack",
         "stream",
         "pairing",
+        "crossfit",
         "probe",
         "menu",
         "planner",

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from lord_quant.config import GptqConfig, LowrankConfig
 from lord_quant.errors import BudgetError
 from lord_quant.layer_bytes import factor_shapes
-from lord_quant.menu import DENSE, Candidate, Choice, Menu, single
+from lord_quant.menu import CAUTION, DENSE, Candidate, Choice, Menu, single
 from lord_quant.plan import build_plan
 from lord_quant.planner import (
     Allocation,
@@ -168,7 +168,7 @@ def layer_loss(smaller: int, seed: int, scale: float = 1.0) -> LayerLoss:
     shares = {2: 0.1, 3: 0.025, 4: 0.006}
     down = FactorNoise(smaller // 2, {bits: share / 4 for bits, share in shares.items()}, 1.1)
     up = FactorNoise(smaller // 2, shares, 0.8)
-    return LayerLoss(tail, {2: noise, 3: noise / 4.2, 4: noise / 17}, groups, 64, down, up)
+    return LayerLoss(tail, 1.5 * tail, {2: noise, 3: noise / 4.2, 4: noise / 17}, groups, 64, down, up)
 
 
 SITES = {
@@ -215,7 +215,7 @@ def test_no_candidate_is_beaten_by_another_and_losses_are_the_formulas() -> None
         else:
             noise = loss.of_factors(each.rank, each.bits, each.up_bits, each.group_size)
             assert each.loss == pytest.approx(
-                4 * float(loss.tail[each.rank]) + noise * (loss.pivoted if each.form == "pivoted" else 1)
+                CAUTION * float(loss.cut[each.rank]) + noise * (loss.pivoted if each.form == "pivoted" else 1)
             )
             assert each.bits == each.up_bits or each.form == "two_factor"
     assert any(each.bits < each.up_bits for each in candidates)  # the factor with less noise gets fewer bits
@@ -256,10 +256,10 @@ def test_groups_weigh_what_plans_weigh(bits: tuple[int, ...]) -> None:
         assert choice.num_bytes == sum(layer.counted_bytes for layer in plan.layers)
         first = chosen["h.0.q"]
         cut, noise = (
-            float(loss.tail[first.rank or 0]),
+            float(loss.cut[first.rank or 0]),
             loss.of_factors(first.rank or 0, first.bits, first.up_bits, first.group_size),
         )
-        assert choice.loss == first.loss == pytest.approx(4 * cut + noise)
+        assert choice.loss == first.loss == pytest.approx(CAUTION * cut + noise)
 
 
 @pytest.mark.parametrize("usual", [2, 3, 4])

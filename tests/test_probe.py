@@ -12,6 +12,7 @@ from layer_problems import F64, layer_of
 
 from lord_quant import probe as probing
 from lord_quant.config import GptqConfig, JointConfig
+from lord_quant.crossfit import Half
 from lord_quant.errors import NumericsError
 from lord_quant.moments import Moments, PairedMoments
 from lord_quant.probe import LayerLoss, probe
@@ -34,7 +35,8 @@ def problem(m: int, n: int, seed: int = 0) -> tuple[torch.Tensor, Moments, torch
 
 def run(weight: torch.Tensor, moments: Moments, sensitivity: torch.Tensor | None, **changes: Any) -> LayerLoss:
     settings: dict[str, Any] = {"has_bias": True, "gptq": GPTQ, "options": OPTIONS} | changes
-    return probe(weight, moments, sensitivity, **settings)
+    half = Half(moments, sensitivity)
+    return probe(weight, (half, half), **settings)
 
 
 def cost(error: torch.Tensor, hessian: torch.Tensor, sensitivity: torch.Tensor) -> float:

@@ -12,7 +12,6 @@ import pytest
 import torch
 from models import random_tokens, tiny_model
 
-from lord_quant.stack import truncate, unit_metric
 from lord_quant.targets import dense_weight
 
 
@@ -72,25 +71,3 @@ def test_dense_rounding_is_finer_with_more_bits(bench: Any, model: Any) -> None:
         (layer.compress("two_factor", None, bits, 32, 0).weight - dense_weight(layer.module)).norm() for bits in (2, 4, 8)
     ]
     assert errors[0] > 3 * errors[1] > 9 * errors[2] > 0
-
-
-@pytest.mark.parametrize("place", [0, 1, 4, 6], ids=["square", "narrow", "wide", "deep"])
-def test_crossed_tail_is_the_loss_of_every_truncation_on_the_other_text(bench: Any, model: Any, place: int) -> None:
-    tokens = random_tokens(12)
-    fitted, other = (layers_of(bench, model, half)[place] for half in tokens.split(6))
-    tail = bench.crossed_tail(fitted, other)
-    weight, metric = dense_weight(fitted.module), unit_metric(fitted.sensitivity)
-    shift = other.moments.mean - fitted.moments.mean
-    seen = (other.moments.covariance + torch.outer(shift, shift)).double()
-    for rank in (1, len(tail) // 2, len(tail) - 2):
-        error = (truncate(weight, fitted.moments.covariance, rank, metric)[1].product() - weight).double()
-        expected = 0.5 * float((other.sensitivity.double() @ error @ seen * error).sum())
-        assert float(tail[rank]) == pytest.approx(expected, rel=1e-3)
-    assert len(tail) == min(weight.shape) + 1 and tail[-1] == 0
-
-
-def test_crossed_with_itself_is_the_loss_it_was_chosen_for(bench: Any, model: Any) -> None:
-    layer = layers_of(bench, model, random_tokens())[0]
-    damped = unit_metric(layer.sensitivity) * layer.sensitivity.diagonal().mean()
-    crossed = bench.crossed_tail(layer, layer._replace(sensitivity=damped))
-    assert torch.allclose(crossed, layer.predict(0).tail, rtol=1e-3, atol=1e-6)

@@ -63,7 +63,7 @@ def test_predicted_parts_add_up_as_the_planner_counts_them(prediction: Any) -> N
 
     tail = torch.linspace(1, 0, 129, dtype=torch.float64)
     noise = FactorNoise(64, {2: 0.1, 3: 0.02, 4: 0.005}, 0.9)
-    loss = LayerLoss(tail, {2: 0.5, 3: 0.1, 4: 0.02}, {32: 0.8, 64: 1.0}, 64, noise, noise, 1.5)
+    loss = LayerLoss(tail, tail, {2: 0.5, 3: 0.1, 4: 0.02}, {32: 0.8, 64: 1.0}, 64, noise, noise, 1.5)
     site = LinearSite("h.0.fc", 0, 128, 256, True)
     for form in ("dense", "two_factor", "pivoted"):
         for found in Menu((form,), (3,), (32,)).of(site, loss):
