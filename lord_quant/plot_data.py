@@ -282,7 +282,7 @@ def type_curves(statistics: Statistics) -> list[TypeCurve]:
         by_type.setdefault(layer_type(site), []).append(site)
     curves = []
     for name, sites in by_type.items():
-        tails = [statistics.losses[site.name].tail.tolist() for site in sites]
+        tails = [statistics.losses[site.name].cut.tolist() for site in sites]
         shapes = [(site.out_features, site.in_features) for site in sites]
 
         def cut(ranks: Sequence[int], tails: Any = tails, shapes: Any = shapes) -> tuple[float, float]:
