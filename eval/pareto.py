@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from provenance import model_name
 from reference import DENSE
 from rows import Results, Row, Settings, add_arguments, run_rows
-from tables import grid, spread, summary_line
+from tables import grid, spread, stats, summary_line
 
 
 SCHEMES = (
@@ -44,11 +44,13 @@ NOTE = (
     "Rank 1 decomposes nothing: the joint stack's quantization of dense layers. bpw counts every stored bit of the linear "
     "layers. Plain line: the non-dominated points of plain GPTQ, joined, read at "
     "the same bpw; n/a where plain GPTQ has nothing so small. Difference: perplexity over the line's, minus one; negative "
-    "is better than plain GPTQ at equal bytes."
+    "is better than plain GPTQ at equal bytes. Excess saved: the share of the line's excess over the dense model that is "
+    "gone, 1 - (ours - dense) / (line - dense)."
 )
 BUDGET_NOTE = (
-    "Best of each with at most so many bits per weight. The line is read at the whole budget, although our best point may "
-    "need less."
+    "Perplexities of what takes at most so many bits per weight: the best of all schemes, and what the planner chooses for "
+    "that budget (planned-dense: among bits and group sizes of dense layers only). Difference and excess saved are against "
+    "the line read at the whole budget, although a plan may need less."
 )
 
 
@@ -151,17 +153,24 @@ def summarise(
         for kind, rows in (("ours", ours), ("plain", plain))
     }
     points = {kind: [Point(x["label"], x["bpw"], x["perplexity"]) for x in found] for kind, found in lines.items()}
-    line = frontier(points["plain"])
+    line, reference = frontier(points["plain"]), base[0]["perplexity"]
+    by_label = {found["label"]: [row["perplexity"] for row in results.by_seed(ours, found["label"]).values()]
+                for found in lines["ours"]}  # fmt: skip
     for found in lines["ours"]:
         found["plain_line"] = read_line(line, found["bpw"])
         found["over_plain_line"] = excess(found["perplexity"], found["plain_line"])
+        found["excess_saved"] = excess_saved(by_label[found["label"]], reference, found["plain_line"])
     for found in lines["plain"]:
         found["on_line"] = found["label"] in {point.label for point in line}
-    by_budget = [budget_line(budget, points["ours"], points["plain"], line) for budget in budgets]
-    summary = {"dense": base[0]["perplexity"], **lines, "budgets": by_budget}
+    by_budget = []
+    for budget in budgets:
+        compared = budget_line(budget, points["ours"], points["plain"], line)
+        plans = {kind: planned_line(by_label, kind, budget, reference, compared["plain_line"]) for kind in PLANNED}
+        by_budget.append(compared | plans)
+    summary = {"dense": reference, **lines, "budgets": by_budget}
     return summary, "\n\n".join(
         [
-            f"### Schemes (dense: perplexity {base[0]['perplexity']:.3f})\n\n{scheme_table(lines['ours'])}\n\n{NOTE}",
+            f"### Schemes (dense: perplexity {reference:.3f})\n\n{scheme_table(lines['ours'])}\n\n{NOTE}",
             f"### Plain GPTQ\n\n{plain_table(lines['plain'])}",
             f"### Budgets\n\n{budget_table(by_budget)}\n\n{BUDGET_NOTE}",
         ]
@@ -181,6 +190,26 @@ def budget_line(budget: float, ours: list[Point], plain: list[Point], line: list
     }
 
 
+def planned_line(
+    by_label: dict[str, list[float]], kind: str, budget: float, dense: float, line: float | None
+) -> dict[str, Any] | None:
+    """Returns perplexity and excess saved, over seeds, of what the planner chose for a budget; None without such a row."""
+    labels = [label for label in by_label if label.split(":")[0] == kind and float(label.split(":")[1]) == budget]
+    if not labels:
+        return None
+    found = by_label[labels[0]]
+    perplexity = stats(found)
+    over = None if line is None else stats([value / line - 1 for value in found])
+    return {"perplexity": perplexity, "over_plain_line": over, "excess_saved": excess_saved(found, dense, line)}
+
+
+def excess_saved(perplexities: Sequence[float], dense: float, line: float | None) -> dict[str, Any] | None:
+    """Returns, over seeds, which share of the plain line's excess over the dense model is gone; None without an excess."""
+    if line is None or line <= dense:
+        return None
+    return stats([1 - (perplexity - dense) / (line - dense) for perplexity in perplexities])
+
+
 def excess(value: float | None, base: float | None) -> float | None:
     """Returns how far a value lies over another, as a fraction; None if one is not there."""
     return None if value is None or base is None else value / base - 1
@@ -189,12 +218,13 @@ def excess(value: float | None, base: float | None) -> float | None:
 def scheme_table(lines: list[dict[str, Any]]) -> str:
     """Renders our points, by rising bits per weight."""
     scored = "pass@1" in lines[0]
-    headers = ["scheme", "bpw", "perplexity", "over dense", "plain line at this bpw", "difference"]
+    headers = ["scheme", "bpw", "perplexity", "over dense", "plain line at this bpw", "difference", "excess saved"]
     cells = [
         [
             *_start(line),
             _number(line["plain_line"], ".3f"),
             _number(line["over_plain_line"], "+.2%"),
+            _spread(line["excess_saved"], ".1%"),
             *([spread(line["pass@1"], ".3f")] if scored else []),
         ]
         for line in sorted(lines, key=lambda line: line["bpw"])
@@ -215,27 +245,40 @@ def plain_table(lines: list[dict[str, Any]]) -> str:
 
 def budget_table(lines: list[dict[str, Any]]) -> str:
     """Renders the comparison within budgets."""
-    headers = ["bpw at most", "best of ours", "perplexity", "best plain GPTQ", "perplexity", "ours over it"]
+    kinds = [kind for kind in reversed(PLANNED) if any(line[kind] for line in lines)]
+    headers = ["bpw at most", "best plain GPTQ", "plain line there", "best of ours"]
+    headers += [name for kind in kinds for name in (kind, "over the line", "excess saved")]
     cells = [
         [
             f"{line['budget']:.2f}",
-            *_best(line["ours"]),
-            *_best(line["plain"]),
-            _number(line["over_plain"], "+.2%"),
+            _best(line["plain"]),
             _number(line["plain_line"], ".3f"),
-            _number(line["over_plain_line"], "+.2%"),
+            _best(line["ours"]),
+            *(cell for kind in kinds for cell in _planned(line[kind])),
         ]
         for line in lines
     ]
-    return grid([*headers, "plain line there", "ours over it"], cells)
+    return grid(headers, cells)
 
 
 def _start(line: dict[str, Any]) -> list[str]:
     return [line["label"], f"{line['bpw']:.3f}", f"{line['perplexity']:.3f}", spread(line["over_dense"])]
 
 
-def _best(point: dict[str, Any] | None) -> list[str]:
-    return ["n/a", "n/a"] if point is None else [f"{point['label']} ({point['bpw']:.2f})", f"{point['perplexity']:.3f}"]
+def _best(point: dict[str, Any] | None) -> str:
+    return "n/a" if point is None else f"{point['perplexity']:.3f} ({point['label'].removeprefix('GPTQ ')})"
+
+
+def _planned(line: dict[str, Any] | None) -> list[str]:
+    if line is None:
+        return ["n/a"] * 3
+    return [
+        spread(line["perplexity"], ".3f"), _spread(line["over_plain_line"], "+.2%"), _spread(line["excess_saved"], ".1%")
+    ]  # fmt: skip
+
+
+def _spread(values: dict[str, Any] | None, form: str) -> str:
+    return "n/a" if values is None else spread(values, form)
 
 
 def _number(value: float | None, form: str) -> str:

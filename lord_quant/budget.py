@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,56 +12,43 @@ import torch
 import yaml
 
 from lord_quant import planner
+from lord_quant.budget_config import BudgetConfig
+from lord_quant.calibration import TokenWindows
 from lord_quant.checkpoint import atomic_file, weight_files
-from lord_quant.config import LordConfig, read_yaml
+from lord_quant.config import FLOAT_BITS, LordConfig, read_yaml
 from lord_quant.errors import BudgetError, ConfigError
-from lord_quant.pipeline import Job, backward_batches, plan_model, prepare
-from lord_quant.planner import DENSE, Allocation, Candidate, Menu
+from lord_quant.menu import DENSE, Choice, Menu, single
+from lord_quant.pipeline import backward_batches, plan_model, prepare
+from lord_quant.planner import Allocation
 from lord_quant.sensitivity import Sensitivity
-from lord_quant.source import Source, build_skeleton, inspect_source, load_model
-from lord_quant.statistics import Statistics, measure_statistics, model_digest
+from lord_quant.source import build_skeleton, inspect_source, load_model, read_config
+from lord_quant.statistics import Statistics, load_statistics, measure_statistics, model_digest
 from lord_quant.targets import select
 from lord_quant.version import __version__
 
 
+SENSED_SAMPLES = 32
+"""Windows of the backward pass of a sensitivity pass: G of few windows fits them more than the text they stand for."""
 PLANNED = "planned"
 """Section of a plan file that says where it comes from; the others are those of a configuration."""
-UNITS = {"": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
-@dataclass(frozen=True)
-class Budget:
-    """What a compressed model may cost; exactly one is given.
-
-    Attributes:
-        target_bpw: Stored bits per weight of the linear layers, all in, at most.
-        target_size: Bytes of all tensors of the checkpoint, at most.
-        max_loss: Predicted loss in nats per token, at most; the smallest such model is wanted.
-    """
-
-    target_bpw: float | None = None
-    target_size: int | None = None
-    max_loss: float | None = None
-
-    def __post_init__(self) -> None:
-        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-        if len(given) != 1:
-            raise BudgetError(f"{len(given)} budgets are given; wanted one of target_bpw, target_size, max_loss")
-        for name, value in given.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-                raise BudgetError(f"{name} is {value!r}; wanted a positive number")
+def unplanned(config: LordConfig) -> LordConfig:
+    """Returns a run without a budget and without what one chooses: dense layers, 4 bits."""
+    lowrank = dataclasses.replace(config.lowrank, rank_ratio=1, param_ratio=None, rank_pattern=None, form_pattern=None)
+    gptq = dataclasses.replace(config.gptq, bits=4, group_size=None, bits_pattern=None, group_size_pattern=None)
+    return dataclasses.replace(config, lowrank=lowrank, gptq=gptq, budget=None)
 
 
-def parse_size(text: str) -> int:
-    """Reads a size such as 900MB, 4GB or 3.5GiB, in bytes.
+def statistics_of(config: LordConfig) -> Statistics:
+    """Reads the statistics that a run's budget names; measures them where it names none.
 
     Raises:
-        BudgetError: It is none.
+        LordError: Whatever is wrong with the file, the model or the calibration.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-zA-Z]*)\s*", text)
-    if match is None or match[2].lower() not in UNITS or len(match[1]) > 30:
-        raise BudgetError(f"size {text!r}; wanted a number of bytes, or one with kB, MB, GB, KiB, MiB or GiB: 4GB")
-    return int(float(match[1]) * UNITS[match[2].lower()])
+    if config.budget is not None and config.budget.statistics:
+        return load_statistics(config.budget.statistics)
+    return sense(config)
 
 
 def sense(config: LordConfig) -> Statistics:
@@ -75,42 +60,58 @@ def sense(config: LordConfig) -> Statistics:
     Raises:
         LordError: Whatever is wrong with model or calibration.
     """
-    lowrank = dataclasses.replace(config.lowrank, rank_ratio=1, param_ratio=None, rank_pattern=None, form_pattern=None)
-    gptq = dataclasses.replace(config.gptq, bits=4, group_size=None, bits_pattern=None, group_size_pattern=None)
-    job = prepare(dataclasses.replace(config, output=None, lowrank=lowrank, gptq=gptq))
-    model = load_model(job.source, job.device)
-    sensitivity, seed = None, config.calibration.seed
+    job = prepare(dataclasses.replace(unplanned(config), output=None))
+    return sense_model(load_model(job.source, job.device), job.windows, config)
+
+
+def sense_model(model: torch.nn.Module, windows: TokenWindows, config: LordConfig) -> Statistics:
+    """Runs the sensitivity pass of a loaded dense model, which is left as it was.
+
+    Args:
+        model: The model.
+        windows: Calibration tokens.
+        config: Where the model came from, and the solver; ranks and bits in it do not matter.
+    """
+    samples = min(config.joint.fisher_samples or SENSED_SAMPLES, len(windows.input_ids))
+    config = dataclasses.replace(config, joint=dataclasses.replace(config.joint, fisher_samples=samples))
+    sensitivities, seed = None, config.calibration.seed
     if config.joint.fisher:
-        sensitivity = Sensitivity.measure(model, backward_batches(job.windows, config), seed=seed)
+        batches = backward_batches(windows, config)
+        first, second = (
+            Sensitivity.measure(model, part or batches, seed=2 * seed + half)
+            for half, part in enumerate((batches[::2], batches[1::2]))
+        )
+        sensitivities = first, second
     return measure_statistics(
         model,
-        job.windows.batches(config.calibration.batch_size),
-        sensitivity,
-        gptq=gptq,
+        windows.batches(config.calibration.batch_size),
+        sensitivities,
+        gptq=unplanned(config).gptq,
         options=config.joint,
-        origin=_origin(job),
+        origin=_origin(config, windows),
         mean_correction=config.lowrank.mean_correction,
         seed=seed,
         dtype=torch.float64 if config.lowrank.float64 else torch.float32,
     )
 
 
-def digest_of(source: Source) -> str:
+def digest_of(model: str) -> str:
     """Returns what tells a model apart from others: see `model_digest`; a hub model is told by name and commit."""
-    if Path(source.path).is_dir():
-        return model_digest(source.config.to_dict(), weight_files(source.path))
-    named = {"hub": source.path, "commit": getattr(source.config, "_commit_hash", None)}
-    return model_digest(source.config.to_dict() | named, [])
+    path, config = read_config(model)
+    if Path(path).is_dir():
+        return model_digest(config.to_dict(), weight_files(path))
+    named = {"hub": path, "commit": getattr(config, "_commit_hash", None)}
+    return model_digest(config.to_dict() | named, [])
 
 
-def _origin(job: Job) -> dict[str, Any]:
+def _origin(config: LordConfig, windows: TokenWindows) -> dict[str, Any]:
     return {
-        "model_sha256": digest_of(job.source),
-        "calibration_sha256": job.windows.sha256,
-        "num_tokens": job.windows.num_tokens,
-        "fisher_samples": job.config.joint.fisher_samples if job.config.joint.fisher else 0,
-        "seed": job.config.calibration.seed,
-        "solver": _solver(job.config),
+        "model_sha256": digest_of(config.model),
+        "calibration_sha256": windows.sha256,
+        "num_tokens": windows.num_tokens,
+        "fisher_samples": config.joint.fisher_samples if config.joint.fisher else 0,
+        "seed": config.calibration.seed,
+        "solver": _solver(config),
         "lord_quant_version": __version__,
     }
 
@@ -128,36 +129,38 @@ class Planner:
         config: Model, targets, and whether factors get a bias.
         statistics: What the model's layers would lose.
         menu: What candidates there are for the layers among the targets; others stay dense.
+        model: The model where it is loaded already; None reads shapes from its folder.
 
     Raises:
         BudgetError: The statistics are another model's, or were measured with other settings of the solver.
         LordError: Whatever is wrong with the model or the targets.
     """
 
-    def __init__(self, config: LordConfig, statistics: Statistics, menu: Menu) -> None:
-        source = inspect_source(config.model, config.dtype)
+    def __init__(
+        self, config: LordConfig, statistics: Statistics, menu: Menu, model: torch.nn.Module | None = None
+    ) -> None:
+        if model is None:
+            source = inspect_source(config.model, config.dtype)
+            model, itemsize = build_skeleton(source), source.dtype.itemsize
+        else:
+            itemsize = next(model.parameters()).element_size()
+        dense = unplanned(config)
+        if FLOAT_BITS in menu.bits:  # biases of float layers are stored like all floats, of packed ones in 2 bytes
+            dense = dataclasses.replace(dense, gptq=dataclasses.replace(dense.gptq, bits=FLOAT_BITS))
+        plan = plan_model(model, dense, itemsize)
         origin = statistics.origin
-        _require_same(digest_of(source), origin.get("model_sha256"), "statistics were", config.model)
+        _require_same(digest_of(config.model), origin.get("model_sha256"), "statistics were", config.model)
         measured, now = origin.get("solver"), _solver(config)
         if not isinstance(measured, Mapping) or measured != now:
             seen = measured if isinstance(measured, Mapping) else {}
             odd = [f"{name} {seen.get(name)!r}, now {now[name]!r}" for name in now if seen.get(name) != now[name]]
             raise BudgetError(f"the statistics were measured with other settings: {', '.join(odd)}; wanted the same")
-        lowrank = dataclasses.replace(config.lowrank, rank_ratio=1, param_ratio=None, rank_pattern=None, form_pattern=None)
-        gptq = dataclasses.replace(config.gptq, bits=4, group_size=None, bits_pattern=None, group_size_pattern=None)
-        alone = dataclasses.replace(config, lowrank=lowrank, gptq=gptq)
-        plan = plan_model(build_skeleton(source), alone, source.dtype.itemsize)
-        targeted = select(list(statistics.sites.values()), lowrank.targets, lowrank.ignore)
-        dense = dataclasses.replace(menu, forms=(DENSE,))
+        menu = dataclasses.replace(menu, itemsize=itemsize)
         self.statistics, self.menu = statistics, menu
-        self.menus = {
-            name: (menu if name in targeted else dense).of(statistics.sites[name], loss)
-            for name, loss in statistics.losses.items()
-        }
-        empty = [name for name, candidates in self.menus.items() if not candidates]
-        if empty:
-            raise BudgetError(f"no candidate is left for {', '.join(empty[:5])}; wanted more forms, bits or group sizes")
+        targeted = select(list(statistics.sites.values()), config.lowrank.targets, config.lowrank.ignore)
+        self.menus = _menus(statistics, menu, targeted)
         self.uniform = planner.uniform_plans(statistics.sites, statistics.losses, menu)
+        self.plans = planner.Frontier(self.menus, self.uniform)
         self.dense_weights = sum(layer.dense_weights for layer in plan.layers)
         self.other_bytes = plan.other_bytes + sum(layer.bias_bytes for layer in plan.layers)
 
@@ -174,7 +177,7 @@ class Planner:
         """Returns stored bits per dense weight, all in."""
         return 8 * allocation.num_bytes / self.dense_weights
 
-    def choose(self, budget: Budget) -> Allocation:
+    def choose(self, budget: BudgetConfig) -> Allocation:
         """Returns the best plan for a budget.
 
         Raises:
@@ -186,44 +189,33 @@ class Planner:
                 raise BudgetError(
                     "max_loss is in nats, the statistics are of output errors; wanted some with a backward pass"
                 )
-            return self._smallest_below(budget.max_loss, smallest, largest)
+            if largest.loss > budget.max_loss:
+                raise BudgetError(
+                    f"no plan loses as little as {budget.max_loss:g} nats per token; what can be reached is "
+                    f"{largest.loss:.3g} to {smallest.loss:.3g}"
+                )
+            return self.plans.below(budget.max_loss)
         if budget.target_bpw is not None:
             allowed = budget.target_bpw * self.dense_weights / 8
             reach = f"{self.bpw(smallest):.3f} to {self.bpw(largest):.3f} bits per weight"
         else:
-            assert budget.target_size is not None  # exactly one is given
-            allowed = budget.target_size - self.other_bytes
+            assert budget.size is not None  # exactly one is given
+            allowed = budget.size - self.other_bytes
             reach = " to ".join(str(self.other_bytes + each.num_bytes) for each in (smallest, largest)) + " bytes in all"
         if allowed < smallest.num_bytes:
             asked = budget.target_bpw or budget.target_size
             raise BudgetError(f"no plan is as small as {asked}; what can be reached is {reach}")
-        return planner.allocate(self.menus, allowed, self.uniform)
+        return self.plans.within(allowed)
 
     def frontier(self, budgets: Sequence[float]) -> list[Allocation | None]:
         """Returns the best plans at several bits per weight; None for those out of reach."""
         smallest = self._extreme(min).num_bytes
         allowed = [bpw * self.dense_weights / 8 for bpw in budgets]
-        return [planner.allocate(self.menus, limit, self.uniform) if limit >= smallest else None for limit in allowed]
+        return [self.plans.within(limit) if limit >= smallest else None for limit in allowed]
 
     def _extreme(self, pick: Any) -> Allocation:
-        chosen: dict[str, Candidate] = {name: pick(candidates) for name, candidates in self.menus.items()}
-        return planner.total(chosen)
-
-    def _smallest_below(self, max_loss: float, smallest: Allocation, largest: Allocation) -> Allocation:
-        if largest.loss > max_loss:
-            raise BudgetError(
-                f"no plan loses as little as {max_loss:g} nats per token; what can be reached is {largest.loss:.3g} to "
-                f"{smallest.loss:.3g}"
-            )
-        low, high, best = smallest.num_bytes, largest.num_bytes, largest
-        while low <= high:
-            middle = (low + high) // 2
-            found = planner.allocate(self.menus, middle, self.uniform)
-            if found.loss <= max_loss:
-                best, high = found, middle - 1
-            else:
-                low = middle + 1
-        return best
+        choices: list[Choice] = [pick(menu, key=lambda choice: choice.num_bytes) for menu in self.menus]
+        return planner.total({name: part for choice in choices for name, part in choice.parts})
 
     def settings(self, allocation: Allocation) -> dict[str, Any]:
         """Returns a plan as the sections of a configuration, and where it comes from."""
@@ -234,8 +226,25 @@ class Planner:
             "tensor_bytes": allocation.num_bytes + self.other_bytes,
         }
         sections = planner.patterns(allocation)
-        lowrank = sections["lowrank"] | {"mean_correction": self.menu.mean_correction}
-        return {PLANNED: about, **sections, "lowrank": lowrank}
+        sections["lowrank"]["mean_correction"] = self.menu.mean_correction
+        if self.in_nats:  # truncate in the metric the plan was made in
+            sections["joint"] = {"fisher_samples": self.statistics.origin["fisher_samples"]}
+        return {PLANNED: about, **sections}
+
+
+def _menus(statistics: Statistics, menu: Menu, targeted: frozenset[str]) -> list[list[Choice]]:
+    """Returns the choices of every unit: layers alone, and those with one input together."""
+    dense, sites = dataclasses.replace(menu, forms=(DENSE,)), statistics.sites
+    menus = {name: (menu if name in targeted else dense).of(sites[name], loss) for name, loss in statistics.losses.items()}
+    empty = [name for name, candidates in menus.items() if not candidates]
+    if empty:
+        raise BudgetError(f"no candidate is left for {', '.join(empty[:5])}; wanted more forms, bits or group sizes")
+    units = []
+    for names, loss in statistics.groups.items():
+        if targeted.issuperset(names):
+            grouped = menu.of_group([sites[name] for name in names], statistics.site_of(names), loss)
+            units.append(planner.merged({name: menus.pop(name) for name in names}, grouped))
+    return [*units, *(single(name, candidates) for name, candidates in menus.items())]
 
 
 def write_plan(settings: Mapping[str, Any], path: str | Path) -> None:
@@ -250,16 +259,22 @@ def write_plan(settings: Mapping[str, Any], path: str | Path) -> None:
 
 
 def apply_plan(config: LordConfig, settings: Mapping[str, Any]) -> LordConfig:
-    """Returns a run with the ranks, bits and group sizes of a plan; everything else stays."""
+    """Returns a run with the ranks, bits and group sizes of a plan instead of a budget; everything else stays.
+
+    The windows of its backward pass are the plan's too, unless the run has its own.
+    """
     lowrank = {"rank_ratio": None, "param_ratio": None, "rank_pattern": None, "form_pattern": None} | settings["lowrank"]
+    joint = {} if config.joint.fisher_samples else settings.get("joint", {})
     return dataclasses.replace(
         config,
         lowrank=dataclasses.replace(config.lowrank, **lowrank),
         gptq=dataclasses.replace(config.gptq, **settings["gptq"]),
+        joint=dataclasses.replace(config.joint, **joint),
+        budget=None,
     )
 
 
-def read_plan(path: str | Path, model: str, dtype: str = "auto") -> dict[str, Any]:
+def read_plan(path: str | Path, model: str) -> dict[str, Any]:
     """Reads a plan file and returns its sections of a configuration.
 
     Raises:
@@ -268,9 +283,9 @@ def read_plan(path: str | Path, model: str, dtype: str = "auto") -> dict[str, An
     """
     values = read_yaml(path)
     about = values.pop(PLANNED, None)
-    if not isinstance(about, Mapping) or not set(values) <= {"lowrank", "gptq"}:
-        raise ConfigError(f"{str(path)!r} is no plan; wanted the sections {PLANNED}, lowrank and gptq")
-    _require_same(digest_of(inspect_source(model, dtype)), about.get("model_sha256"), f"plan {str(path)!r} was", model)
+    if not isinstance(about, Mapping) or not set(values) <= {"lowrank", "gptq", "joint"}:
+        raise ConfigError(f"{str(path)!r} is no plan; wanted the sections {PLANNED}, lowrank, gptq and joint")
+    _require_same(digest_of(model), about.get("model_sha256"), f"plan {str(path)!r} was", model)
     return values
 
 

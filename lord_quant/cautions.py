@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -19,20 +20,33 @@ LEAST_SHARE = 0.9
 """Share of the blocks' parameters that the found layers must hold, or a caution is due."""
 
 
-def log_cautions(model: torch.nn.Module, plan: Plan, windows: TokenWindows, stack: str) -> None:
+def log_cautions(
+    model: torch.nn.Module, plan: Plan, windows: TokenWindows, stack: str, measured_on: str | None = None
+) -> None:
     """Logs what the command line prints before a run."""
-    for warning in run_cautions(model, plan, windows, next(model.parameters()).device, stack):
+    for warning in run_cautions(model, plan, windows, next(model.parameters()).device, stack, measured_on):
         logger.warning(warning)
 
 
 def run_cautions(
-    model: torch.nn.Module, plan: Plan, windows: TokenWindows, device: torch.device, stack: str
+    model: torch.nn.Module,
+    plan: Plan,
+    windows: TokenWindows,
+    device: torch.device,
+    stack: str,
+    measured_on: str | None = None,
 ) -> tuple[str, ...]:
     """Returns what a user should know before a run: short calibration, idle targets, hosts' habits.
 
-    `stack` is that of the run; only the naive one lets Optimum run blocks and choose devices.
+    `stack` is that of the run; only the naive one lets Optimum run blocks and choose devices. `measured_on` is the digest
+    of the tokens of the sensitivity pass that the plan rests on, None where it rests on none.
     """
     found = [*_plan_warnings(plan, windows), *_model_warnings(model, plan)]
+    if measured_on not in (None, windows.sha256):
+        found.append(
+            f"the plan's losses were predicted on other calibration tokens (sha256 {str(measured_on)[:12]}) than these "
+            f"({windows.sha256[:12]}); wanted the same dataset, windows and seed for both"
+        )
     if stack != "naive":
         return tuple(found)
     found += _mask_warnings(model, plan)
@@ -51,7 +65,10 @@ def _plan_warnings(plan: Plan, windows: TokenWindows) -> Iterator[str]:
     dense = [layer for layer in plan.layers if layer.note]
     if dense:
         yield f"{len(dense)} of {len(dense) + len(plan.rank_pattern)} targeted layers stay dense (see the plan's notes)"
-    enlarged = [layer for layer in plan.layers if layer.rank and layer.weights > layer.dense_weights]
+    grown: Counter[str] = Counter()  # weights, by layer or by group, whose leader holds what all share
+    for layer in plan.layers:
+        grown[layer.leader or layer.name] += layer.weights - layer.dense_weights
+    enlarged = [layer for layer in plan.layers if grown[layer.leader or layer.name] > 0]
     if enlarged:
         yield f"--force-rank makes {len(enlarged)} layers larger than they were"
 

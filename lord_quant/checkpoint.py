@@ -5,7 +5,8 @@ A checkpoint is an ordinary transformers folder (safetensors, config.json, token
 one of two methods of this package:
 
 * ``lord_gptq``: layers packed by GPTQ, some of them replaced by two packed factors (`rank_pattern`, possibly empty), each
-  layer with bits and group size of its own where `bits_pattern` and `group_size_pattern` name it;
+  layer with bits and group size of its own where `bits_pattern` and `group_size_pattern` name it, grouped layers with the
+  one whose `down` they use (`group_pattern`);
 * ``lord``: float low-rank factors, nothing packed.
 
 Beside the weights lie `lord_report.json` (what was done and measured) and `README.md` (the model card).
@@ -17,7 +18,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 METHOD_GPTQ = "lord_gptq"
 METHOD_FLOAT = "lord"
 REPORT_NAME = "lord_report.json"
-PATTERNS = ("rank_pattern", "form_pattern", "bits_pattern", "group_size_pattern")
-"""What a configuration says of layers, by full module path of the dense layer."""
+PATTERNS = ("rank_pattern", "form_pattern", "group_pattern", "bits_pattern", "group_size_pattern")
+"""What a configuration says of layers, by full module path of the dense layer; bits also of a factor."""
 
 
 def quantization_config(plan: Plan, gptq: GptqConfig, host_format: str) -> dict[str, Any]:
@@ -58,6 +59,8 @@ def quantization_config(plan: Plan, gptq: GptqConfig, host_format: str) -> dict[
     }
     if plan.form_pattern:
         values["form_pattern"] = plan.form_pattern
+    if plan.group_pattern:
+        values["group_pattern"] = plan.group_pattern
     if plan.bits != FLOAT_BITS:
         values |= {
             "bits": plan.bits,
@@ -76,8 +79,8 @@ def quantization_config(plan: Plan, gptq: GptqConfig, host_format: str) -> dict[
 
 
 def format_version(plan: Plan) -> int:
-    """Returns the version a checkpoint of this plan has: all but mixed ones can be read by releases before that was one."""
-    return FORMAT_VERSION if plan.mixed else UNIFORM_FORMAT_VERSION
+    """Returns the version a checkpoint of this plan has: the older one where nothing in it is newer."""
+    return FORMAT_VERSION if plan.mixed or plan.group_pattern else UNIFORM_FORMAT_VERSION
 
 
 def check_version(values: Mapping[str, Any]) -> None:
@@ -189,23 +192,44 @@ def check_tensors(expected: Mapping[str, tuple[int, ...]], files: list[str], und
         )
 
 
+def _is_model_folder(path: Path) -> bool:
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "model_type" in config and any(path.glob("*.safetensors"))
+
+
 def check_output(
-    output: str | Path, *, overwrite: bool = False, model: str | None = None, dataset: str | None = None
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    model: str | None = None,
+    dataset: str | None = None,
+    kind: str = "model folder (config.json with a model_type, safetensors)",
+    is_kind: Callable[[Path], bool] = _is_model_folder,
 ) -> Path:
     """Checks that a folder can be written, before any work; leaves nothing behind.
 
     Args:
         output: Folder to be written.
-        overwrite: Whether an existing checkpoint may be replaced.
+        overwrite: Whether an existing folder of this kind may be replaced.
         model: The model that will be read; the output may not be it or hold it.
         dataset: The calibration data that will be read, likewise.
+        kind: What may be replaced, in words.
+        is_kind: Tells whether a folder is one.
 
     Raises:
         OutputError: Not empty, not writable, or too precious to replace.
     """
     where: Any = None
     try:
-        path = _require_free(output, overwrite, {"model": model, "dataset": dataset})
+        path = _require_folder(output, {"model": model, "dataset": dataset})
+        if path.is_dir() and any(path.iterdir()):
+            if not overwrite:
+                raise OutputError(f"output {str(output)!r} is not empty; wanted a new folder, or --overwrite")
+            if not is_kind(path):
+                raise OutputError(f"output {str(output)!r} is not empty and no {kind}: --overwrite replaces nothing else")
         where = path.parent
         while not where.exists():
             where = where.parent
@@ -216,8 +240,8 @@ def check_output(
     return path
 
 
-def _require_free(output: str | Path, overwrite: bool, sources: Mapping[str, str | None]) -> Path:
-    """Returns the whole path of a folder that is not there, is empty, or may be replaced."""
+def _require_folder(output: str | Path, sources: Mapping[str, str | None]) -> Path:
+    """Returns the whole path of what is a folder or not there, and can be put in place by a rename."""
     path = Path(output).expanduser().resolve()
     for kind, name in sources.items():
         source = Path(name).expanduser().resolve() if name is not None and Path(name).expanduser().exists() else None
@@ -229,23 +253,7 @@ def _require_free(output: str | Path, overwrite: bool, sources: Mapping[str, str
         raise OutputError(f"output {str(output)!r} is a file; wanted a folder")
     if os.path.ismount(path):
         raise OutputError(f"output {str(output)!r} is a mount point and cannot be replaced; wanted a folder inside it")
-    if path.is_dir() and any(path.iterdir()):
-        if not overwrite:
-            raise OutputError(f"output {str(output)!r} is not empty; wanted a new folder, or --overwrite")
-        if not _is_model_folder(path):
-            raise OutputError(
-                f"output {str(output)!r} is not empty and no model folder (config.json with a model_type, safetensors): "
-                "--overwrite replaces nothing else"
-            )
     return path
-
-
-def _is_model_folder(path: Path) -> bool:
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and "model_type" in config and any(path.glob("*.safetensors"))
 
 
 def check_file(

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from lord_quant.budget_config import BudgetConfig
 from lord_quant.corpus import STDLIB, TEXT_KEY
 from lord_quant.errors import ConfigError, nearest_name, unknown_keys
 
@@ -25,7 +26,8 @@ BITS = (*PACKED_BITS, FLOAT_BITS)
 GROUP_SIZES = (32, 64, 128, 256)
 """Group sizes that every kernel of the host accepts at 4 bits on the CPU."""
 STACKS = ("joint", "naive")
-FORMS = ("two_factor", "pivoted")
+FORMS = ("two_factor", "pivoted", "grouped")
+RANK_CHOICES = ("rank_ratio", "param_ratio", "rank_pattern")
 ORDERS = ("auto", "down_first", "up_first")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -39,7 +41,7 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _one_of(where: str, value: Any, legal: Sequence[Any]) -> list[str]:
+def choice_problems(where: str, value: Any, legal: Sequence[Any]) -> list[str]:
     """Says what is wrong with a value that must be one of some numbers or names; 4.0 is no 4."""
     if value in legal and (_is_int(value) or isinstance(value, str)):
         return []
@@ -65,7 +67,7 @@ def pattern_problems(name: str, pattern: Any, legal: Sequence[Any]) -> list[str]
         return []
     if not isinstance(pattern, Mapping):
         return [f"{name} is {pattern!r}; wanted a mapping of layer pattern to {name.removesuffix('_pattern')}"]
-    values = [problem for key, value in pattern.items() for problem in _one_of(f"{name}[{key!r}]", value, legal)]
+    values = [problem for key, value in pattern.items() for problem in choice_problems(f"{name}[{key!r}]", value, legal)]
     return _pattern_keys(name, pattern) + values
 
 
@@ -120,7 +122,8 @@ class LowrankConfig:
         rank_pattern: Explicit ranks by layer pattern; layers it does not name stay dense.
         targets: Presets and patterns of the layers to decompose (see `targets.select`).
         ignore: Patterns taken away from the targets.
-        form: How a decomposed layer is stored: `two_factor`, or `pivoted` with rank² weights fewer, exact in float.
+        form: How a decomposed layer is stored: `two_factor`; `pivoted`, with rank² weights fewer, exact in float; or
+            `grouped`, layers with one input (q, k and v; gate and up) sharing `down`, all others as `two_factor`.
         form_pattern: Form by layer pattern, of layers that get a rank; `form` is that of the others.
         force_rank: Decompose also where that makes a layer larger.
         mean_correction: Correct the bias for the mean input; adds a bias to layers that had none.
@@ -139,7 +142,7 @@ class LowrankConfig:
     float64: bool = False
 
     def __post_init__(self) -> None:
-        ways = [name for name in ("rank_ratio", "param_ratio", "rank_pattern") if getattr(self, name) is not None]
+        ways = [name for name in RANK_CHOICES if getattr(self, name) is not None]
         problems = []
         if not ways:
             problems.append(
@@ -157,7 +160,7 @@ class LowrankConfig:
             if not isinstance(value, tuple) or not all(isinstance(item, str) and item for item in value):
                 problems.append(f"{name} is {value!r}; wanted a list of patterns")
         problems += _not_bool(self, "force_rank", "mean_correction", "float64")
-        problems += _one_of("form", self.form, FORMS) + pattern_problems("form_pattern", self.form_pattern, FORMS)
+        problems += choice_problems("form", self.form, FORMS) + pattern_problems("form_pattern", self.form_pattern, FORMS)
         if self.targets == ():
             problems.append("targets is empty; wanted at least one pattern, such as 'all'")
         ranks = self.rank_pattern if self.rank_pattern is not None else {}
@@ -178,8 +181,8 @@ class GptqConfig:
     Attributes:
         bits: 8, 4, 3 or 2; 16 leaves weights in float.
         group_size: Inputs that share one scale; None takes the largest of 128, 64, 32 that suits the model's shapes.
-        bits_pattern: Bits by layer pattern, later entries winning; `bits` is that of the other layers. Both factors of a
-            layer share its bits.
+        bits_pattern: Bits by layer pattern, later entries winning; `bits` is that of the other layers. A pattern that ends
+            in ``.down`` or ``.up`` means that factor of the layers it names.
         group_size_pattern: Group size by layer pattern, likewise.
         sym: Symmetric quantization: zeros in the middle. Zeros are stored either way, so asymmetric grids, which are
             better, cost no byte; some GPU kernels (Marlin) want symmetric ones.
@@ -202,9 +205,9 @@ class GptqConfig:
     true_sequential: bool = True
 
     def __post_init__(self) -> None:
-        problems = _one_of("bits", self.bits, BITS)
+        problems = choice_problems("bits", self.bits, BITS)
         if self.group_size is not None:
-            problems += _one_of("group_size", self.group_size, GROUP_SIZES)
+            problems += choice_problems("group_size", self.group_size, GROUP_SIZES)
         problems += pattern_problems("bits_pattern", self.bits_pattern, PACKED_BITS)
         problems += pattern_problems("group_size_pattern", self.group_size_pattern, GROUP_SIZES)
         if self.bits == FLOAT_BITS and self.bits_pattern:
@@ -232,7 +235,8 @@ class JointConfig:
         deflate: Quantize `down` modulo what the refit of `up` absorbs.
         refine: Sweeps over scales and codes after each solve; 0 for none.
         fisher: Truncate in the metric of the model's loss, which takes a backward pass; otherwise in that of output error.
-        fisher_samples: Calibration windows of that backward pass, the first so many.
+        fisher_samples: Calibration windows of that backward pass, the first so many. None takes 8; for a sensitivity pass,
+            and for the run of a plan that was made of one, 32.
     """
 
     anchor: bool = True
@@ -242,15 +246,16 @@ class JointConfig:
     deflate: bool = True
     refine: int = 2
     fisher: bool = True
-    fisher_samples: int = 8
+    fisher_samples: int | None = None
 
     def __post_init__(self) -> None:
         problems = _not_bool(self, "anchor", "rotate", "refit", "deflate", "fisher")
-        problems += _one_of("order", self.order, ORDERS)
+        problems += choice_problems("order", self.order, ORDERS)
         if not _is_int(self.refine) or not 0 <= self.refine <= 100:
             problems.append(f"refine is {self.refine!r}; wanted a number of sweeps from 0 to 100, such as 2")
-        if not _is_int(self.fisher_samples) or self.fisher_samples < 1:
-            problems.append(f"fisher_samples is {self.fisher_samples!r}; wanted a positive number of windows, such as 8")
+        samples = self.fisher_samples
+        if samples is not None and (not _is_int(samples) or samples < 1):
+            problems.append(f"fisher_samples is {samples!r}; wanted a positive number of windows, such as 8")
         _check(problems, "joint")
 
 
@@ -270,6 +275,7 @@ class LordConfig:
         lowrank: See `LowrankConfig`.
         gptq: See `GptqConfig`.
         joint: See `JointConfig`.
+        budget: What chooses ranks, forms, bits and group sizes; None where they are given. See `BudgetConfig`.
     """
 
     model: str
@@ -281,6 +287,7 @@ class LordConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     gptq: GptqConfig = field(default_factory=GptqConfig)
     joint: JointConfig = field(default_factory=JointConfig)
+    budget: BudgetConfig | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -290,10 +297,15 @@ class LordConfig:
             problems.append(f"output is {self.output!r}; wanted a folder, or none")
         if not isinstance(self.device, str) or not self.device:
             problems.append(f"device is {self.device!r}; wanted a name such as 'auto', 'cpu' or 'cuda:0'")
-        problems += _one_of("stack", self.stack, STACKS) + _one_of("dtype", self.dtype, DTYPES)
+        problems += choice_problems("stack", self.stack, STACKS) + choice_problems("dtype", self.dtype, DTYPES)
         given = [name for name in ("bits_pattern", "group_size_pattern") if getattr(self.gptq, name)]
         if self.stack == "naive" and given:
             problems.append(f"{' and '.join(given)} given: the naive stack packs all layers alike; wanted --stack joint")
+        forms = {self.lowrank.form, *(self.lowrank.form_pattern or {}).values()}
+        if self.stack == "naive" and "grouped" in forms:
+            problems.append("form is 'grouped': the naive stack decomposes every layer alone; wanted --stack joint")
+        if self.budget is not None:
+            problems += _beside_budget(self)
         _check(problems, "run")
 
     def to_dict(self) -> dict[str, Any]:
@@ -307,7 +319,8 @@ class LordConfig:
         Raises:
             ConfigError: A key is unknown (every such key is named) or a value illegal.
         """
-        sections = {"lowrank": LowrankConfig, "calibration": CalibrationConfig, "gptq": GptqConfig, "joint": JointConfig}
+        sections: dict[str, type] = {"lowrank": LowrankConfig, "calibration": CalibrationConfig}
+        sections |= {"gptq": GptqConfig, "joint": JointConfig, "budget": BudgetConfig}
         _require_known(values, cls, "configuration")
         if "model" not in values:
             raise ConfigError("model is not given; wanted a folder or a hub name")
@@ -317,8 +330,26 @@ class LordConfig:
             if not isinstance(given, Mapping):
                 raise ConfigError(f"section {name!r} is {type(given).__name__}; wanted a mapping")
             _require_known(given, section, f"section {name!r}")
+            if name == "budget" and not given:
+                continue
+            if name == "lowrank" and values.get("budget") and not any(given.get(way) is not None for way in RANK_CHOICES):
+                given = {**given, "rank_ratio": 1}  # until the budget chooses
             built[name] = section(**{key: _tuples(value) for key, value in given.items()})
         return cls(**built)
+
+
+def _beside_budget(config: LordConfig) -> list[str]:
+    """Says what makes no sense beside a budget, which chooses ranks, forms, bits and group sizes."""
+    problems = []
+    if config.stack == "naive":
+        problems.append("a budget is given for the naive stack, which packs all layers alike; wanted stack joint")
+    lowrank, gptq = config.lowrank, config.gptq
+    given = [name for name in ("param_ratio", "rank_pattern", "form_pattern", "force_rank") if getattr(lowrank, name)]
+    given += ["rank_ratio"] if lowrank.rank_ratio not in (None, 1) else []
+    given += [name for name in ("bits_pattern", "group_size_pattern") if getattr(gptq, name)]
+    if given:
+        problems.append(f"a budget and {', '.join(given)} are given; wanted one or the other")
+    return problems
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

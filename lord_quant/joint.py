@@ -7,6 +7,9 @@ they are called, those fed the same tensor (q, k and v) together: the compressed
 moments of both inputs are taken in one pass over the batches, and `stack.stack_layer` does the rest. Parts of the block
 whose layers are all compressed (a layer, then the attention) run once and are replayed. Only what one block's layers are
 fed and one layer's moments exist at a time.
+
+Grouped layers are compressed as the one layer that all their outputs make; with sensitivities G_i its own is their block
+diagonal.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import copy
 import functools
 import itertools
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -24,16 +27,16 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lord_quant.config import JointConfig
-from lord_quant.errors import NumericsError
+from lord_quant.errors import CalibrationError, NumericsError
 from lord_quant.moments import PairedMoments
-from lord_quant.pairing import Runner, gather, record_inputs
+from lord_quant.pairing import Inputs, Runner, gather, record_inputs
 from lord_quant.plan import LayerPlan, Plan
 from lord_quant.refine import Quantized
 from lord_quant.sensitivity import Sensitivity
-from lord_quant.solver import Solver
+from lord_quant.solver import Solvers
 from lord_quant.stack import Stacked, stack_layer
 from lord_quant.stream import Replay, block_kinds, capture
-from lord_quant.surgery import replace_layer, set_dense
+from lord_quant.surgery import replace_group, replace_layer, set_dense
 from lord_quant.targets import dense_bias, dense_weight, find_blocks
 
 
@@ -77,7 +80,7 @@ def stack_model(
     model: nn.Module,
     plan: Plan,
     batches: Sequence[torch.Tensor],
-    solve: Callable[[LayerPlan], Solver] | None,
+    solve: Callable[[LayerPlan], Solvers] | None,
     options: JointConfig,
     *,
     sensitivity: Sensitivity | None = None,
@@ -91,7 +94,7 @@ def stack_model(
         model: A loaded dense model in evaluation mode; changed in place.
         plan: What becomes of every layer.
         batches: Token windows with shape (batch, seq_len), all without padding.
-        solve: Gives a layer's solver, which quantizes a weight in a metric; None leaves factors in float and other layers
+        solve: Gives a layer's solvers, which quantize a weight in a metric; None leaves factors in float and other layers
             alone.
         options: Which ideas are on.
         sensitivity: How much the loss minds errors in outputs; used up. None counts all outputs alike.
@@ -101,7 +104,7 @@ def stack_model(
 
     Raises:
         NumericsError: Activations, moments or factors hold NaN or inf; the layer is named.
-        CalibrationError: No token reached a layer, or the streams differ in tokens.
+        CalibrationError: No token reached a layer, the streams differ in tokens, or grouped layers in their input.
     """
     done = StackedModel()
     planned = {layer.name: layer for layer in plan.layers if solve is not None or layer.rank is not None}
@@ -123,26 +126,61 @@ def stack_model(
             minded = sensitivity.of_block(index, dense, kinds[index], ranked, dtype)
         run = Runner(stream, kinds[index], Replay(block))
         inputs = record_inputs(dense, run, list(layers), prefix, outputs=options.anchor)
+        groups = _groups(layers, inputs)
         open_layers = set(layers)
         for stage in inputs.stages(true_sequential):
             with run.replay.of(_finished(layers, open_layers)):
                 moments = gather(block, run, ours, inputs, stage, dtype, options.anchor)
             for leader in stage:
                 _require_finite(moments[leader], prefix + leader)
-                for name in inputs.members(leader):
-                    source = dense.get_submodule(name)
+                for names in groups[leader]:
+                    sources = [dense.get_submodule(name) for name in names]
                     own = {
-                        "solve": None if solve is None else solve(layers[name]),
-                        "sensitivity": minded.pop(name, None),
+                        "solve": None if solve is None else solve(layers[names[0]]),
+                        "sensitivity": _together([minded.pop(name, None) for name in names], sources),
                         "seed": seed * len(plan.layers) + len(done.records),
                     }
-                    _compress(model, layers[name], source, moments[leader], functools.partial(compress, **own), done)
-                    open_layers.remove(name)
+                    members = [layers[name] for name in names]
+                    _compress(model, members, sources, moments[leader], functools.partial(compress, **own), done)
+                    open_layers.difference_update(names)
                 inputs.forget(leader)
         if index < last:
             with run.replay.of(_finished(layers, inputs.of_last(true_sequential))):
                 ours = list(run(block, ours))
     return done
+
+
+def _groups(layers: Mapping[str, LayerPlan], inputs: Inputs) -> dict[str, list[list[str]]]:
+    """Returns what is compressed as one, in calling order, by the input it is fed.
+
+    Raises:
+        CalibrationError: Grouped layers are not fed the same tensor.
+    """
+    groups: dict[str, list[list[str]]] = {}
+    for leader in inputs.batches:
+        together: dict[str, list[str]] = {}
+        for name in inputs.members(leader):
+            together.setdefault(layers[name].leader or name, []).append(name)
+        # The one that holds `down` first, as the plan has it; calling order is the model's.
+        groups[leader] = [
+            sorted(names, key=lambda name: layers[name].name != layers[name].leader) for names in together.values()
+        ]
+    known = [{layers[name].leader for name in names} for found in groups.values() for names in found]
+    split = sorted(own for own in set().union(*known) if own and sum(own in names for names in known) > 1)
+    if split:
+        raise CalibrationError(
+            f"the layers grouped with {', '.join(split)} are not fed the same input; wanted another form"
+        )
+    return groups
+
+
+def _together(metrics: Sequence[torch.Tensor | None], sources: Sequence[nn.Module]) -> torch.Tensor | None:
+    """Returns the sensitivity of layers on top of each other; None if none has one."""
+    known = [metric for metric in metrics if metric is not None]
+    if not known:
+        return None
+    blocks = [known[0].new_zeros(len(dense_weight(source)), len(dense_weight(source))) for source in sources]
+    return torch.block_diag(*(block if metric is None else metric for metric, block in zip(metrics, blocks, strict=True)))
 
 
 def _finished(layers: Iterable[str], still_open: Container[str]) -> list[str]:
@@ -158,25 +196,52 @@ def _holders(name: str) -> Iterator[str]:
 
 def _compress(
     model: nn.Module,
-    layer: LayerPlan,
-    dense: nn.Module,
+    layers: Sequence[LayerPlan],
+    dense: Sequence[nn.Module],
     moments: PairedMoments,
     compress: Callable[..., Stacked],
     done: StackedModel,
 ) -> None:
-    """Compresses one layer, puts it into the model and notes what was done."""
-    start = time.perf_counter()
+    """Compresses one layer, or several as one, puts the result into the model and notes what was done."""
+    start, first = time.perf_counter(), layers[0]
+    weight, bias = torch.cat([dense_weight(source) for source in dense]), _bias_of(dense)
     try:
-        stacked = compress(dense_weight(dense), dense_bias(dense), moments, layer.rank, layer.form)
+        stacked = compress(weight, bias, moments, first.rank, first.form)
     except NumericsError as error:
-        raise NumericsError(f"layer {layer.name!r}: {error}") from error
-    if stacked.factors is not None:
-        replace_layer(model, layer.name, stacked.factors)
+        raise NumericsError(f"layer {first.name!r}: {error}") from error
+    if stacked.factors is not None and len(layers) > 1:
+        replace_group(model, [layer.name for layer in layers], stacked.factors)
+    elif stacked.factors is not None:
+        replace_layer(model, first.name, stacked.factors)
     elif stacked.weight is not None:
-        set_dense(model, layer.name, stacked.weight, stacked.bias)
-    done.quantized |= {layer.name + suffix: item.at_rest() for suffix, item in stacked.quantized.items()}
+        set_dense(model, first.name, stacked.weight, stacked.bias)
+    done.quantized |= _parts(layers, stacked.quantized)
     solving = sum(item.seconds for item in stacked.quantized.values())
-    done.records.append(_record(layer, stacked, moments.num_tokens, time.perf_counter() - start - solving))
+    seconds = time.perf_counter() - start - solving
+    done.records += [_record(layer, stacked, moments.num_tokens, seconds / len(layers)) for layer in layers]
+
+
+def _bias_of(dense: Sequence[nn.Module]) -> torch.Tensor | None:
+    """Returns the biases of layers on top of each other, zeros for those that have none; None if none has one."""
+    biases = [dense_bias(source) for source in dense]
+    if all(bias is None for bias in biases):
+        return None
+    empty = [dense_weight(source).new_zeros(len(dense_weight(source))) for source in dense]
+    return torch.cat([zeros if bias is None else bias for bias, zeros in zip(biases, empty, strict=True)])
+
+
+def _parts(layers: Sequence[LayerPlan], quantized: Mapping[str, Quantized]) -> dict[str, Quantized]:
+    """Returns what is to be packed by full module path; of a group, its leader's `up` carries the loss of all."""
+    found = {layers[0].name + suffix: item.at_rest() for suffix, item in quantized.items()}
+    if len(layers) == 1 or not quantized:
+        return found
+    sizes = [layer.out_features for layer in layers]
+    whole = found.pop(f"{layers[0].name}.up")
+    parts = zip(*(tensor.split(sizes) for tensor in (whole.codes, whole.scales, whole.zeros)), strict=True)
+    for layer, (codes, scales, zeros) in zip(layers, parts, strict=True):
+        own = whole._replace(codes=codes, scales=scales, zeros=zeros, g_idx=whole.g_idx.clone())  # hosts pack in place
+        found[f"{layer.name}.up"] = own if layer is layers[0] else own._replace(loss=None, seconds=0.0)
+    return found
 
 
 def _record(layer: LayerPlan, stacked: Stacked, num_tokens: int, seconds: float) -> StackRecord:

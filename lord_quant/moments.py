@@ -36,6 +36,14 @@ class Moments(NamedTuple):
     num_tokens: int
 
 
+def merged(a: Moments, b: Moments) -> Moments:
+    """Returns the moments of two sets of vectors together."""
+    count = a.num_tokens + b.num_tokens
+    shift, share = b.mean - a.mean, b.num_tokens / count
+    covariance = (1 - share) * a.covariance + share * b.covariance + share * (1 - share) * torch.outer(shift, shift)
+    return Moments(a.mean + share * shift, covariance, count)
+
+
 class MomentAccumulator:
     """Accumulates moments batch by batch; two accumulators can be merged.
 

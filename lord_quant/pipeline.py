@@ -8,7 +8,6 @@ already loaded.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import time
@@ -21,7 +20,7 @@ import torch
 
 from lord_quant.backends import gptq as backend
 from lord_quant.calibration import TokenWindows, sample_windows
-from lord_quant.cautions import log_cautions, run_cautions
+from lord_quant.cautions import run_cautions
 from lord_quant.checkpoint import (
     REPORT_NAME,
     atomic_folder,
@@ -35,21 +34,20 @@ from lord_quant.checkpoint import (
 from lord_quant.config import FLOAT_BITS, GptqConfig, LordConfig
 from lord_quant.corpus import Corpus, load_corpus
 from lord_quant.engine import DecompositionRecord, decompose_model
-from lord_quant.errors import CalibrationError, ModelError
+from lord_quant.errors import CalibrationError, ConfigError, ModelError
 from lord_quant.estimate import Estimate, estimate
 from lord_quant.joint import StackRecord, stack_model
 from lord_quant.linalg import require_finite
 from lord_quant.plan import LayerPlan, Plan, build_plan
 from lord_quant.report import build_report, model_card, to_json
 from lord_quant.sensitivity import Sensitivity
-from lord_quant.solver import Solver, make_solver
+from lord_quant.solver import Solvers, make_solver
 from lord_quant.source import (
     Source,
     build_skeleton,
     choose_device,
     inspect_source,
     load_model,
-    refuse_unfit,
     tensor_bytes,
 )
 from lord_quant.surgery import is_compressed
@@ -62,6 +60,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_SEQ_LEN = 2048
+FISHER_SAMPLES = 8
+"""Windows of the backward pass where nothing else is said: what a run with given ranks can spare the time for."""
 BACKWARD_TOKENS = 2048
 """Tokens per backward pass: enough to keep a processor busy, few enough for a large vocabulary's logits."""
 
@@ -136,9 +136,12 @@ def plan_model(model: torch.nn.Module, config: LordConfig, itemsize: int) -> Pla
     """Plans a model that is at hand, loaded or on the meta device.
 
     Raises:
+        ConfigError: The run has a budget and nothing was chosen for it yet, see `budget.py`.
         ModelError: It is decomposed or packed already.
         LordError: Whatever is wrong with patterns, ranks or group size.
     """
+    if config.budget is not None:
+        raise ConfigError("the run has a budget, and nothing was chosen for it; wanted the run that `apply_plan` returns")
     done = [name for name, module in model.named_modules() if is_compressed(module)]
     if done:
         raise ModelError(f"the model is already compressed (layer {done[0]!r}); wanted the dense model it was made from")
@@ -149,8 +152,13 @@ def plan_model(model: torch.nn.Module, config: LordConfig, itemsize: int) -> Pla
     return build_plan(sites, config.lowrank, config.gptq, itemsize=itemsize, other_bytes=other)
 
 
-def prepare(config: LordConfig, *, overwrite: bool = False) -> Job:
+def prepare(config: LordConfig, *, overwrite: bool = False, measured_on: str | None = None) -> Job:
     """Checks a run and reads its calibration text, before any weight is loaded.
+
+    Args:
+        config: The run.
+        overwrite: Whether an existing checkpoint at its output may be replaced.
+        measured_on: Digest of the tokens on which the losses were measured that its plan rests on, if it does.
 
     Raises:
         LordError: Whatever is wrong; nothing was written.
@@ -166,7 +174,7 @@ def prepare(config: LordConfig, *, overwrite: bool = False) -> Job:
     joint = config.stack == "joint"
     fisher_tokens = _fisher_windows(windows, config).numel() if joint and plan.rank_pattern else 0
     guess = estimate(plan, windows.num_tokens, device, source.dtype.itemsize, joint, fisher_tokens)
-    cautions = run_cautions(skeleton, plan, windows, device, config.stack)
+    cautions = run_cautions(skeleton, plan, windows, device, config.stack, measured_on)
     return Job(config, source, plan, windows, device, output, overwrite, guess, cautions)
 
 
@@ -228,7 +236,7 @@ def _compress_jointly(
     phases, quantized = Phases(), list[backend.GptqRecord]()
     solve = None
     if plan.bits != FLOAT_BITS:
-        solve = functools.partial(_solver_of, gptq=config.gptq, num_tokens=windows.num_tokens)
+        solve = functools.partial(_solvers_of, gptq=config.gptq, num_tokens=windows.num_tokens)
     dtype = torch.float64 if config.lowrank.float64 else torch.float32
     batches, sensitivity = windows.batches(config.calibration.batch_size), None
     few = _fisher_windows(windows, config)
@@ -253,13 +261,15 @@ def _compress_jointly(
     return Compressed(stacked.records, quantized, phases.seconds)
 
 
-def _solver_of(layer: LayerPlan, gptq: GptqConfig, num_tokens: int) -> Solver:
-    return make_solver(dataclasses.replace(gptq, bits=layer.bits), layer.group_size, num_tokens)
+def _solvers_of(layer: LayerPlan, gptq: GptqConfig, num_tokens: int) -> Solvers:
+    widths = (layer.bits, layer.up_bits)
+    return Solvers(*(make_solver(dataclasses.replace(gptq, bits=bits), layer.group_size, num_tokens) for bits in widths))
 
 
 def _fisher_windows(windows: TokenWindows, config: LordConfig) -> torch.Tensor:
     """Returns the windows of the joint stack's backward pass, with shape (≤ fisher_samples, seq_len); none without it."""
-    return windows.input_ids[: config.joint.fisher_samples if config.joint.fisher else 0]
+    samples = config.joint.fisher_samples or FISHER_SAMPLES
+    return windows.input_ids[: samples if config.joint.fisher else 0]
 
 
 def backward_batches(windows: TokenWindows, config: LordConfig) -> list[torch.Tensor]:
@@ -302,29 +312,6 @@ def host_arguments(config: LordConfig, plan: Plan, model: torch.nn.Module, windo
         "model_seqlen": windows.input_ids.shape[1],
         "block_name_to_quantize": find_blocks(model).path,
     }
-
-
-def compress_loaded(model: PreTrainedModel, tokenizer: Any, config: LordConfig) -> Compressed:
-    """Plans, calibrates and compresses a loaded dense model in place; the path of `from_pretrained`.
-
-    Args:
-        model: The dense model.
-        tokenizer: A tokenizer, a path to one, or None for the model's own.
-        config: The run; its `model` says where the tokenizer is when none is given.
-    """
-    from transformers import AutoTokenizer
-
-    refuse_unfit(config.model, dense_config(model))
-    plan = plan_model(model, config, next(model.parameters()).element_size())
-    if tokenizer is None or isinstance(tokenizer, str):
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer or config.model)
-        except Exception as error:  # tokenizer backends raise whatever they like
-            raise ModelError(f"no tokenizer at {tokenizer or config.model!r}: {error}; pass tokenizer=…") from error
-    context = getattr(model.config, "max_position_embeddings", None) or DEFAULT_SEQ_LEN
-    windows = calibrate(config, tokenizer, context)
-    log_cautions(model, plan, windows, config.stack)
-    return compress_model(model, plan, windows, config)
 
 
 def execute(job: Job) -> dict[str, Any]:
@@ -379,10 +366,3 @@ def write_checkpoint(
         (folder / REPORT_NAME).write_text(to_json(report), encoding="utf-8")
         (folder / "README.md").write_text(model_card(report), encoding="utf-8")
     return report
-
-
-def dense_config(model: PreTrainedModel) -> Any:
-    """Returns the model's configuration without the compression that is about to happen (transformers sets it early)."""
-    config = copy.copy(model.config)
-    config.quantization_config = None
-    return config

@@ -1,69 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
 """What becomes of every linear layer: rank, bits, exact stored bytes. Pure arithmetic on shapes, no model.
 
-Every layer has its own bits and group size, which its factors share. Ranks are snapped *up* to a multiple of
-lcm(32, group_size), at every bit width alike: packing wants features in multiples of 32, 4-bit CPU kernels want whole
-groups, and float and quantized runs of one command line must have the same ranks to be comparable. A layer whose two
-factors would not be smaller than itself stays dense unless forced.
+Every layer has its own bits and group size; its factors share the group size and may differ in bits. Ranks are snapped *up*
+to a multiple of lcm(32, group_size), at every bit width alike: packing wants features in multiples of 32, 4-bit CPU kernels
+want whole groups, and float and quantized runs of one command line must have the same ranks to be comparable. A layer whose
+two factors would not be smaller than itself stays dense unless forced.
 
-Stored bytes of a packed layer with n inputs and m outputs, at b bits and group size g (the GPTQ checkpoint format):
-
-    qweight  n·m·b/8      scales  2·m·⌈n/g⌉ (float16)      qzeros  m·⌈n/g⌉·b/8      g_idx  4·n (int32)      bias  2·m
-
-In the pivoted form the second factor has m − r outputs, and the order of outputs takes 2·m (int16; int32 above 32768).
+Layers that are to be grouped are planned as the one layer that all their outputs together make (`ranks.py`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
-from lord_quant.config import FLOAT_BITS, FORMS, GROUP_SIZES, GptqConfig, LowrankConfig
-from lord_quant.errors import ConfigError, GroupSizeError, RankError
-from lord_quant.modules import order_dtype
-from lord_quant.targets import LinearSite, find_matching, select
+from lord_quant.config import FLOAT_BITS, GROUP_SIZES, GptqConfig, LowrankConfig
+from lord_quant.errors import GroupSizeError, RankError
+from lord_quant.layer_bytes import (
+    GROUPED,
+    PACK_MULTIPLE,
+    PIVOTED,
+    TWO_FACTOR,
+    LinearBytes,
+    Packing,
+    factor_shapes,
+    linear_bytes,
+    num_weights,
+    order_bytes,
+)
+from lord_quant.ranks import Unit, choose_rank, explicit_ranks, nothing_decomposed
+from lord_quant.targets import LinearSite, find_matching, matching, select, siblings
 
 
-PACK_MULTIPLE = 32
-TWO_FACTOR, PIVOTED = FORMS
+FACTORS = (".down", ".up")
+SHARED = {"group_size": "group size", "rank": "rank", "up_bits": "bits of `up`", "biased": "bias"}
+"""What grouped layers must have in common and what it is called; what follows from another comes after it."""
 _Value = TypeVar("_Value")
-
-
-class Packing(NamedTuple):
-    """How a layer is packed: bits of its weights (16 for float) and inputs per scale."""
-
-    bits: int
-    group_size: int
-
-
-class LinearBytes(NamedTuple):
-    """Stored bytes of one linear layer: its weight with all that belongs to it, and its bias."""
-
-    weight: int
-    bias: int
-
-
-def linear_bytes(in_features: int, out_features: int, bias: bool, bits: int, group_size: int, itemsize: int) -> LinearBytes:
-    """Returns the bytes a linear layer takes in the checkpoint; `itemsize` is that of float tensors."""
-    if bits == FLOAT_BITS:
-        return LinearBytes(in_features * out_features * itemsize, bias * out_features * itemsize)
-    groups = math.ceil(in_features / group_size)
-    packed = in_features * out_features * bits // 8
-    scales, zeros = 2 * out_features * groups, out_features * groups * bits // 8
-    return LinearBytes(packed + scales + zeros + 4 * in_features, bias * 2 * out_features)
-
-
-def factor_shapes(in_features: int, out_features: int, rank: int, form: str) -> dict[str, tuple[int, int]]:
-    """Returns (in_features, out_features) of both factors of a layer, by suffix."""
-    predicted = out_features - rank if form == PIVOTED else out_features
-    return {".down": (in_features, rank), ".up": (rank, predicted)}
-
-
-def order_bytes(out_features: int) -> int:
-    """Returns the bytes of a pivoted layer's order of outputs."""
-    return order_dtype(out_features).itemsize * out_features
 
 
 @dataclass(frozen=True)
@@ -81,9 +54,11 @@ class LayerPlan:
         weight_bytes: Stored bytes of weights, scales, zeros and indices.
         bias_bytes: Stored bytes of the bias.
         note: Why a targeted layer stays dense; empty otherwise.
-        form: How a decomposed layer is stored: `two_factor` or `pivoted`.
-        bits: Bits of its packed weights; 16 for float.
+        form: How a decomposed layer is stored: `two_factor`, `pivoted` or `grouped`.
+        bits: Bits of its packed weights, or of the `down` it uses; 16 for float.
         group_size: Inputs per scale.
+        up_bits: Bits of `up`; of a layer that stays dense, the same as `bits`.
+        leader: Of a grouped layer, the full path of the one that holds the `down` it uses; empty otherwise.
     """
 
     name: str
@@ -99,6 +74,8 @@ class LayerPlan:
     form: str = TWO_FACTOR
     bits: int = FLOAT_BITS
     group_size: int = PACK_MULTIPLE
+    up_bits: int = FLOAT_BITS
+    leader: str = ""
 
     @property
     def dense_weights(self) -> int:
@@ -106,9 +83,14 @@ class LayerPlan:
         return self.in_features * self.out_features
 
     @property
+    def biased(self) -> bool:
+        """Whether what the layer becomes has a bias."""
+        return self.has_bias or self.adds_bias
+
+    @property
     def weights(self) -> int:
-        """Number of weights after decomposition."""
-        return sum(inputs * outputs for inputs, outputs in self.factor_shapes().values())
+        """Number of weights after decomposition; a group's shared factor counts with its leader."""
+        return num_weights(self.factor_shapes())
 
     @property
     def counted_bytes(self) -> int:
@@ -124,7 +106,15 @@ class LayerPlan:
         """Returns (in_features, out_features) of each linear layer this one becomes, by suffix."""
         if self.rank is None:
             return {"": (self.in_features, self.out_features)}
-        return factor_shapes(self.in_features, self.out_features, self.rank, self.form)
+        shapes = factor_shapes(self.in_features, self.out_features, self.rank, self.form)
+        if self.leader not in ("", self.name):
+            del shapes[".down"]
+        return shapes
+
+    def packings(self) -> dict[str, Packing]:
+        """Returns how each linear layer this one becomes is packed, by suffix."""
+        bits = {".up": self.up_bits}
+        return {suffix: Packing(bits.get(suffix, self.bits), self.group_size) for suffix in self.factor_shapes()}
 
 
 @dataclass(frozen=True)
@@ -156,9 +146,23 @@ class Plan:
         return {layer.name: layer.form for layer in self.layers if layer.rank is not None and layer.form != TWO_FACTOR}
 
     @property
+    def group_pattern(self) -> dict[str, str]:
+        """Leader of every grouped layer that uses another's `down`, by full module path; what the checkpoint records."""
+        return {layer.name: layer.leader for layer in self.layers if layer.leader not in ("", layer.name)}
+
+    @property
     def bits_pattern(self) -> dict[str, int]:
-        """Bits of every layer whose bits are not the plan's, by full module path; what the checkpoint records."""
-        return {layer.name: layer.bits for layer in self.layers if layer.bits != self.bits}
+        """Bits that are not the plan's; what the checkpoint records.
+
+        By full module path of the layer, or of the factor where the two of a layer differ.
+        """
+        pattern: dict[str, int] = {}
+        for layer in self.layers:
+            own = {suffix: packing.bits for suffix, packing in layer.packings().items()}
+            if len(own) == 2 and len(set(own.values())) == 1:
+                own = {"": layer.bits}
+            pattern |= {layer.name + suffix: bits for suffix, bits in own.items() if bits != self.bits}
+        return pattern
 
     @property
     def group_size_pattern(self) -> dict[str, int]:
@@ -168,11 +172,7 @@ class Plan:
     @property
     def packings(self) -> dict[str, Packing]:
         """How every linear layer that there will be is packed, factors included, by full module path."""
-        return {
-            layer.name + suffix: Packing(layer.bits, layer.group_size)
-            for layer in self.layers
-            for suffix in layer.factor_shapes()
-        }
+        return {layer.name + suffix: packing for layer in self.layers for suffix, packing in layer.packings().items()}
 
     @property
     def mixed(self) -> bool:
@@ -203,15 +203,10 @@ class Plan:
     @property
     def scheme(self) -> str:
         """Short label such as ``lord-0.80-w4g64``, or ``lord-0.80-mixed`` where layers differ."""
-        form = "-pivoted" if self.form_pattern else ""
+        form = "".join(f"-{form}" for form in sorted(set(self.form_pattern.values())))
         kept = f"lord-{self.param_ratio:.2f}{form}" if self.rank_pattern else "dense"
         packing = "float" if self.bits == FLOAT_BITS else f"w{self.bits}g{self.group_size}"
         return f"{kept}-{'mixed' if self.mixed else packing}"
-
-
-def rank_step(group_size: int) -> int:
-    """Ranks are multiples of this: lcm(32, group_size)."""
-    return math.lcm(PACK_MULTIPLE, group_size)
 
 
 def choose_group_size(sites: Iterable[LinearSite], bits: int) -> int:
@@ -274,29 +269,43 @@ def build_plan(
     Raises:
         TargetError: A pattern matches nothing.
         GroupSizeError: A shape cannot be packed.
-        RankError: An explicit rank is illegal, a layer has a form but no rank, or ratios below 1 leave every layer dense.
+        RankError: An explicit rank is illegal, a layer has a form but no rank, a factor has bits but there is none, grouped
+            layers are not alike, or ratios below 1 leave every layer dense.
     """
     group_size = gptq.group_size or choose_group_size(sites, gptq.bits)
-    bits, sizes = _by_name(gptq.bits_pattern, sites), _by_name(gptq.group_size_pattern, sites)
-    forms = _by_name(lowrank.form_pattern, sites)
+    widths, meant = gptq.bits_pattern or {}, _meant(gptq.bits_pattern or {}, sites)
+    bits = {name: widths[key] for key, names in meant.items() for name in names}
+    sizes, forms = _by_name(gptq.group_size_pattern, sites), _by_name(lowrank.form_pattern, sites)
     check_packable(sites, gptq.bits, group_size, sizes)
-    packings = {site.name: Packing(bits.get(site.name, gptq.bits), sizes.get(site.name, group_size)) for site in sites}
     targeted = select(sites, lowrank.targets, lowrank.ignore)
-    explicit = _explicit_ranks(sites, lowrank, targeted, packings)
+    units = _units(sites, lowrank, forms, targeted)
+    explicit = explicit_ranks(
+        sites, lowrank, targeted, units, {site.name: sizes.get(site.name, group_size) for site in sites}
+    )
     layers = []
     for site in sites:
-        rank, note, form = None, "", forms.get(site.name, lowrank.form)
+        unit, size = units[site.name], sizes.get(site.name, group_size)
+        rank, note = None, ""
         if site.name in targeted:
-            rank, note = _rank(site, lowrank, explicit, form, rank_step(packings[site.name].group_size))
-        layers.append(_layer_plan(site, rank, note, form, lowrank.mean_correction, packings[site.name], itemsize))
+            rank, note = choose_rank(unit, lowrank, explicit.get(site.name), size)
+        named = (site.name, site.name) if rank is None else (f"{unit.site.name}.down", f"{site.name}.up")
+        down_bits, up_bits = (bits.get(name, gptq.bits) for name in named)
+        packing = Packing(down_bits, size)
+        layers.append(_layer_plan(site, unit, rank, note, lowrank.mean_correction, packing, up_bits, itemsize))
+    _require_alike(layers, units)
     plan = Plan(tuple(layers), gptq.bits, group_size, lowrank.mean_correction, other_bytes)
     asked = lowrank.rank_pattern or min(lowrank.rank_ratio or 1, lowrank.param_ratio or 1) < 1
     if asked and not plan.rank_pattern:
-        raise RankError(_nothing_decomposed(plan))
+        noted = {layer.name: layer.note for layer in layers if layer.block == layers[0].block and layer.note}
+        raise RankError(nothing_decomposed(noted, units, {layer.name: layer.group_size for layer in layers}))
     formless = [layer for layer in layers if layer.name in forms and layer.rank is None]
     if formless:
         lines = [f"  {layer.name}: {layer.note or 'dense'}; wanted a rank for it, or no form" for layer in formless]
         raise RankError("\n".join(["form_pattern names layers without a rank:", *lines]))
+    idle = [key for key, names in meant.items() if names.isdisjoint({*plan.packings, *plan.rank_pattern})]
+    if idle:
+        listed = ", ".join(map(repr, idle))
+        raise RankError(f"bits_pattern names factors that no layer will have: {listed}; wanted a rank for them, or layers")
     return plan
 
 
@@ -305,94 +314,76 @@ def _by_name(pattern: Mapping[str, _Value] | None, sites: Sequence[LinearSite]) 
     return {name: value for key, value in (pattern or {}).items() for name in sorted(find_matching(key, sites))}
 
 
+def _meant(keys: Iterable[str], sites: Sequence[LinearSite]) -> dict[str, set[str]]:
+    """Returns what keys of `bits_pattern` mean, by full path: layers and both of their factors, or factors alone.
+
+    A key that ends in ``.down`` or ``.up`` and matches no layer means that factor of the layers the rest of it matches.
+    """
+    found: dict[str, set[str]] = {}
+    for key in keys:
+        factor = next((suffix for suffix in FACTORS if key.endswith(suffix)), "")
+        alone = bool(factor) and not matching(key, sites)
+        names = find_matching(key.removesuffix(factor) if alone else key, sites)
+        found[key] = {name + suffix for name in names for suffix in ((factor,) if alone else ("", *FACTORS))}
+    return found
+
+
+def _units(
+    sites: Sequence[LinearSite], lowrank: LowrankConfig, forms: Mapping[str, str], targeted: frozenset[str]
+) -> dict[str, Unit]:
+    """Returns what is decomposed as one, by layer: itself, or the siblings it is grouped with; those with none are not."""
+    by_name = {site.name: site for site in sites}
+    chosen = targeted if lowrank.rank_pattern is None else targeted & _by_name(lowrank.rank_pattern, sites).keys()
+    form = {site.name: forms.get(site.name, lowrank.form) for site in sites}
+    units = {name: Unit(site, TWO_FACTOR if form[name] == GROUPED else form[name]) for name, site in by_name.items()}
+    for together in siblings(sites):
+        mine = [site for site in together if form[site.name] == GROUPED and site.name in chosen]
+        if len(mine) > 1:
+            merged = mine[0]._replace(out_features=sum(site.out_features for site in mine))
+            units |= {site.name: Unit(merged, GROUPED) for site in mine}
+    return units
+
+
+def _require_alike(layers: Sequence[LayerPlan], units: Mapping[str, Unit]) -> None:
+    """Refuses groups whose layers differ in what they must share.
+
+    Raises:
+        RankError: They do (all are named).
+    """
+    by_name = {layer.name: layer for layer in layers}
+    problems = []
+    for layer in layers:
+        unit = units[layer.name]
+        first = by_name[unit.site.name]
+        if unit.form != GROUPED or layer.rank is first.rank is None:
+            continue
+        different = [what for what in SHARED if getattr(layer, what) != getattr(first, what)]
+        for what in different[:1]:
+            mine, wanted = getattr(layer, what), getattr(first, what)
+            problems.append(f"  {layer.name}: {SHARED[what]} {mine}; wanted that of {first.name}, {wanted}")
+    if problems:
+        raise RankError("\n".join(["grouped layers share a bottleneck and must be alike:", *problems]))
+
+
 def _layer_plan(
-    site: LinearSite, rank: int | None, note: str, form: str, mean_correction: bool, packing: Packing, itemsize: int
+    site: LinearSite,
+    unit: Unit,
+    rank: int | None,
+    note: str,
+    mean_correction: bool,
+    packing: Packing,
+    up_bits: int,
+    itemsize: int,
 ) -> LayerPlan:
     adds_bias = rank is not None and mean_correction and not site.has_bias
-    has_bias = site.has_bias or adds_bias
-    if rank is None:
-        parts = [linear_bytes(site.in_features, site.out_features, has_bias, *packing, itemsize)]
-    else:
-        shapes = factor_shapes(site.in_features, site.out_features, rank, form)
-        biased = {".down": has_bias and form == PIVOTED, ".up": has_bias}
-        parts = [linear_bytes(*shapes[part], biased[part], *packing, itemsize) for part in shapes]
-        if form == PIVOTED:
-            parts.append(LinearBytes(order_bytes(site.out_features), 0))
+    leader = unit.site.name if unit.form == GROUPED and rank is not None else ""
+    plan = LayerPlan(*site, rank, adds_bias, 0, 0, note, unit.form, *packing, up_bits, leader)
+    biased = {"": plan.biased, ".down": plan.biased and unit.form == PIVOTED, ".up": plan.biased}
+    packings = plan.packings()
+    parts = [
+        linear_bytes(*shape, biased[suffix], *packings[suffix], itemsize) for suffix, shape in plan.factor_shapes().items()
+    ]
+    if rank is not None and unit.form == PIVOTED:
+        parts.append(LinearBytes(order_bytes(site.out_features), 0))
     weight, bias = sum(part.weight for part in parts), sum(part.bias for part in parts)
-    return LayerPlan(*site, rank, adds_bias, weight, bias, note, form, *packing)
-
-
-def _rank(
-    site: LinearSite, lowrank: LowrankConfig, explicit: dict[str, int], form: str, step: int
-) -> tuple[int | None, str]:
-    """Returns the rank of one targeted layer, or None and the reason."""
-    smaller, dense = min(site.in_features, site.out_features), site.in_features * site.out_features
-    if 1 in (lowrank.rank_ratio, lowrank.param_ratio) or (lowrank.rank_pattern is not None and site.name not in explicit):
-        return None, ""
-    if lowrank.rank_pattern is not None:
-        wanted: float = explicit[site.name]
-    elif lowrank.rank_ratio is not None:
-        wanted = lowrank.rank_ratio * smaller
-    elif lowrank.param_ratio is not None:
-        wanted = lowrank.param_ratio * dense / (site.in_features + site.out_features)
-    else:
-        raise ConfigError("no rank is chosen: wanted rank_ratio, param_ratio or rank_pattern")
-    # The tolerance keeps 0.3 * 320 = 96.00000000000001 from snapping to the next multiple.
-    rank = step * max(1, math.ceil(wanted / step - 1e-9))
-    if rank > smaller:
-        rank = smaller // step * step
-        if not rank or not lowrank.force_rank:
-            return None, f"dense: rank {wanted:.0f} snaps up past the full rank {smaller}"
-    if form == PIVOTED and rank >= site.out_features:
-        return None, f"dense: the pivoted form at rank {rank} is the layer itself"
-    shapes = factor_shapes(site.in_features, site.out_features, rank, form)
-    if sum(math.prod(shape) for shape in shapes.values()) >= dense and not lowrank.force_rank:
-        return None, f"dense: rank {rank} would not make it smaller"
-    return rank, ""
-
-
-def _explicit_ranks(
-    sites: Sequence[LinearSite], lowrank: LowrankConfig, targeted: frozenset[str], packings: Mapping[str, Packing]
-) -> dict[str, int]:
-    ranks, problems = {}, []
-    by_name = {site.name: site for site in sites}
-    for pattern, rank in (lowrank.rank_pattern or {}).items():
-        for name in sorted(find_matching(pattern, sites)):
-            smaller = min(by_name[name].in_features, by_name[name].out_features)
-            step = rank_step(packings[name].group_size)
-            if rank % step or rank > smaller:
-                nearest = max(step, min(round(rank / step) * step, smaller // step * step))
-                hint = f"nearest: {nearest}" if nearest <= smaller else "there is none"
-                problems.append(f"  {name}: rank {rank}; wanted a multiple of {step} up to {smaller}, {hint}")
-            if name not in targeted:
-                problems.append(f"  {name}: has a rank but is not among the targets; wanted it in one or not in the other")
-            ranks[name] = rank
-    if problems:
-        raise RankError("\n".join(["illegal ranks in rank_pattern:", *problems]))
-    return ranks
-
-
-def _largest_shrinking_rank(layer: LayerPlan) -> int:
-    """Returns the largest legal rank at which a layer's factors are smaller than itself, or 0."""
-    smaller, step = min(layer.in_features, layer.out_features), rank_step(layer.group_size)
-    for rank in range(smaller // step * step, 0, -step):
-        shapes = factor_shapes(layer.in_features, layer.out_features, rank, layer.form)
-        if sum(math.prod(shape) for shape in shapes.values()) < layer.dense_weights:
-            return rank
-    return 0
-
-
-def _nothing_decomposed(plan: Plan) -> str:
-    sizes = sorted({layer.group_size for layer in plan.layers})
-    steps, groups = (", ".join(map(str, values)) for values in (map(rank_step, sizes), sizes))
-    lines = [f"no layer would be decomposed: ranks snap up to multiples of {steps} (group size {groups})"]
-    for layer in plan.layers:
-        if layer.block == plan.layers[0].block and layer.note:
-            largest = _largest_shrinking_rank(layer)
-            legal = f"largest rank that shrinks it: {largest}" if largest > 0 else "no legal rank shrinks it"
-            lines.append(f"  {layer.name} {layer.out_features}x{layer.in_features} {layer.note}; {legal}")
-    smaller_groups = f", a --group-size below {sizes[-1]}" if sizes[-1] > min(GROUP_SIZES) else ""
-    lines.append(
-        f"choose a smaller ratio{smaller_groups}, --force-rank for studies, or --rank-ratio 1 for quantization only"
-    )
-    return "\n".join(lines)
+    return replace(plan, weight_bytes=weight, bias_bytes=bias)

@@ -9,122 +9,23 @@ convex hull of its menu. As λ falls, layers step along their hulls, and the ste
 the exact answer for every budget that a whole number of steps reaches (Everett, Operations Research 11(3), 1963). Steps
 that no longer fit are passed over, and what is left of the budget goes to the best single exchanges, hull or not, until
 none fits. Uniform plans are always compared: the answer is never predicted to be worse than any of them.
+
+Layers with one input may be grouped, so they choose together: what they would choose one by one along their merged hulls,
+or a bottleneck they share. Such a unit's menu has choices for all its layers.
 """
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
 import itertools
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lord_quant.config import FORMS, GROUP_SIZES
 from lord_quant.errors import BudgetError
-from lord_quant.plan import factor_shapes, linear_bytes, order_bytes, rank_step
+from lord_quant.menu import DENSE, Candidate, Choice, Menu, Sized, undominated
 from lord_quant.probe import LayerLoss
 from lord_quant.targets import LinearSite
-
-
-DENSE = "dense"
-TWO_FACTOR, PIVOTED = FORMS
-PACKED_BITS = (2, 3, 4, 8)
-RANKS = 64
-"""Most ranks tried per form and group size."""
-CAUTION = 4.0
-"""How many times its predicted loss a truncation is taken to cost. Directions are dropped because the calibration found no
-use for them, which it finds of more directions than there are: over three models at rank ratio 0.75, all layers truncated,
-held-out text lost 2.8, 5.1 and 5.5 times what was predicted (rounding: 0.7, 1.1 and 1.2 times)."""
-PIVOTED_NOISE = 2.0
-"""Rounding loss of the pivoted form, relative to two factors at the same rank and bits."""
-
-
-class Candidate(NamedTuple):
-    """What may become of a layer.
-
-    Attributes:
-        num_bytes: Stored bytes: weights, scales, zeros, indices, added biases.
-        loss: Predicted, in nats per token.
-        form: `dense`, `two_factor` or `pivoted`.
-        rank: Of its factors, or None.
-        bits: Of every packed weight.
-        group_size: Inputs per scale.
-    """
-
-    num_bytes: int
-    loss: float
-    form: str
-    rank: int | None
-    bits: int
-    group_size: int
-
-
-@dataclass(frozen=True)
-class Menu:
-    """What candidates there are.
-
-    Attributes:
-        forms: Forms allowed.
-        bits: Bit widths allowed.
-        group_sizes: Group sizes allowed.
-        mean_correction: Whether factors get a bias their layer did not have.
-    """
-
-    forms: tuple[str, ...] = (DENSE, TWO_FACTOR, PIVOTED)
-    bits: tuple[int, ...] = PACKED_BITS
-    group_sizes: tuple[int, ...] = GROUP_SIZES
-    mean_correction: bool = True
-
-    def of(self, site: LinearSite, loss: LayerLoss) -> list[Candidate]:
-        """Returns a layer's candidates, smallest first, without those that another one beats in bytes and in loss."""
-        tail = loss.tail.tolist()
-        found = []
-        for group_size in (size for size in self.group_sizes if size in loss.groups):
-            shapes = list(self._shapes(site, loss, group_size))
-            for bits in self.bits:
-                noise = loss.factor_noise(bits, group_size)
-                for form, rank in shapes:
-                    if rank is None:
-                        lost = loss.of_dense(bits, group_size)
-                    else:
-                        noisier = PIVOTED_NOISE if form == PIVOTED else 1.0
-                        lost = CAUTION * tail[rank] + noisier * noise * (tail[0] - tail[rank])
-                    size = _stored_bytes(site, form, rank, bits, group_size, self.mean_correction)
-                    found.append(Candidate(size, lost, form, rank, bits, group_size))
-        return _undominated(found)
-
-    def _shapes(self, site: LinearSite, loss: LayerLoss, group_size: int) -> Iterator[tuple[str, int | None]]:
-        """Yields forms and ranks, `RANKS` at most; ranks only where factors hold fewer weights than the layer."""
-        if DENSE in self.forms:
-            yield DENSE, None
-        smaller, step = min(site.in_features, site.out_features), rank_step(group_size)
-        step *= math.ceil(smaller / step / RANKS)
-        for form in (TWO_FACTOR, PIVOTED):
-            if form not in self.forms or loss.share is None:
-                continue
-            for rank in range(step, smaller + 1, step):
-                shapes = factor_shapes(site.in_features, site.out_features, rank, form)
-                if sum(math.prod(shape) for shape in shapes.values()) >= site.in_features * site.out_features:
-                    break
-                yield form, rank
-
-
-def _stored_bytes(site: LinearSite, form: str, rank: int | None, bits: int, group_size: int, mean_correction: bool) -> int:
-    """Returns what counts towards bits per weight, as `LayerPlan.counted_bytes` does."""
-    if rank is None:
-        return linear_bytes(site.in_features, site.out_features, site.has_bias, bits, group_size, 2).weight
-    shapes = factor_shapes(site.in_features, site.out_features, rank, form)
-    size = sum(linear_bytes(*shape, False, bits, group_size, 2).weight for shape in shapes.values())
-    size += order_bytes(site.out_features) if form == PIVOTED else 0
-    return size + (2 * site.out_features if mean_correction and not site.has_bias else 0)
-
-
-def _undominated(candidates: Iterable[Candidate]) -> list[Candidate]:
-    front: list[Candidate] = []
-    for candidate in sorted(candidates):
-        if not front or candidate.loss < front[-1].loss:
-            front.append(candidate)
-    return front
 
 
 class Allocation(NamedTuple):
@@ -135,45 +36,115 @@ class Allocation(NamedTuple):
     loss: float
 
 
-def allocate(menus: Mapping[str, Sequence[Candidate]], budget: float, others: Iterable[Allocation] = ()) -> Allocation:
-    """Chooses a candidate per layer.
+def merged(menus: Mapping[str, Sequence[Candidate]], grouped: Iterable[Choice]) -> list[Choice]:
+    """Returns the choices of layers that choose together: steps along all their hulls by what they save, or a group."""
+    hulls = {name: lower_hull(menu) for name, menu in menus.items()}
+    at = {name: hull[0] for name, hull in hulls.items()}
+    every = [(name, *pair) for name, hull in hulls.items() for pair in itertools.pairwise(hull)]
+    steps = sorted(((_slope(before, after), name, after) for name, before, after in every), key=lambda step: step[0])
+    choices = [_choice(at)]
+    for _, name, after in steps:
+        at[name] = after
+        choices.append(_choice(at))
+    return undominated([*choices, *grouped])
+
+
+def _choice(parts: Mapping[str, Candidate]) -> Choice:
+    whole = total(dict(parts))
+    return Choice(whole.num_bytes, whole.loss, tuple(parts.items()))
+
+
+class Frontier:
+    """The best plans of a model at every price: convex hulls of all menus, and their steps in one sorted sequence.
 
     Args:
-        menus: Candidates by layer.
-        budget: Bytes they may take in all.
+        menus: Choices by unit.
         others: Plans to be compared, such as `uniform_plans`.
+    """
+
+    def __init__(self, menus: Sequence[Sequence[Choice]], others: Iterable[Allocation] = ()) -> None:
+        self.menus, self.others = menus, tuple(others)
+        self.hulls = [lower_hull(menu) for menu in menus]
+        steps = [
+            (_slope(before, after), unit, position)
+            for unit, hull in enumerate(self.hulls)
+            for position, (before, after) in enumerate(itertools.pairwise(hull))
+        ]
+        self.steps = [(unit, position) for _, unit, position in sorted(steps)]
+
+    def within(self, budget: float) -> Allocation:
+        """Returns the plan of least loss that takes at most so many bytes.
+
+        Raises:
+            BudgetError: Not even the smallest choices fit.
+        """
+        chosen = [hull[0] for hull in self.hulls]
+        smallest = sum(choice.num_bytes for choice in chosen)
+        left, at = budget - smallest, [0] * len(chosen)
+        if left < 0:
+            raise BudgetError(f"the budget is {budget:.0f} bytes for the linear layers; the smallest plan takes {smallest}")
+        for unit, position in self.steps:
+            size = self.hulls[unit][position + 1].num_bytes - chosen[unit].num_bytes
+            if at[unit] == position and size <= left:
+                at[unit] += 1
+                left -= size
+                chosen[unit] = self.hulls[unit][position + 1]
+        _spend(chosen, self.menus, left)
+        fitting = [_allocation(chosen), *(other for other in self.others if other.num_bytes <= budget)]
+        return min(fitting, key=lambda allocation: allocation.loss)
+
+    def below(self, max_loss: float) -> Allocation:
+        """Returns the smallest plan that loses at most so much.
+
+        The first steps that get there are the answer for a limit that they meet exactly. Otherwise the last of them is one
+        too many and all but the last are one too few: both are improved by exchanges, and the smaller is taken.
+
+        Raises:
+            BudgetError: Not even the choices of least loss do.
+        """
+        count = bisect.bisect_left(range(len(self.steps) + 1), True, key=lambda n: _loss(self._after(n)) <= max_loss)
+        if count > len(self.steps):
+            least = _loss(self._after(len(self.steps)))
+            raise BudgetError(f"the loss is to be at most {max_loss:g}; the plan of least loss loses {least:g}")
+        plans = [self._after(count)]
+        if count:
+            plans += _one_more(self._after(count - 1), self.menus, max_loss)
+        found = [_allocation(_give_back(plan, self.menus, max_loss)) for plan in plans]
+        found += [other for other in self.others if other.loss <= max_loss]
+        best = min(found, key=lambda allocation: (allocation.num_bytes, allocation.loss))
+        return self._tightened(best, max_loss)
+
+    def _tightened(self, best: Allocation, max_loss: float) -> Allocation:
+        """Takes the plan for a byte less, as long as it is good enough: its exchanges are others than `below` makes."""
+        smallest = sum(hull[0].num_bytes for hull in self.hulls)
+        while best.num_bytes > smallest:
+            tighter = self.within(best.num_bytes - 1)
+            if tighter.loss > max_loss:
+                break
+            best = tighter
+        return best
+
+    def _after(self, count: int) -> list[Choice]:
+        """Returns where the first so many steps lead."""
+        chosen = [hull[0] for hull in self.hulls]
+        for unit, position in self.steps[:count]:
+            chosen[unit] = self.hulls[unit][position + 1]
+        return chosen
+
+
+def allocate(menus: Sequence[Sequence[Choice]], budget: float, others: Iterable[Allocation] = ()) -> Allocation:
+    """Returns what `Frontier.within` does, for one budget.
 
     Raises:
-        BudgetError: Not even the smallest candidates fit.
+        BudgetError: Not even the smallest choices fit.
     """
-    hulls = {name: lower_hull(menu) for name, menu in menus.items()}
-    at = dict.fromkeys(hulls, 0)
-    left = budget - sum(hull[0].num_bytes for hull in hulls.values())
-    if left < 0:
-        smallest = sum(hull[0].num_bytes for hull in hulls.values())
-        raise BudgetError(f"the budget is {budget:.0f} bytes for the linear layers; the smallest plan takes {smallest}")
-    steps = [
-        ((after.loss - before.loss) / (after.num_bytes - before.num_bytes), order, position)
-        for order, hull in enumerate(hulls.values())
-        for position, (before, after) in enumerate(itertools.pairwise(hull))
-    ]
-    names = list(hulls)
-    for _, order, position in sorted(steps):
-        name = names[order]
-        size = hulls[name][position + 1].num_bytes - hulls[name][position].num_bytes
-        if at[name] == position and size <= left:
-            at[name] += 1
-            left -= size
-    chosen = {name: hulls[name][place] for name, place in at.items()}
-    _spend(chosen, menus, left)
-    fitting = [total(chosen), *(other for other in others if other.num_bytes <= budget)]
-    return min(fitting, key=lambda allocation: allocation.loss)
+    return Frontier(menus, others).within(budget)
 
 
-def lower_hull(menu: Sequence[Candidate]) -> list[Candidate]:
-    """Returns the candidates that are best at some price per byte, smallest first; losses fall ever more slowly."""
-    hull: list[Candidate] = []
-    for candidate in _undominated(menu):
+def lower_hull(menu: Sequence[Sized]) -> list[Sized]:
+    """Returns what is best at some price per byte, smallest first; losses fall ever more slowly."""
+    hull: list[Sized] = []
+    for candidate in undominated(menu):
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], candidate):
             hull.pop()
         hull.append(candidate)
@@ -185,7 +156,7 @@ def uniform_plans(sites: Mapping[str, LinearSite], losses: Mapping[str, LayerLos
     plans = []
     for bits, group_size in itertools.product(menu.bits, menu.group_sizes):
         if DENSE in menu.forms and all(group_size in loss.groups for loss in losses.values()):
-            alike = Menu((DENSE,), (bits,), (group_size,), menu.mean_correction)
+            alike = dataclasses.replace(menu, forms=(DENSE,), bits=(bits,), group_sizes=(group_size,))
             plans.append(total({name: alike.of(sites[name], loss)[0] for name, loss in losses.items()}))
     return plans
 
@@ -199,12 +170,18 @@ def patterns(allocation: Allocation) -> dict[str, Any]:
     lowrank: dict[str, Any] = {"rank_ratio": 1}
     if ranks:
         lowrank = {"rank_pattern": ranks, "form_pattern": {name: chosen[name].form for name in ranks}}
+    bits: dict[str, int] = {}
+    for name, each in chosen.items():
+        own = {"": each.bits} if each.bits == each.up_bits else {".down": each.bits, ".up": each.up_bits}
+        if each.leader not in ("", name):
+            own.pop(".down", None)  # its leader's
+        bits |= {name + suffix: width for suffix, width in own.items() if width != usual_bits}
     return {
         "lowrank": lowrank,
         "gptq": {
             "bits": usual_bits,
             "group_size": usual_group,
-            "bits_pattern": {name: each.bits for name, each in chosen.items() if each.bits != usual_bits},
+            "bits_pattern": bits,
             "group_size_pattern": {
                 name: each.group_size for name, each in chosen.items() if each.group_size != usual_group
             },
@@ -212,20 +189,65 @@ def patterns(allocation: Allocation) -> dict[str, Any]:
     }
 
 
-def _spend(chosen: dict[str, Candidate], menus: Mapping[str, Sequence[Candidate]], left: float) -> None:
+def _spend(chosen: list[Choice], menus: Sequence[Sequence[Choice]], left: float) -> None:
     """Makes the exchange that saves most loss with the bytes left, again and again."""
     while True:
         exchanges = [
-            (candidate.loss - old.loss, name, candidate)
-            for name, old in chosen.items()
-            for candidate in menus[name]
-            if candidate.loss < old.loss and candidate.num_bytes - old.num_bytes <= left
+            (choice.loss - old.loss, unit, choice)
+            for unit, old in enumerate(chosen)
+            for choice in menus[unit]
+            if choice.loss < old.loss and choice.num_bytes - old.num_bytes <= left
         ]
         if not exchanges:
             return
-        _, name, candidate = min(exchanges)
-        left -= candidate.num_bytes - chosen[name].num_bytes
-        chosen[name] = candidate
+        _, unit, choice = min(exchanges, key=lambda each: each[:2])
+        left -= choice.num_bytes - chosen[unit].num_bytes
+        chosen[unit] = choice
+
+
+def _one_more(short: list[Choice], menus: Sequence[Sequence[Choice]], max_loss: float) -> list[list[Choice]]:
+    """Returns the plan that gets below a loss by the smallest single exchange, if one does."""
+    exchanges = [
+        (choice.num_bytes - old.num_bytes, unit, choice)
+        for unit, old in enumerate(short)
+        for choice in menus[unit]
+        if choice.loss < old.loss
+    ]
+    for _, unit, choice in sorted(exchanges, key=lambda each: each[:2]):
+        plan = _exchanged(short, unit, choice)
+        if _loss(plan) <= max_loss:
+            return [plan]
+    return []
+
+
+def _give_back(chosen: list[Choice], menus: Sequence[Sequence[Choice]], max_loss: float) -> list[Choice]:
+    """Makes the exchange that saves most bytes with the loss to spare, again and again."""
+    while True:
+        spare = max_loss - _loss(chosen)
+        exchanges = [
+            (choice.num_bytes - old.num_bytes, unit, choice)
+            for unit, old in enumerate(chosen)
+            for choice in menus[unit]
+            if choice.num_bytes < old.num_bytes and choice.loss - old.loss <= spare
+        ]
+        ordered = sorted(exchanges, key=lambda each: each[:2])
+        plans = (_exchanged(chosen, unit, choice) for _, unit, choice in ordered)
+        smaller = next((plan for plan in plans if _loss(plan) <= max_loss), None)  # sums round
+        if smaller is None:
+            return chosen
+        chosen = smaller
+
+
+def _exchanged(chosen: Sequence[Choice], unit: int, choice: Choice) -> list[Choice]:
+    return [*chosen[:unit], choice, *chosen[unit + 1 :]]
+
+
+def _loss(chosen: Iterable[Choice]) -> float:
+    return sum(part.loss for choice in chosen for _, part in choice.parts)  # as `total` adds, to the last bit
+
+
+def _allocation(chosen: Iterable[Choice]) -> Allocation:
+    return total({name: part for choice in chosen for name, part in choice.parts})
 
 
 def total(chosen: dict[str, Candidate]) -> Allocation:
@@ -234,7 +256,7 @@ def total(chosen: dict[str, Candidate]) -> Allocation:
     return Allocation(chosen, sum(part.num_bytes for part in parts), sum(part.loss for part in parts))
 
 
-def _slope(before: Candidate, after: Candidate) -> float:
+def _slope(before: Candidate | Choice, after: Candidate | Choice) -> float:
     return (after.loss - before.loss) / (after.num_bytes - before.num_bytes)
 
 

@@ -6,29 +6,43 @@ moment of the inputs and G that of the loss's gradients at the outputs (`sensiti
 of 1, as `stack.unit_metric` does, that is `unit` · tr G D H Dᵀ, unit = ½ mean diag G.
 
 Truncation is exact: the best rank-r approximation loses the eigenvalues after the r-th; one decomposition serves every
-rank.
+rank. What that is on other text is `crossfit.py`'s.
 
 Rounding has no formula that could be trusted, so a few real solves stand for all. Rows of a dense layer are independent:
 some of them, solved at 2, 3 and 4 bits and at 3 bits in other groups, tell the noise of every bit width and group size,
-taken as a product of the two. Of factors, one real stack at half rank and 4 bits is made. What it lost beyond truncation,
-relative to the energy it kept, is taken to be the same share at every rank, and to go with bits and groups as the dense
-layer's noise does.
+taken as a product of the two. Factors are made at half rank, and each is rounded alone at 2, 3 and 4 bits, the other left
+in float but given its optimum, as in the real stack; at 3/4 of the rank, at 3 bits, once more. What is lost beyond
+truncation, relative to the energy kept, is taken to add up over both factors, to follow a power of the rank (usually about
+1/r: solvers make more of many channels than of few), and to go with groups as the dense layer's noise does. The pivoted
+form is rounded once, at half rank and 3 bits, which tells how much noisier it is than two factors.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from lord_quant.config import GptqConfig, JointConfig
+from lord_quant.config import FLOAT_BITS, GptqConfig, JointConfig
+from lord_quant.crossfit import Half, crossed_tail
+from lord_quant.decompose import Factors, OutputSpectrum
+from lord_quant.layer_bytes import PACK_MULTIPLE
 from lord_quant.linalg import require_finite
-from lord_quant.moments import Moments, PairedMoments
-from lord_quant.plan import PACK_MULTIPLE
-from lord_quant.refine import refine
-from lord_quant.solver import make_solver
-from lord_quant.stack import stack_layer, truncate, unit_metric
+from lord_quant.moments import merged
+from lord_quant.solver import Solver, Solvers, exact, make_solver
+from lord_quant.stack import (
+    factors_of,
+    loss_spectrum,
+    pivoted_factors,
+    polished,
+    relative_error,
+    stack_pivoted,
+    stack_two_factor,
+    unit_metric,
+)
 
 
 ROWS = 256
@@ -37,44 +51,82 @@ PROBED_BITS = (2, 3, 4)
 PROBED_GROUPS = (32, 64, 128)
 GROUP_BITS = 3
 """Bits at which group sizes are compared."""
-FACTOR_BITS = 4
-"""Bits at which factors are compared with the dense layer."""
+PIVOTED_NOISE = 2.0
+"""What the pivoted form is taken to lose by rounding, relative to two factors, where choosing pivots for a probe would take
+too long. Where it was measured it was 0.5 to 3.5 times."""
+PIVOTED_SIZE = 2**21
+"""Most weights of a layer for which pivots are chosen."""
+SLOPES = (-1.0, 2.0)
+"""Powers of the rank with which noise is believed to fall."""
 FINER = 256.0
 """How much less noise 8 bits make than 4: a step 16 times finer, squared."""
 
 
+class FactorNoise(NamedTuple):
+    """Loss of rounding one factor, relative to the energy kept.
+
+    Attributes:
+        rank: Rank at which it was measured.
+        by_bits: Share lost there, by bits.
+        slope: Power of the rank with which it falls.
+    """
+
+    rank: int
+    by_bits: dict[int, float]
+    slope: float
+
+    def at(self, rank: int) -> float:
+        """Returns the share lost at another rank, relative to that at `self.rank`."""
+        return (self.rank / rank) ** self.slope
+
+
 class LayerLoss(NamedTuple):
-    """What compressing a layer costs; all in nats per token but for `share`.
+    """What compressing a layer costs; in nats per token but for what is relative.
 
     Attributes:
         tail: Loss of truncation at rank 0, 1, …, k = min(m, n), float64, with shape (k + 1,), falling to 0.
+        cut: The same on text on which the truncation was not chosen.
         dense: Loss of rounding the dense layer, by bits, in groups of `group_size`.
         groups: Noise in groups of other sizes, relative to those of `group_size`.
         group_size: Group size of the probes.
-        share: Loss of rounding two factors at 4 bits, relative to the energy they keep; None where no rank is legal.
+        down: Loss of rounding the first factor alone; None where no rank is legal.
+        up: That of the second, likewise.
+        pivoted: Loss of rounding in the pivoted form, relative to two factors of the same rank and bits.
     """
 
     tail: torch.Tensor
+    cut: torch.Tensor
     dense: dict[int, float]
     groups: dict[int, float]
     group_size: int
-    share: float | None
+    down: FactorNoise | None
+    up: FactorNoise | None
+    pivoted: float = PIVOTED_NOISE
 
     def of_dense(self, bits: int, group_size: int) -> float:
         """Returns the loss of a layer that stays dense."""
-        noise = self.dense[4] / FINER if bits == 8 else self.dense[bits]
-        return noise * self.groups[group_size]
+        return noise_at(self.dense, bits) * self.groups[group_size]
 
-    def factor_noise(self, bits: int, group_size: int) -> float:
-        """Returns the loss of rounding two factors, relative to the energy they keep."""
-        reference = self.of_dense(FACTOR_BITS, self.group_size)
-        return (self.share or 0.0) * (self.of_dense(bits, group_size) / reference if reference > 0 else 0.0)
+    def of_factors(self, rank: int, bits: int, up_bits: int, group_size: int) -> float:
+        """Returns the loss of rounding two factors, without that of their truncation."""
+        if self.down is None or self.up is None or rank == 0:
+            return 0.0
+        share = noise_at(self.down.by_bits, bits) * self.down.at(rank) + noise_at(self.up.by_bits, up_bits) * self.up.at(
+            rank
+        )
+        return share * self.groups[group_size] * float(self.tail[0] - self.tail[rank])
+
+
+def noise_at(by_bits: Mapping[int, float], bits: int) -> float:
+    """Reads noise at any bit width."""
+    if bits == FLOAT_BITS:
+        return 0.0
+    return by_bits[4] / FINER if bits == 8 else by_bits[bits]
 
 
 def probe(
     weight: torch.Tensor,
-    moments: Moments,
-    sensitivity: torch.Tensor | None,
+    halves: tuple[Half, Half],
     *,
     has_bias: bool,
     mean_correction: bool = True,
@@ -86,9 +138,9 @@ def probe(
 
     Args:
         weight: W with shape (m, n).
-        moments: Of its inputs in the dense model.
-        sensitivity: G with shape (m, m), in nats² per unit of output²; zero for a layer the loss does not depend on, which
-            loses nothing. None counts all outputs alike, with G = I: losses are squared output errors then.
+        halves: Moments of its inputs in the dense model and sensitivities, of either half of the text. G with shape (m, m)
+            is in nats² per unit of output²; zero for a layer the loss does not depend on, which loses nothing. None counts
+            all outputs alike, with G = I: losses are squared output errors then.
         has_bias: Whether it has a bias.
         mean_correction: Whether its factors get one anyway.
         gptq: How it would be quantized; bits and group size are chosen here.
@@ -98,6 +150,7 @@ def probe(
     Raises:
         NumericsError: Something holds NaN or inf.
     """
+    moments, sensitivity = merged(halves[0].moments, halves[1].moments), _mean_of(halves)
     covariance, mean = moments.covariance, moments.mean
     weight = weight.to(covariance)
     require_finite(weight, "weight")
@@ -110,9 +163,11 @@ def probe(
     rows = torch.randperm(len(weight), generator=generator)[:ROWS].sort().values.to(weight.device)
     part, counts = weight[rows], 1.0 if metric is None else metric.diagonal()[rows].double()
 
+    def solver(bits: int, group_size: int) -> Solver:
+        return polished(make_solver(replace(gptq, bits=bits), group_size, moments.num_tokens), options.refine)
+
     def noise(bits: int, group_size: int) -> float:
-        solved = make_solver(replace(gptq, bits=bits), group_size, moments.num_tokens)(part, seen).to(part)
-        error = refine(part, seen, solved, options.refine).weight() - part
+        error = solver(bits, group_size)(part, seen).weight() - part
         lost = ((error @ seen) * error).sum(dim=1).double() * counts
         return unit * float(lost.mean()) * len(weight)
 
@@ -121,19 +176,92 @@ def probe(
     groups = {size: 1.0 if size == usual else noise(GROUP_BITS, size) / max(dense[GROUP_BITS], floor) for size in fitting}
     if weight.shape[1] % 256 == 0:
         groups[256] = groups[128] * groups[128] / groups[64]
-    share, smaller = None, min(weight.shape)
-    step = usual if smaller >= usual else PACK_MULTIPLE
-    if smaller >= step:
-        paired = PairedMoments(mean, mean, covariance, covariance, moments.num_tokens)
-        rank = max(step, round(smaller / 2 / step) * step)
-        solve = make_solver(replace(gptq, bits=FACTOR_BITS), step, moments.num_tokens)
-        own: dict[str, Any] = {"sensitivity": sensitivity, "seed": seed, "mean_correction": has_bias or mean_correction}
-        stacked = stack_layer(weight, None, paired, rank, "two_factor", solve, options, **own)
-        assert stacked.spectrum is not None  # it has a rank
-        spectrum, cut = stacked.spectrum, stacked.spectrum.discarded_share(rank)
-        share = max(stacked.error - cut, 0.0) / (1 - cut) if cut < 1 else 0.0
-    else:
-        spectrum, _ = truncate(weight, covariance if has_bias or mean_correction else seen, smaller, metric)
+    joint = covariance if has_bias or mean_correction else seen
+    spectrum, down, up, pivoted = loss_spectrum(weight, joint, metric), None, None, PIVOTED_NOISE
+    step = usual if min(weight.shape) >= usual else PACK_MULTIPLE
+    if min(weight.shape) >= step:
+        half, down_shares, up_shares = _rounded(
+            weight, joint, metric, spectrum, 1 / 2, PROBED_BITS, step, solver, options, seed
+        )
+        more, down_again, up_again = _rounded(
+            weight, joint, metric, spectrum, 3 / 4, (GROUP_BITS,), step, solver, options, seed
+        )
+        down = FactorNoise(half, down_shares, _slope(half, down_shares[GROUP_BITS], more, down_again[GROUP_BITS]))
+        up = FactorNoise(half, up_shares, _slope(half, up_shares[GROUP_BITS], more, up_again[GROUP_BITS]))
+        factors = factors_of(weight, spectrum, half, metric)
+        pivoted = _pivoted_noise(weight, joint, metric, factors, solver(GROUP_BITS, step), options, seed)
     values = spectrum.eigenvalues.double().cpu()
     tail = torch.cat((values.flip(0).cumsum(0).flip(0), values.new_zeros(1)))
-    return LayerLoss(unit * tail, dense, groups, usual, share)
+    cut = crossed_tail(weight, halves, centred=has_bias or mean_correction)
+    return LayerLoss(unit * tail, cut, dense, groups, usual, down, up, pivoted)
+
+
+def _mean_of(halves: tuple[Half, Half]) -> torch.Tensor | None:
+    """Returns the sensitivity of both halves, which are taken to be of equally many tokens."""
+    first, second = (half.sensitivity for half in halves)
+    return None if first is None or second is None else (first + second) / 2
+
+
+def _rounded(
+    weight: torch.Tensor,
+    covariance: torch.Tensor,
+    metric: torch.Tensor | None,
+    spectrum: OutputSpectrum,
+    part: float,
+    widths: Sequence[int],
+    group_size: int,
+    solver: Callable[[int, int], Solver],
+    options: JointConfig,
+    seed: int,
+) -> tuple[int, dict[int, float], dict[int, float]]:
+    """Rounds `down` and `up` alone at several bit widths, at a rank that is a part of the whole.
+
+    Returns:
+        The rank, and what each factor's rounding lost beyond truncation, relative to the energy kept, by bits.
+    """
+    smaller = min(weight.shape)
+    rank = min(max(1, round(part * smaller / group_size)) * group_size, smaller)
+    factors = factors_of(weight, spectrum, rank, metric)
+    cut = relative_error(factors.product(), weight, covariance, metric)
+
+    def lost(solvers: Solvers) -> float:
+        stacked = stack_two_factor(weight, covariance, metric, factors, solvers, options, seed)
+        product = stacked[".up"].weight() @ stacked[".down"].weight()
+        more = relative_error(product, weight, covariance, metric) - cut
+        return max(more, 0.0) / (1 - cut) if cut < 1 else 0.0
+
+    solvers = {bits: solver(bits, group_size) for bits in widths}
+    down = {bits: lost(Solvers(solve, exact)) for bits, solve in solvers.items()}
+    return rank, down, {bits: lost(Solvers(exact, solve)) for bits, solve in solvers.items()}
+
+
+def _pivoted_noise(
+    weight: torch.Tensor,
+    covariance: torch.Tensor,
+    metric: torch.Tensor | None,
+    factors: Factors,
+    solve: Solver,
+    options: JointConfig,
+    seed: int,
+) -> float:
+    """Returns what rounding in the pivoted form loses, relative to two factors; both are made."""
+    rank = len(factors.down)
+    if weight.numel() > PIVOTED_SIZE or rank >= len(weight):
+        return PIVOTED_NOISE
+    cut, both = relative_error(factors.product(), weight, covariance, metric), Solvers(solve, solve)
+    other = pivoted_factors(factors, metric)
+    lost = []
+    for form, quantized in (
+        (factors, stack_two_factor(weight, covariance, metric, factors, both, options, seed)),
+        (other, stack_pivoted(weight, covariance, metric, other, both, options)),
+    ):
+        made = form._replace(down=quantized[".down"].weight(), up=quantized[".up"].weight())
+        lost.append(relative_error(made.product(), weight, covariance, metric) - cut)
+    return max(lost[1] / lost[0], 0.1) if lost[0] > 0 else PIVOTED_NOISE
+
+
+def _slope(rank: int, share: float, other: int, again: float) -> float:
+    """Returns the power of the rank with which noise falls between two ranks, within reason."""
+    if other == rank or share <= 0 or again <= 0:
+        return 1.0
+    return min(max(math.log(share / again) / math.log(other / rank), SLOPES[0]), SLOPES[1])

@@ -50,6 +50,18 @@ def human_seconds(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
+def bits_text(bits: int | None, up_bits: int | None) -> str:
+    """Renders a layer's bits; of factors that differ, those of `down` and of `up`: 4/3."""
+    if bits is None:
+        return "-"
+    return str(bits) if bits == up_bits else f"{bits}/{up_bits}"
+
+
+def form_text(form: str, name: str, leader: str) -> str:
+    """Renders a layer's form; of a grouped layer that uses the `down` of another, also whose: grouped (q_proj)."""
+    return form if leader in ("", name) else f"{form} ({leader.rpartition('.')[2]})"
+
+
 def plan_table(plan: Plan) -> str:
     """Renders every layer's shape, rank, bytes and bits per weight, its packing where that differs, and the totals."""
     rows = [
@@ -57,7 +69,8 @@ def plan_table(plan: Plan) -> str:
             layer.name,
             f"{layer.out_features}x{layer.in_features}",
             layer.rank or "dense",
-            *([layer.bits, layer.group_size] if plan.mixed else []),
+            *([form_text(layer.form, layer.name, layer.leader) if layer.rank else "-"] if plan.form_pattern else []),
+            *([bits_text(layer.bits, layer.up_bits), layer.group_size] if plan.mixed else []),
             f"{layer.weights / layer.dense_weights:.2f}",
             human_bytes(layer.weight_bytes + layer.bias_bytes),
             f"{layer.bpw:.2f}",
@@ -65,10 +78,21 @@ def plan_table(plan: Plan) -> str:
         ]
         for layer in plan.layers
     ]
-    headers = ["layer", "out x in", "rank", *(["bits", "group"] if plan.mixed else []), "kept", "bytes", "bpw", "note"]
+    form = ["form"] if plan.form_pattern else []
+    headers = [
+        "layer",
+        "out x in",
+        "rank",
+        *form,
+        *(["bits", "group"] if plan.mixed else []),
+        "kept",
+        "bytes",
+        "bpw",
+        "note",
+    ]
     if not any(layer.note for layer in plan.layers):
         headers, rows = headers[:-1], [row[:-1] for row in rows]
-    sides = ["right" if header not in ("layer", "note") else "left" for header in headers]
+    sides = ["right" if header not in ("layer", "form", "note") else "left" for header in headers]
     body = tabulate(rows, headers, disable_numparse=True, colalign=sides)
     return f"{body}\n\n{plan_summary(plan)}"
 
@@ -101,6 +125,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "mean_correction": plan.mean_correction,
         "rank_pattern": plan.rank_pattern,
         "form_pattern": plan.form_pattern,
+        "group_pattern": plan.group_pattern,
         "bits_pattern": plan.bits_pattern,
         "group_size_pattern": plan.group_size_pattern,
         "totals": _totals(plan),
@@ -268,7 +293,9 @@ def _layer_dict(layer: LayerPlan) -> dict[str, Any]:
         "rank": layer.rank,
         "form": layer.form if layer.rank is not None else "dense",
         "bits": layer.bits,
+        "up_bits": layer.up_bits,
         "group_size": layer.group_size,
+        "leader": layer.leader,
         "weights": layer.weights,
         "bytes": layer.weight_bytes + layer.bias_bytes,
         "bpw": layer.bpw,
@@ -291,7 +318,8 @@ def _totals(plan: Plan) -> dict[str, Any]:
 
 def _packing(layers: Sequence[dict[str, Any]]) -> str:
     """Renders bits and group sizes, all that occur."""
-    bits, sizes = (sorted({layer[key] for layer in layers}) for key in ("bits", "group_size"))
+    bits = sorted({layer[key] for layer in layers for key in ("bits", "up_bits")})
+    sizes = sorted({layer["group_size"] for layer in layers})
     return f"{', '.join(map(str, bits))} bits, group size {', '.join(map(str, sizes))}"
 
 

@@ -27,10 +27,11 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 
-from lord_quant.config import GptqConfig
+from lord_quant.config import FLOAT_BITS, GptqConfig
 from lord_quant.errors import NumericsError
 from lord_quant.linalg import require_finite
 from lord_quant.refine import Quantized
@@ -39,12 +40,27 @@ from lord_quant.refine import Quantized
 Solver = Callable[[torch.Tensor, torch.Tensor], Quantized]
 """Quantizes a weight (m, n) in the metric of a Hessian (n, n)."""
 
+
+class Solvers(NamedTuple):
+    """The solvers of a layer's factors, which may differ in bits; a layer that stays dense has that of `down`."""
+
+    down: Solver
+    up: Solver
+
+
 COLUMNS = 32
 """Columns done before later ones hear of it."""
 SMALLEST = 2.0**-20
 """Smallest scale: float16 still has four bits there. Smaller ones belong to weights that are zero for every purpose."""
 SHRINKS = tuple(1 - step / 20 for step in range(12))
 """Ranges tried for a group, as shares of its full one; finer steps gain nothing once `refine` has fitted the scales."""
+
+
+def exact(weight: torch.Tensor, hessian: torch.Tensor) -> Quantized:
+    """A `Solver` that rounds nothing, with a grid on which the weight lies as it is; tells what the other factor loses."""
+    scales = weight.new_ones(len(weight), 1)
+    g_idx = torch.zeros(weight.shape[1], dtype=torch.int32, device=weight.device)
+    return Quantized(weight, scales, torch.zeros_like(scales), g_idx, bits=FLOAT_BITS)
 
 
 def make_solver(gptq: GptqConfig, group_size: int, num_tokens: int) -> Solver:

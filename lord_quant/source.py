@@ -52,6 +52,23 @@ def inspect_source(path: str, dtype: str = "auto") -> Source:
     Raises:
         ModelError: Unknown path, not a causal language model, already quantized or decomposed, or no tokenizer.
     """
+    path, config = read_config(path)
+    refuse_unfit(path, config)
+    folder = Path(path)
+    if folder.is_dir() and any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+        raise ModelError(f"model {path!r} holds *.bin weights only; wanted *.safetensors: pickled weights are not read")
+    stored = getattr(config, "dtype", None) or torch.float32
+    chosen = stored if dtype == "auto" else getattr(torch, dtype)
+    context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048
+    return Source(path, config, _load_tokenizer(path), chosen, int(context))
+
+
+def read_config(path: str) -> tuple[str, PretrainedConfig]:
+    """Reads a model's configuration; returns it behind the path with ``~`` expanded.
+
+    Raises:
+        ModelError: There is no such model, or its configuration cannot be read.
+    """
     from transformers import AutoConfig
 
     expanded = Path(os.path.expanduser(path))
@@ -61,16 +78,9 @@ def inspect_source(path: str, dtype: str = "auto") -> Source:
     if expanded.exists():
         path = str(expanded)
     try:
-        config = AutoConfig.from_pretrained(path)
+        return path, AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model {path!r} cannot be read: {_first_line(error)}") from error
-    refuse_unfit(path, config)
-    if expanded.is_dir() and any(expanded.glob("*.bin")) and not any(expanded.glob("*.safetensors")):
-        raise ModelError(f"model {path!r} holds *.bin weights only; wanted *.safetensors: pickled weights are not read")
-    stored = getattr(config, "dtype", None) or torch.float32
-    chosen = stored if dtype == "auto" else getattr(torch, dtype)
-    context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048
-    return Source(path, config, _load_tokenizer(path), chosen, int(context))
 
 
 def looks_like_path(name: str) -> bool:

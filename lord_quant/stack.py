@@ -77,7 +77,7 @@ from lord_quant.errors import NumericsError
 from lord_quant.linalg import damped_right_solve, random_orthogonal, require_finite, thin_qr
 from lord_quant.moments import PairedMoments
 from lord_quant.refine import Quantized, refine
-from lord_quant.solver import Solver
+from lord_quant.solver import Solver, Solvers
 
 
 ANCHOR_DAMPING = 0.01
@@ -119,7 +119,7 @@ def stack_layer(
     moments: PairedMoments,
     rank: int | None,
     form: str,
-    solve: Solver | None,
+    solve: Solver | Solvers | None,
     options: JointConfig,
     *,
     sensitivity: torch.Tensor | None = None,
@@ -134,7 +134,8 @@ def stack_layer(
         moments: Of the layer's inputs in both streams.
         rank: Rank of the factors, or None for a layer that stays dense.
         form: `two_factor` or `pivoted`.
-        solve: Quantizes a weight in a metric; None leaves factors in float.
+        solve: Quantizes a weight in a metric; two may be given, for `down` (or the dense layer) and for `up`. None leaves
+            factors in float.
         options: Which ideas are on.
         sensitivity: G with shape (m, m), in any unit; None or zero if all outputs count alike.
         mean_correction: Whether factors may get a bias their layer did not have.
@@ -148,24 +149,23 @@ def stack_layer(
     may_shift = bias is not None or (rank is not None and mean_correction)
     moments = moments if may_shift else moments.raw()
     target = anchored_target(weight, moments) if options.anchor else weight
-    quantize = None if solve is None else _refined(solve, options.refine)
+    quantize = None if solve is None else refined(solve, options.refine)
     quantized: dict[str, Quantized] = {}
     factors, spectrum, coefficient, outputs = None, None, None, None
     if rank is None:
-        quantized = {"": quantize(target, moments.covariance)} if quantize else {}
+        quantized = {"": quantize.down(target, moments.covariance)} if quantize else {}
         result = quantized[""].weight() if quantized else target
     else:
         outputs = None if sensitivity is None else unit_metric(sensitivity.to(weight))
         spectrum, factors = truncate(target, moments.covariance, rank, outputs)
         if form == "pivoted":
-            factors = factors if outputs is None else _orthonormal(factors)
-            factors = pivoted(factors)
+            factors = pivoted_factors(factors, outputs)
             coefficient = float(factors.up.abs().max())
         if quantize is not None:
             if form == "pivoted":
-                quantized = _stack_pivoted(target, moments.covariance, outputs, factors, quantize, options)
+                quantized = stack_pivoted(target, moments.covariance, outputs, factors, quantize, options)
             else:
-                quantized = _stack_two_factor(target, moments.covariance, outputs, factors, quantize, options, seed)
+                quantized = stack_two_factor(target, moments.covariance, outputs, factors, quantize, options, seed)
             factors = factors._replace(down=quantized[".down"].weight(), up=quantized[".up"].weight())
         result = factors.product()
     shifted = None if bias is None else bias.to(weight)
@@ -178,7 +178,7 @@ def stack_layer(
         bias=shifted,
         quantized=quantized,
         spectrum=spectrum,
-        error=_relative_error(result, target, moments.covariance, outputs),
+        error=relative_error(result, target, moments.covariance, outputs),
         largest_coefficient=coefficient,
     )
 
@@ -207,19 +207,38 @@ def truncate(
     target: torch.Tensor, covariance: torch.Tensor, rank: int, outputs: torch.Tensor | None
 ) -> tuple[OutputSpectrum, Factors]:
     """Returns the best factors of T in the metric `outputs` ⊗ H, `up` orthonormal in units of √diag G."""
+    spectrum = loss_spectrum(target, covariance, outputs)
+    return spectrum, factors_of(target, spectrum, rank, outputs)
+
+
+def loss_spectrum(target: torch.Tensor, covariance: torch.Tensor, outputs: torch.Tensor | None) -> OutputSpectrum:
+    """Returns what every rank of T loses in the metric `outputs` ⊗ H; one serves all ranks."""
+    return output_spectrum(target if outputs is None else loss_root(outputs) @ target, covariance)
+
+
+def factors_of(target: torch.Tensor, spectrum: OutputSpectrum, rank: int, outputs: torch.Tensor | None) -> Factors:
+    """Returns the factors that `truncate` does, from the spectrum."""
     if outputs is None:
-        spectrum = output_spectrum(target, covariance)
-        return spectrum, two_factor(target, None, spectrum, rank, None)
-    root, failed = torch.linalg.cholesky_ex(outputs, upper=True)
-    if failed:
-        raise NumericsError("the output sensitivity stayed indefinite with damping; --no-fisher does without")
-    weighted = root @ target
-    spectrum = output_spectrum(weighted, covariance)
-    factors = two_factor(weighted, None, spectrum, rank, None)
+        return two_factor(target, None, spectrum, rank, None)
+    root = loss_root(outputs)
+    factors = two_factor(root @ target, None, spectrum, rank, None)
     up = torch.linalg.solve_triangular(root, factors.up, upper=True)
     scale = outputs.diagonal().sqrt()[:, None]
     even = _orthonormal(factors._replace(up=scale * up))
-    return spectrum, even._replace(up=even.up / scale)
+    return even._replace(up=even.up / scale)
+
+
+def pivoted_factors(factors: Factors, outputs: torch.Tensor | None) -> Factors:
+    """Brings what `factors_of` returns into the pivoted form."""
+    return pivoted(factors if outputs is None else _orthonormal(factors))
+
+
+def loss_root(outputs: torch.Tensor) -> torch.Tensor:
+    """Returns S with G = SᵀS."""
+    root, failed = torch.linalg.cholesky_ex(outputs, upper=True)
+    if failed:
+        raise NumericsError("the output sensitivity stayed indefinite with damping; --no-fisher does without")
+    return root
 
 
 def _orthonormal(factors: Factors) -> Factors:
@@ -244,15 +263,16 @@ def deflated(covariance: torch.Tensor, down: torch.Tensor, share: float = DEFLAT
     return (metric + metric.T) / 2
 
 
-def _stack_two_factor(
+def stack_two_factor(
     target: torch.Tensor,
     covariance: torch.Tensor,
     metric: torch.Tensor | None,
     factors: Factors,
-    quantize: Solver,
+    quantize: Solvers,
     options: JointConfig,
     seed: int,
 ) -> dict[str, Quantized]:
+    """Quantizes the factors of T, with shape (m, n), in the metric `metric` ⊗ `covariance`; None counts outputs alike."""
     down, up, rank = factors.down, factors.up, len(factors.down)
     if options.rotate:
         rotation = random_orthogonal(rank, seed, down)
@@ -262,13 +282,13 @@ def _stack_two_factor(
     down, up = down * balance, up / balance
     outputs, inputs = target.shape
     if options.order == "up_first" or (options.order == "auto" and outputs < inputs):
-        first = quantize(up, down @ covariance @ down.T)
+        first = quantize.up(up, down @ covariance @ down.T)
         if options.refit:
             # A backward stable solve with a metric whose damping bounds its condition: near the optimum in what it costs.
             grid = first.weight()
             seen = grid if metric is None else metric @ grid
             down = damped_right_solve(target.T @ seen, grid.T @ seen, 1e-7).T
-        return {".down": quantize(down, covariance), ".up": first}
+        return {".down": quantize.down(down, covariance), ".up": first}
     left = deflated(covariance, down) if options.deflate and options.refit else covariance
     return _down_first(target, covariance, down, up, left, quantize, options.refit)
 
@@ -279,38 +299,39 @@ def _down_first(
     down: torch.Tensor,
     up: torch.Tensor,
     metric: torch.Tensor,
-    quantize: Solver,
+    quantize: Solvers,
     refit: bool,
 ) -> dict[str, Quantized]:
     """Quantizes `down` in `metric`, then `up`, or its optimum for the quantized `down`, in the metric of the bottleneck."""
-    first = quantize(down, metric)
+    first = quantize.down(down, metric)
     grid = first.weight()
     if refit:
         up = refit_up(target, covariance, grid, up)
-    return {".down": first, ".up": quantize(up, grid @ covariance @ grid.T)}
+    return {".down": first, ".up": quantize.up(up, grid @ covariance @ grid.T)}
 
 
-def _stack_pivoted(
+def stack_pivoted(
     target: torch.Tensor,
     covariance: torch.Tensor,
     metric: torch.Tensor | None,
     factors: Factors,
-    quantize: Solver,
+    quantize: Solvers,
     options: JointConfig,
 ) -> dict[str, Quantized]:
+    """Quantizes pivoted factors of T, as `stack_two_factor` does others."""
     down, up, pivots, others = factors.down, factors.up, factors.pivots, factors.others()
     if options.order == "down_first":
         return _down_first(target[others], covariance, down, up, covariance, quantize, options.refit)
-    first = quantize(up, down @ covariance @ down.T)
+    first = quantize.up(up, down @ covariance @ down.T)
     if not options.refit:
-        return {".down": quantize(down, covariance), ".up": first}
+        return {".down": quantize.down(down, covariance), ".up": first}
     # What `down` computes enters all outputs: itself, and those predicted from it.
     spread = target.new_zeros(len(target), len(down))
     spread[pivots], spread[others] = torch.eye(len(down)).to(spread), first.weight()
     seen = spread if metric is None else metric @ spread
     rows = spread.T @ seen
     down = torch.linalg.solve(rows, seen.T @ target)
-    return {".down": _quantize_rows(down, rows, covariance, quantize), ".up": first}
+    return {".down": _quantize_rows(down, rows, covariance, quantize.down), ".up": first}
 
 
 def _quantize_rows(rows: torch.Tensor, metric: torch.Tensor, covariance: torch.Tensor, quantize: Solver) -> Quantized:
@@ -337,16 +358,23 @@ def _quantize_rows(rows: torch.Tensor, metric: torch.Tensor, covariance: torch.T
     )
 
 
-def _refined(solve: Solver, sweeps: int) -> Solver:
-    def quantize(weight: torch.Tensor, hessian: torch.Tensor) -> Quantized:
-        return refine(weight, hessian, solve(weight, hessian).to(weight), sweeps)
+def refined(solve: Solver | Solvers, sweeps: int) -> Solvers:
+    """Returns solvers whose results are refined by so many sweeps; one alone stands for both factors."""
 
-    return quantize
+    both = solve if isinstance(solve, Solvers) else Solvers(solve, solve)
+    return Solvers(polished(both.down, sweeps), polished(both.up, sweeps))
 
 
-def _relative_error(
+def polished(solve: Solver, sweeps: int) -> Solver:
+    """Returns a solver whose results are refined by so many sweeps."""
+    return lambda weight, hessian: refine(weight, hessian, solve(weight, hessian).to(weight), sweeps)
+
+
+def relative_error(
     result: torch.Tensor, target: torch.Tensor, covariance: torch.Tensor, outputs: torch.Tensor | None
 ) -> float:
+    """Returns ‖Ŵ − T‖² / ‖T‖² in the metric `outputs` ⊗ `covariance`."""
+
     def energy(weight: torch.Tensor) -> float:
         weighted = weight if outputs is None else outputs @ weight
         return float(((weighted @ covariance).double() * weight).sum())

@@ -21,15 +21,18 @@ from tqdm.auto import tqdm
 
 from lord_quant.checkpoint import atomic_file
 from lord_quant.config import GptqConfig, JointConfig
+from lord_quant.crossfit import Half
 from lord_quant.engine import gather
 from lord_quant.errors import CheckpointError, NumericsError
-from lord_quant.probe import LayerLoss, probe
+from lord_quant.probe import FactorNoise, LayerLoss, probe
 from lord_quant.sensitivity import Sensitivity
 from lord_quant.stream import block_kinds, capture
-from lord_quant.targets import LinearSite, dense_weight, find_blocks, find_linears
+from lord_quant.targets import LinearSite, dense_weight, find_blocks, find_linears, siblings
 
 
-VERSION = 1
+VERSION = 3
+JOINED = "+"
+"""Joins the names of layers with one input."""
 METADATA = "lord_statistics"
 SAMPLES, SAMPLE_BYTES = 256, 4096
 PASSING = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype"})
@@ -42,19 +45,27 @@ class Statistics(NamedTuple):
     Attributes:
         losses: By full module path, in registration order.
         sites: The layers, likewise.
+        groups: What layers with one input would lose as the one layer that all their outputs make, by their names.
         origin: What they were measured on: digests of model and calibration, settings.
     """
 
     losses: dict[str, LayerLoss]
     sites: dict[str, LinearSite]
+    groups: dict[tuple[str, ...], LayerLoss]
     origin: dict[str, Any]
+
+    def site_of(self, names: Sequence[str]) -> LinearSite:
+        """Returns a layer, or the layer that several with one input make; it has the first one's name."""
+        together = [self.sites[name] for name in names]
+        height, biased = sum(site.out_features for site in together), all(site.has_bias for site in together)
+        return together[0]._replace(out_features=height, has_bias=biased)
 
 
 @torch.no_grad()
 def measure_statistics(
     model: nn.Module,
     batches: Sequence[torch.Tensor],
-    sensitivity: Sensitivity | None,
+    sensitivities: tuple[Sensitivity, Sensitivity] | None,
     *,
     gptq: GptqConfig,
     options: JointConfig,
@@ -68,7 +79,8 @@ def measure_statistics(
     Args:
         model: A loaded dense model in evaluation mode.
         batches: Token windows with shape (batch, seq_len), all without padding.
-        sensitivity: How much the loss minds errors in outputs; used up. None counts output errors alike.
+        sensitivities: How much the loss minds errors in outputs, from either half of the text; used up. None counts output
+            errors alike.
         gptq: How layers would be quantized.
         options: How they would be stacked.
         origin: What the file is to say of where it comes from.
@@ -83,30 +95,40 @@ def measure_statistics(
     blocks, sites = find_blocks(model), find_linears(model)
     kinds = block_kinds(model, len(blocks.modules))
     stream = capture(model, blocks.modules, kinds, batches)
+    settings: dict[str, Any] = {"mean_correction": mean_correction, "gptq": gptq, "options": options}
     losses: dict[str, LayerLoss] = {}
+    groups: dict[tuple[str, ...], LayerLoss] = {}
     for index, block in enumerate(tqdm(blocks.modules, desc="probe", unit="block", disable=None)):
         prefix = f"{blocks.path}.{index}."
         layers = {site.name.removeprefix(prefix): site for site in sites if site.block == index}
-        minded = {} if sensitivity is None else sensitivity.of_block(index, block, kinds[index], list(layers), dtype)
-        with gather({name: block.get_submodule(name) for name in layers}, dtype) as gathered:
-            for batch in stream:
-                batch.hidden = batch.run(block, kinds[index])
-        moments = gathered.results(prefix)
-        for name, site in layers.items():
+        minded = [each.of_block(index, block, kinds[index], list(layers), dtype) for each in sensitivities or ()]
+        moments = []
+        for part in (stream[::2], stream[1::2]):
+            with gather({name: block.get_submodule(name) for name in layers}, dtype) as gathered:
+                for batch in part:
+                    batch.hidden = batch.run(block, kinds[index])
+            if part:
+                moments.append(gathered.results(prefix))
+                leaders = gathered.leader
+        together = [
+            [site.name.removeprefix(prefix) for site in found]
+            for found in siblings(list(layers.values()))
+            if len({leaders[site.name.removeprefix(prefix)] for site in found}) == 1
+        ]
+        for names in [*([name] for name in layers), *together]:
+            weight = torch.cat([dense_weight(block.get_submodule(name)) for name in names])
+            metrics = [torch.block_diag(*(each[name] for name in names)) for each in minded] or [None, None]
+            halves = Half(moments[0][names[0]], metrics[0]), Half(moments[-1][names[0]], metrics[1])
+            has_bias, number = all(layers[name].has_bias for name in names), len(losses) + len(groups)
             try:
-                losses[site.name] = probe(
-                    dense_weight(block.get_submodule(name)),
-                    moments[name],
-                    minded.pop(name, None),
-                    has_bias=site.has_bias,
-                    mean_correction=mean_correction,
-                    gptq=gptq,
-                    options=options,
-                    seed=seed * len(sites) + len(losses),
-                )
+                loss = probe(weight, halves, has_bias=has_bias, seed=seed * 2 * len(sites) + number, **settings)
             except NumericsError as error:
-                raise NumericsError(f"layer {site.name!r}: {error}") from error
-    return Statistics(losses, {site.name: site for site in sites}, origin)
+                raise NumericsError(f"layer {prefix + names[0]!r}: {error}") from error
+            if len(names) == 1:
+                losses[prefix + names[0]] = loss
+            else:
+                groups[tuple(prefix + name for name in names)] = loss
+    return Statistics(losses, {site.name: site for site in sites}, groups, origin)
 
 
 def save_statistics(statistics: Statistics, path: str | Path) -> None:
@@ -117,20 +139,13 @@ def save_statistics(statistics: Statistics, path: str | Path) -> None:
     """
     from safetensors.torch import save_file
 
-    layers = {
-        name: {
-            **statistics.sites[name]._asdict(),
-            "dense": loss.dense,
-            "groups": loss.groups,
-            "group_size": loss.group_size,
-            "share": loss.share,
-        }
-        for name, loss in statistics.losses.items()
-    }
-    about = {"version": VERSION, "origin": statistics.origin, "layers": layers}
-    tails = {name: loss.tail for name, loss in statistics.losses.items()}
+    layers = {name: statistics.sites[name]._asdict() | _plain(loss) for name, loss in statistics.losses.items()}
+    groups = {JOINED.join(names): _plain(loss) for names, loss in statistics.groups.items()}
+    about = {"version": VERSION, "origin": statistics.origin, "layers": layers, "groups": groups}
+    every = statistics.losses | {JOINED.join(names): loss for names, loss in statistics.groups.items()}
+    tensors = {name: torch.stack((loss.tail, loss.cut)) for name, loss in every.items()}
     with atomic_file(path) as staging:
-        save_file(tails, staging, metadata={METADATA: json.dumps(about)})
+        save_file(tensors, staging, metadata={METADATA: json.dumps(about)})
 
 
 def load_statistics(path: str | Path) -> Statistics:
@@ -148,25 +163,57 @@ def load_statistics(path: str | Path) -> Statistics:
                 raise CheckpointError(
                     f"statistics {str(path)!r} have version {about['version']!r}; wanted {VERSION}: measure again"
                 )
-            losses, sites = {}, {}
-            for name, values in about["layers"].items():
-                tail = handle.get_tensor(name)
-                site = LinearSite(**{field: values[field] for field in LinearSite._fields})
-                if tail.shape != (min(site.in_features, site.out_features) + 1,) or not torch.isfinite(tail).all():
-                    raise CheckpointError(f"statistics {str(path)!r}: the spectrum of {name!r} does not fit its layer")
-                losses[name] = LayerLoss(
-                    tail,
-                    {int(bits): float(noise) for bits, noise in values["dense"].items()},
-                    {int(size): float(ratio) for size, ratio in values["groups"].items()},
-                    int(values["group_size"]),
-                    None if values["share"] is None else float(values["share"]),
-                )
-                sites[name] = site
-            return Statistics(losses, sites, dict(about["origin"]))
+            sites = {
+                name: LinearSite(**{field: values[field] for field in LinearSite._fields})
+                for name, values in about["layers"].items()
+            }
+            statistics = Statistics({}, sites, {}, dict(about["origin"]))
+            for key, values in (about["layers"] | about["groups"]).items():
+                names = tuple(key.split(JOINED)) if key in about["groups"] else (key,)
+                loss, site = _loss(handle.get_tensor(key), values), statistics.site_of(names)
+                if (
+                    loss.tail.shape != (min(site.in_features, site.out_features) + 1,)
+                    or not torch.isfinite(loss.tail).all()
+                ):
+                    raise CheckpointError(f"statistics {str(path)!r}: the spectrum of {key!r} does not fit its layer")
+                if len(names) == 1:
+                    statistics.losses[key] = loss
+                else:
+                    statistics.groups[names] = loss
+            return statistics
+    except CheckpointError:  # a ValueError too
+        raise
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"statistics {str(path)!r} cannot be read: {error}") from error
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{str(path)!r} holds no statistics of this package: {error!r}") from error
+
+
+def _plain(loss: LayerLoss) -> dict[str, Any]:
+    """Returns all but the spectrum as JSON values."""
+    factors = {name: None if noise is None else noise._asdict() for name, noise in (("down", loss.down), ("up", loss.up))}
+    plain = {"dense": loss.dense, "groups": loss.groups, "group_size": loss.group_size, "pivoted": loss.pivoted}
+    return plain | factors
+
+
+def _loss(tails: torch.Tensor, values: dict[str, Any]) -> LayerLoss:
+    down, up = (None if values[name] is None else _factor(values[name]) for name in ("down", "up"))
+    tail, cut = tails
+    return LayerLoss(
+        tail,
+        cut,
+        {int(bits): float(noise) for bits, noise in values["dense"].items()},
+        {int(size): float(ratio) for size, ratio in values["groups"].items()},
+        int(values["group_size"]),
+        down,
+        up,
+        float(values["pivoted"]),
+    )
+
+
+def _factor(values: dict[str, Any]) -> FactorNoise:
+    by_bits = {int(bits): float(noise) for bits, noise in values["by_bits"].items()}
+    return FactorNoise(int(values["rank"]), by_bits, float(values["slope"]))
 
 
 def model_digest(config: dict[str, Any], files: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ architecture, the bytes from the safetensors headers. Nothing is taken from a re
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,12 +25,14 @@ class StoredLayer(NamedTuple):
 
     Attributes:
         site: Name and dense shape.
-        form: `dense`, `two_factor` or `pivoted`, with ` packed` after it where it is.
+        form: `dense`, `two_factor`, `pivoted` or `grouped`, with ` packed` after it where it is.
         rank: Rank of its factors, or None.
         weight_bytes: Bytes of weights, scales, zeros and indices, and of a bias the dense layer did not have.
         bias_bytes: Bytes of a bias the dense layer had.
-        bits: Bits of its packed weights, or None where it is not packed as GPTQ packs.
+        bits: Bits of its packed weights, or of the `down` it uses; None where it is not packed as GPTQ packs.
         group_size: Inputs per scale, likewise.
+        up_bits: Bits of `up`; of a layer that is not low-rank, the same as `bits`.
+        leader: Of a grouped layer, the full path of the one that holds the `down` it uses; empty otherwise.
     """
 
     site: LinearSite
@@ -39,6 +42,8 @@ class StoredLayer(NamedTuple):
     bias_bytes: int
     bits: int | None
     group_size: int | None
+    up_bits: int | None
+    leader: str
 
     @property
     def bpw(self) -> float:
@@ -93,30 +98,50 @@ def measure(folder: str | Path) -> Stored:
     files = weight_files(folder)
     headers = read_headers(files)
     settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    tensors = [_tensors_of(site.name, headers) or _tensors_of(site.name.removeprefix(prefix), headers) for site in sites]
+    tensors = {s.name: _tensors_of(s.name, headers) or _tensors_of(s.name.removeprefix(prefix), headers) for s in sites}
     ours = settings.get("quant_method") == METHOD_GPTQ
-    missing = [f"{site.name}.{name}" for site, mine in zip(sites, tensors, strict=True) for name in _missing_of(mine, ours)]
+    leaders = _leaders_of(settings, tensors)
+    missing = [
+        f"{layer}.{name}"
+        for layer, mine in tensors.items()
+        for name in _missing_of(mine, ours, ("down.", "up.") if leaders.get(layer, layer) == layer else ("up.",))
+    ]
     if missing:
         more = [f"… and {len(missing) - 10} more"] if len(missing) > 10 else []
         raise CheckpointError(
             "\n  ".join([f"the weights in {str(folder)!r} do not hold every layer; missing:", *missing[:10], *more])
         )
     return Stored(
-        layers=tuple(_stored_layer(site, mine) for site, mine in zip(sites, tensors, strict=True)),
+        layers=tuple(_stored_layer(site, tensors, leaders.get(site.name, "")) for site in sites),
         quantization_config=settings,
         tensor_bytes=sum(size for _, _, size in headers.values()),
         file_bytes=sum(Path(file).stat().st_size for file in files),
     )
 
 
+def _leaders_of(settings: Mapping[str, Any], layers: Container[str]) -> dict[str, str]:
+    """Returns the leader of every grouped layer, leaders included.
+
+    Raises:
+        CheckpointError: `group_pattern` is no mapping of layers to layers.
+    """
+    pattern = settings.get("group_pattern") or {}
+    if not isinstance(pattern, Mapping):
+        raise CheckpointError(f"group_pattern is {type(pattern).__name__}; wanted a mapping of path to leader")
+    odd = [f"{name}: {leader!r}" for name, leader in pattern.items() if not isinstance(leader, str) or leader not in layers]
+    if odd:
+        raise CheckpointError(f"group_pattern names leaders that the model does not have: {', '.join(odd)}")
+    return {leader: leader for leader in pattern.values()} | dict(pattern)
+
+
 def _tensors_of(layer: str, headers: Headers) -> Headers:
     return {name.removeprefix(f"{layer}."): value for name, value in headers.items() if name.startswith(f"{layer}.")}
 
 
-def _missing_of(mine: Headers, ours: bool) -> list[str]:
+def _missing_of(mine: Headers, ours: bool, factors: tuple[str, ...]) -> list[str]:
     """Names what a layer cannot be measured without; of other packing methods than ours only what is certain."""
     missing = []
-    for part in ("down.", "up.") if any(name.startswith(("down.", "up.")) for name in mine) else ("",):
+    for part in factors if any(name.startswith(("down.", "up.")) for name in mine) else ("",):
         leaves = {name.removeprefix(part) for name in mine if name.startswith(part)}
         wanted: set[str] = set()
         if "qweight" in leaves or (ours and leaves & PACKED_TENSORS):
@@ -127,31 +152,35 @@ def _missing_of(mine: Headers, ours: bool) -> list[str]:
     return missing
 
 
-def _stored_layer(site: LinearSite, mine: Headers) -> StoredLayer:
+def _stored_layer(site: LinearSite, tensors: Mapping[str, Headers], leader: str) -> StoredLayer:
+    mine = tensors[site.name]
     biases = {name for name in mine if name.rpartition(".")[2] == "bias"}
     own_bias = biases if site.has_bias else set()
     packed = any(name.endswith("qweight") for name in mine)
     rank = None
-    if any(name.startswith("down.") for name in mine):
-        rank = mine["down.scales"][0][-1] if "down.scales" in mine else mine["down.weight"][0][0]
-    form = "dense" if rank is None else "pivoted" if "order" in mine else "two_factor"
+    if any(name.startswith("up.") for name in mine):
+        rank = mine["up.g_idx"][0][0] if "up.g_idx" in mine else mine["up.weight"][0][1]
+    form = "dense" if rank is None else "grouped" if leader else "pivoted" if "order" in mine else "two_factor"
     form += " packed" if packed else ""
-    bits, group_size = _packing(mine)
+    used = tensors[leader] if leader else mine
+    parts = (_packing(used, ""), _packing(used, "down."), _packing(mine, "up."))
+    packings = [found for found in parts if found is not None]
     return StoredLayer(
         site=site,
         form=form,
         rank=rank,
         weight_bytes=sum(size for name, (_, _, size) in mine.items() if name not in own_bias),
         bias_bytes=sum(mine[name][2] for name in own_bias),
-        bits=bits,
-        group_size=group_size,
+        bits=packings[0][0] if packings else None,
+        group_size=packings[0][1] if packings else None,
+        up_bits=packings[-1][0] if packings else None,
+        leader=leader if rank is not None else "",
     )
 
 
-def _packing(mine: Headers) -> tuple[int | None, int | None]:
-    """Reads bits and group size off the shapes of packed tensors; both factors of a layer share them."""
-    part = "down." if "down.qweight" in mine else ""
+def _packing(mine: Headers, part: str) -> tuple[int, int] | None:
+    """Reads bits and group size off the shapes of packed tensors."""
     if not {part + leaf for leaf in PACKED_TENSORS} <= mine.keys():
-        return None, None
+        return None
     inputs, words, groups = (mine[part + leaf][0][0] for leaf in ("g_idx", "qweight", "scales"))
     return 32 * words // inputs, inputs // groups

@@ -7,7 +7,7 @@ inside `from_pretrained`), to be filled from the checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 from lord_quant.decompose import Factors
 from lord_quant.errors import CheckpointError, RankError
 from lord_quant.linalg import require_finite
-from lord_quant.modules import LowRankLinear, PivotedLinear
+from lord_quant.modules import Bottleneck, GroupedLinear, LowRankLinear, PivotedLinear
 from lord_quant.targets import dense_weight, is_linear
 
 
@@ -24,12 +24,13 @@ FORM_MODULES: dict[str, type[LowRankLinear] | type[PivotedLinear]] = {
     "two_factor": LowRankLinear,
     "pivoted": PivotedLinear,
 }
-"""The module of each form."""
+"""The module of each form that stands alone."""
+GROUPED = "grouped"
 
 
 def is_low_rank(module: nn.Module) -> bool:
     """Tells whether a module is one of ours, in any form."""
-    return isinstance(module, LowRankLinear | PivotedLinear)
+    return isinstance(module, LowRankLinear | PivotedLinear | GroupedLinear)
 
 
 def is_compressed(module: nn.Module) -> bool:
@@ -59,6 +60,37 @@ def replace_layer(model: nn.Module, name: str, factors: Factors) -> LowRankLinea
         require_finite(parameter, f"factor {part} of {name!r} in {parameter.dtype}")
     model.set_submodule(name, module)
     return module
+
+
+def replace_group(model: nn.Module, names: Sequence[str], factors: Factors) -> list[GroupedLinear]:
+    """Replaces linear layers with one input by a shared `down` and their own parts of `up`.
+
+    Args:
+        model: The model; changed in place.
+        names: Full paths of the layers; the first becomes the leader.
+        factors: Of the layers on top of each other, rows of `up` in the order of `names`. Layers get the part of the bias
+            that is theirs.
+
+    Raises:
+        NumericsError: A factor is not finite in the layers' dtype; the layer is named.
+    """
+    dense = [model.get_submodule(name) for name in names]
+    sizes = [len(dense_weight(layer)) for layer in dense]
+    biases = [None] * len(names) if factors.bias is None else factors.bias.split(sizes)
+    modules = _grouped_like(dense, len(factors.down), [bias is not None for bias in biases])
+    with torch.no_grad():
+        modules[0].down.weight.copy_(factors.down)
+        for module, up, bias in zip(modules, factors.up.split(sizes), biases, strict=True):
+            module.up.weight.copy_(up)
+            if bias is not None:
+                module.up.bias.copy_(bias)
+    named = dict(zip(names, modules, strict=True))
+    for name, module in named.items():
+        for part, parameter in module.named_parameters():
+            require_finite(parameter, f"factor {part} of {name!r} in {parameter.dtype}")
+    for name, module in named.items():
+        model.set_submodule(name, module)
+    return modules
 
 
 def _set_bias(module: LowRankLinear | PivotedLinear, factors: Factors, bias: torch.Tensor) -> None:
@@ -91,6 +123,7 @@ def apply_rank_pattern(
     rank_pattern: Mapping[str, int],
     mean_correction: bool,
     form_pattern: Mapping[str, str] | None = None,
+    group_pattern: Mapping[str, str] | None = None,
 ) -> None:
     """Replaces every layer of `rank_pattern` by empty low-rank layers of those ranks.
 
@@ -99,9 +132,11 @@ def apply_rank_pattern(
         rank_pattern: Rank by full module path.
         mean_correction: Whether every low-rank layer has a bias, or only those whose dense layer has one.
         form_pattern: Form by full module path, of those that are not `two_factor`.
+        group_pattern: Leader by full module path, of grouped layers that use another's `down`.
 
     Raises:
-        CheckpointError: A pattern names layers the model does not have, or an unknown form (all are named).
+        CheckpointError: A pattern names layers the model does not have, an unknown form, or groups that do not fit
+            together (all are named).
         RankError: A rank exceeds what the layer's shape allows (all are named).
     """
     modules = dict(model.named_modules())
@@ -111,15 +146,34 @@ def apply_rank_pattern(
             f"rank_pattern names layers that {type(model).__name__} does not have: {', '.join(missing)}; was the "
             "configuration edited, or is it another model's?"
         )
-    forms = form_pattern or {}
-    odd = [f"{name}: {form!r}" for name, form in forms.items() if form not in FORM_MODULES or name not in rank_pattern]
+    forms, leaders = form_pattern or {}, group_pattern or {}
+    legal = (*FORM_MODULES, GROUPED)
+    odd = [f"{name}: {form!r}" for name, form in forms.items() if form not in legal or name not in rank_pattern]
     if odd:
         raise CheckpointError(
-            f"form_pattern holds {', '.join(odd)}; wanted {' or '.join(FORM_MODULES)}, for layers of rank_pattern"
+            f"form_pattern holds {', '.join(odd)}; wanted {' or '.join(legal)}, for layers of rank_pattern"
         )
+    shapes = {name: dense_weight(modules[name]).shape for name in rank_pattern}
+    groups: dict[str, list[str]] = {
+        name: [name] for name in rank_pattern if forms.get(name) == GROUPED and name not in leaders
+    }
+
+    def alike(name: str) -> tuple[str, int, int]:  # what the layers of a group have in common
+        return name.rpartition(".")[0], shapes[name][1], rank_pattern[name]
+
     problems = []
+    for name, leader in leaders.items():
+        known = isinstance(leader, str) and leader in groups and forms.get(name) == GROUPED
+        if known and alike(name) == alike(leader):
+            groups[leader].append(name)
+        else:
+            problems.append(f"{name}: {leader!r}, wanted a grouped layer beside it with its inputs and rank")
+    problems += [f"{leader}: grouped with no other layer" for leader, members in groups.items() if len(members) == 1]
+    if problems:
+        raise CheckpointError("group_pattern does not fit together: " + "; ".join(problems))
+    heights = {name: sum(shapes[member][0] for member in groups.get(leaders.get(name, name), [name])) for name in shapes}
     for name, rank in rank_pattern.items():
-        outputs, inputs = dense_weight(modules[name]).shape
+        outputs, inputs = heights[name], shapes[name][1]
         limit = min(outputs - 1, inputs) if forms.get(name) == "pivoted" else min(outputs, inputs)
         if not isinstance(rank, int) or not 1 <= rank <= limit:
             problems.append(f"{name}: rank {rank!r}, wanted 1 to {limit}")
@@ -127,8 +181,15 @@ def apply_rank_pattern(
         raise RankError("illegal ranks in the checkpoint's rank_pattern: " + "; ".join(problems))
     for name, rank in rank_pattern.items():
         dense = modules[name]
-        form = forms.get(name, "two_factor")
-        model.set_submodule(name, _low_rank_like(dense, form, rank, mean_correction or dense.bias is not None))
+        if name in groups:
+            members = groups[name]
+            biased = [mean_correction or modules[member].bias is not None for member in members]
+            made = _grouped_like([modules[member] for member in members], rank, biased)
+            for member, module in zip(members, made, strict=True):
+                model.set_submodule(member, module)
+        elif name not in leaders:
+            form = forms.get(name, "two_factor")
+            model.set_submodule(name, _low_rank_like(dense, form, rank, mean_correction or dense.bias is not None))
 
 
 def _low_rank_like(dense: nn.Module, form: str, rank: int, bias: bool) -> LowRankLinear | PivotedLinear:
@@ -136,3 +197,14 @@ def _low_rank_like(dense: nn.Module, form: str, rank: int, bias: bool) -> LowRan
     out_features, in_features = weight.shape
     module = FORM_MODULES[form](in_features, rank, out_features, bias, device=weight.device, dtype=weight.dtype)
     return module.train(dense.training)
+
+
+def _grouped_like(dense: Sequence[nn.Module], rank: int, biased: Sequence[bool]) -> list[GroupedLinear]:
+    bottleneck, modules = Bottleneck(), list[GroupedLinear]()
+    for layer, bias in zip(dense, biased, strict=True):
+        weight = dense_weight(layer)
+        out_features, in_features = weight.shape
+        inputs = None if modules else in_features
+        module = GroupedLinear(bottleneck, inputs, rank, out_features, bias, device=weight.device, dtype=weight.dtype)
+        modules.append(module.train(layer.training))
+    return modules

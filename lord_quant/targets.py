@@ -22,6 +22,14 @@ ATTENTION = re.compile(r"(^|[._])(self_)?(attn|attention)([._]|$)")
 MLP = re.compile(r"(^|[._])(mlp|ffn|feed_forward|fc\d?|fc_in|fc_out|dense_h_to_4h|dense_4h_to_h)([._]|$)")
 PRESETS = ("all", "attention", "mlp")
 REGEX_PREFIX = "re:"
+SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+)
+"""Names of layers that are fed the same input where they stand side by side. A run finds out if it is not so."""
 
 
 class Blocks(NamedTuple):
@@ -137,11 +145,19 @@ def find_matching(pattern: str, sites: Sequence[LinearSite]) -> set[str]:
     Raises:
         TargetError: None does.
     """
-    names = [site.name for site in sites]
-    hits = _matches(pattern, names)
+    hits = matching(pattern, sites)
     if not hits:
-        raise TargetError(f"pattern {pattern!r} matches no layer{_suggest(pattern, names)}")
+        raise TargetError(f"pattern {pattern!r} matches no layer{_suggest(pattern, [site.name for site in sites])}")
     return hits
+
+
+def matching(pattern: str, sites: Sequence[LinearSite]) -> set[str]:
+    """Returns the full paths that one pattern matches, if any.
+
+    Raises:
+        TargetError: It is no pattern.
+    """
+    return _matches(pattern, [site.name for site in sites])
 
 
 def _matches(pattern: str, names: Iterable[str]) -> set[str]:
@@ -160,3 +176,14 @@ def _matches(pattern: str, names: Iterable[str]) -> set[str]:
 def _suggest(pattern: str, names: Iterable[str]) -> str:
     suffixes = {name.rpartition(".")[2] for name in names}
     return nearest_name(pattern, [*PRESETS, *sorted(suffixes)]) or f"; layers end in {', '.join(sorted(suffixes))}"
+
+
+def siblings(sites: Sequence[LinearSite]) -> list[list[LinearSite]]:
+    """Lists the layers that are known by name to be fed the same input, two or more together, in registration order."""
+    families: dict[tuple[str, tuple[str, ...], int], list[LinearSite]] = {}
+    for site in sites:
+        parent, _, leaf = site.name.rpartition(".")
+        for family in SIBLINGS:
+            if leaf in family:
+                families.setdefault((parent, family, site.in_features), []).append(site)
+    return [together for together in families.values() if len(together) > 1]

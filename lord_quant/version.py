@@ -4,8 +4,8 @@
 __version__ = "0.1.0"
 
 FORMAT_VERSION = 3
-"""The newest version read, and that of checkpoints whose layers differ in bits or group size. Raised whenever a checkpoint
-written now could not be read by an older release."""
+"""The newest version read, and that of checkpoints whose layers are grouped or differ in bits or group size. Raised
+whenever a checkpoint written now could not be read by an older release."""
 
 UNIFORM_FORMAT_VERSION = 2
 """That of all other checkpoints, which releases before 3 read as well."""

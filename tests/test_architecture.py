@@ -17,15 +17,17 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "lord_quant"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
-    {"errors", "linalg", "modules", "version", "silence"},
+    {"errors", "linalg", "modules", "version", "silence", "budget_config"},
     {"config", "moments", "decompose", "refine", "corpus"},
-    {"calibration", "targets", "plan", "solver"},
+    {"calibration", "targets", "layer_bytes", "ranks", "plan", "solver"},
     {
         "sensitivity",
         "stack",
         "stream",
         "pairing",
+        "crossfit",
         "probe",
+        "menu",
         "planner",
         "surgery",
         "checkpoint",
@@ -36,7 +38,7 @@ LAYERS = [
         "report",
     },
     {"backends"},
-    {"engine", "joint", "statistics", "pipeline", "budget"},
+    {"engine", "joint", "statistics", "pipeline", "budget", "loaded", "plot_data", "plots"},
     {"evaluation", "commands"},
     {"integrations"},
 ]

@@ -6,17 +6,17 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from lord_quant.budget import Budget, Planner, apply_plan, parse_size, read_plan, sense, write_plan
+from lord_quant.budget import Planner, apply_plan, read_plan, sense, unplanned, write_plan
+from lord_quant.budget_config import BudgetConfig
 from lord_quant.config import CalibrationConfig, JointConfig, LordConfig, LowrankConfig, merge
 from lord_quant.errors import BudgetError, ConfigError, LordError, RankError
+from lord_quant.menu import Menu
 from lord_quant.pipeline import execute, make_plan, prepare
-from lord_quant.planner import Menu
 from lord_quant.statistics import Statistics
 from lord_quant.stored import measure
 
@@ -41,35 +41,6 @@ def planner(config: LordConfig, statistics: Statistics) -> Planner:
     return Planner(config, statistics, Menu())
 
 
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("1234", 1234), ("900MB", 900_000_000), ("4GB", 4 * 10**9), ("3.5 GiB", int(3.5 * 2**30)), ("2kib", 2048)],
-)
-def test_sizes_are_read(text: str, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GB", "4 TB", "-1GB", "1e9", "4GB or so", "nan"])
-def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(BudgetError, match="wanted a number of bytes"):
-        parse_size(text)
-
-
-@pytest.mark.parametrize(
-    ("values", "error"),
-    [
-        ({}, "0 budgets are given"),
-        ({"target_bpw": 3.0, "max_loss": 0.1}, "2 budgets are given"),
-        ({"target_bpw": 0.0}, "target_bpw is 0.0; wanted a positive number"),
-        ({"max_loss": float("nan")}, "max_loss is nan"),
-        ({"target_size": True}, "target_size is True"),
-    ],
-)
-def test_a_budget_is_one_positive_number(values: dict[str, Any], error: str) -> None:
-    with pytest.raises(BudgetError, match=error):
-        Budget(**values)
-
-
 def test_the_pass_says_what_it_was_made_from(config: LordConfig, statistics: Statistics) -> None:
     origin = statistics.origin
     assert origin["calibration_sha256"] == prepare(config).windows.sha256
@@ -81,7 +52,7 @@ def test_the_pass_says_what_it_was_made_from(config: LordConfig, statistics: Sta
 def test_a_plan_takes_what_was_asked_for_and_so_do_its_files(
     bpw: float, planner: Planner, config: LordConfig, tmp_path: Path
 ) -> None:
-    allocation = planner.choose(Budget(target_bpw=bpw))
+    allocation = planner.choose(BudgetConfig(target_bpw=bpw))
     assert bpw - 0.15 < planner.bpw(allocation) <= bpw
     planned = apply_plan(config, planner.settings(allocation))
     _, plan = make_plan(planned)
@@ -94,28 +65,42 @@ def test_a_plan_takes_what_was_asked_for_and_so_do_its_files(
 
 
 def test_a_size_counts_the_whole_checkpoint(planner: Planner, config: LordConfig) -> None:
-    size = planner.settings(planner.choose(Budget(target_bpw=3.0)))["planned"]["tensor_bytes"]
-    allocation = planner.choose(Budget(target_size=size))
+    size = planner.settings(planner.choose(BudgetConfig(target_bpw=3.0)))["planned"]["tensor_bytes"]
+    allocation = planner.choose(BudgetConfig(target_size=size))
     assert 0.995 * size < make_plan(apply_plan(config, planner.settings(allocation)))[1].tensor_bytes <= size
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_float_plan_counts_biases_as_they_are_stored(dtype: str, config: LordConfig, statistics: Statistics) -> None:
+    run = LordConfig.from_dict(merge(config.to_dict(), {"dtype": dtype}))
+    planner = Planner(run, statistics, Menu(bits=(16,), group_sizes=(32,)))
+    allocation = planner.choose(BudgetConfig(target_bpw=12.0 if dtype == "bfloat16" else 24.0))
+    settings = planner.settings(allocation)
+    plan = make_plan(apply_plan(run, settings))[1]
+    assert plan.rank_pattern and plan.bpw == pytest.approx(planner.bpw(allocation), rel=1e-12)
+    assert settings["planned"]["tensor_bytes"] == plan.tensor_bytes
+
+
 def test_the_smallest_plan_below_a_loss_is_found(planner: Planner) -> None:
-    reference = planner.choose(Budget(target_bpw=3.0))
-    found = planner.choose(Budget(max_loss=reference.loss))
+    reference = planner.choose(BudgetConfig(target_bpw=3.0))
+    found = planner.choose(BudgetConfig(max_loss=reference.loss))
     assert found.loss <= reference.loss and found.num_bytes <= reference.num_bytes
-    tighter = planner.choose(Budget(max_loss=reference.loss / 4))
+    tighter = planner.choose(BudgetConfig(max_loss=reference.loss / 4))
     assert tighter.loss <= reference.loss / 4 and tighter.num_bytes > found.num_bytes
 
 
 @pytest.mark.parametrize(
     ("budget", "error"),
     [
-        (Budget(target_bpw=0.1), r"no plan is as small as 0\.1; what can be reached is \d\.\d+ to \d\.\d+ bits per weight"),
-        (Budget(target_size=1000), r"no plan is as small as 1000; what can be reached is \d+ to \d+ bytes in all"),
-        (Budget(max_loss=1e-30), r"no plan loses as little as 1e-30 .*what can be reached is .* to "),
+        (
+            BudgetConfig(target_bpw=0.1),
+            r"no plan is as small as 0\.1; what can be reached is \d\.\d+ to \d\.\d+ bits per weight",
+        ),
+        (BudgetConfig(target_size=1000), r"no plan is as small as 1000; what can be reached is \d+ to \d+ bytes in all"),
+        (BudgetConfig(max_loss=1e-30), r"no plan loses as little as 1e-30 .*what can be reached is .* to "),
     ],
 )
-def test_budgets_out_of_reach_say_what_can_be_reached(budget: Budget, error: str, planner: Planner) -> None:
+def test_budgets_out_of_reach_say_what_can_be_reached(budget: BudgetConfig, error: str, planner: Planner) -> None:
     with pytest.raises(BudgetError, match=error):
         planner.choose(budget)
 
@@ -131,9 +116,25 @@ def test_layers_that_are_no_targets_stay_dense(config: LordConfig, statistics: S
     import dataclasses
 
     limited = dataclasses.replace(config, lowrank=LowrankConfig(rank_ratio=1, targets=("mlp",), ignore=(r"re:\.h\.0\.",)))
-    chosen = Planner(limited, statistics, Menu()).choose(Budget(target_bpw=2.2)).chosen
+    chosen = Planner(limited, statistics, Menu()).choose(BudgetConfig(target_bpw=2.2)).chosen
     ranked = {name for name, each in chosen.items() if each.rank is not None}
     assert ranked and all("h.1.mlp" in name for name in ranked)
+
+
+def test_a_floor_under_what_is_kept_holds_and_costs(planner: Planner, config: LordConfig, statistics: Statistics) -> None:
+    budget = BudgetConfig(target_bpw=2.5)
+    floored = Planner(config, statistics, Menu(min_param_ratio=0.8))
+    free, limited = planner.choose(budget), floored.choose(budget)
+    plans = [make_plan(apply_plan(config, planner.settings(each)))[1] for each in (free, limited)]
+    least = [min(layer.weights / layer.dense_weights for layer in plan.layers) for plan in plans]
+    assert least[0] < 0.8 <= least[1] and limited.loss > free.loss
+
+
+def test_a_run_whose_budget_was_not_spent_is_refused(config: LordConfig) -> None:
+    waiting = LordConfig.from_dict(merge(config.to_dict(), {"budget": {"target_bpw": 3}}))
+    with pytest.raises(ConfigError, match="the run has a budget, and nothing was chosen for it"):
+        prepare(waiting)
+    assert prepare(unplanned(waiting)).config.budget is None
 
 
 def test_a_menu_without_candidates_is_refused(config: LordConfig, statistics: Statistics) -> None:
@@ -157,7 +158,7 @@ def test_plans_and_statistics_of_another_model_are_refused(
     other = LordConfig.from_dict(merge(config.to_dict(), {"model": changed_model}))
     with pytest.raises(BudgetError, match="statistics were made for another model"):
         Planner(other, statistics, Menu())
-    write_plan(planner.settings(planner.choose(Budget(target_bpw=3.0))), tmp_path / "plan.yaml")
+    write_plan(planner.settings(planner.choose(BudgetConfig(target_bpw=3.0))), tmp_path / "plan.yaml")
     with pytest.raises(BudgetError, match=r"plan '.*plan\.yaml' was made for another model"):
         read_plan(tmp_path / "plan.yaml", changed_model)
 
@@ -170,7 +171,7 @@ def test_statistics_of_another_solver_or_of_output_errors_are_told_apart(
         Planner(other, statistics, Menu())
     blind = statistics._replace(origin=statistics.origin | {"fisher_samples": 0})
     with pytest.raises(BudgetError, match="max_loss is in nats, the statistics are of output errors"):
-        Planner(config, blind, Menu()).choose(Budget(max_loss=0.1))
+        Planner(config, blind, Menu()).choose(BudgetConfig(max_loss=0.1))
 
 
 def test_a_model_is_the_same_wherever_it_lies_and_however_it_is_stored(
@@ -183,7 +184,7 @@ def test_a_model_is_the_same_wherever_it_lies_and_however_it_is_stored(
 
 
 def test_a_plan_file_is_a_configuration_that_can_be_edited(planner: Planner, config: LordConfig, tmp_path: Path) -> None:
-    allocation = planner.choose(Budget(target_bpw=2.3))
+    allocation = planner.choose(BudgetConfig(target_bpw=2.3))
     settings, path = planner.settings(allocation), tmp_path / "plan.yaml"
     write_plan(settings, path)
     assert [each.name for each in tmp_path.iterdir()] == ["plan.yaml"]
@@ -208,3 +209,13 @@ def test_what_is_no_plan_is_refused(text: str, config: LordConfig, tmp_path: Pat
     (tmp_path / "plan.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"is no plan|wanted a mapping"):
         read_plan(tmp_path / "plan.yaml", config.model)
+
+
+def test_a_plan_is_run_in_the_metric_it_was_made_in(planner: Planner, config: LordConfig) -> None:
+    """As many windows in the backward pass of the run as in the sensitivity pass, unless the run says otherwise."""
+    settings = planner.settings(planner.choose(BudgetConfig(target_bpw=2.6)))
+    assert settings["joint"] == {"fisher_samples": 2}
+    silent = LordConfig.from_dict(merge(config.to_dict(), {"joint": {"fisher_samples": None}}))
+    assert apply_plan(silent, settings).joint.fisher_samples == 2
+    spoken = LordConfig.from_dict(merge(config.to_dict(), {"joint": {"fisher_samples": 3}}))
+    assert apply_plan(spoken, settings).joint.fisher_samples == 3

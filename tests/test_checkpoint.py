@@ -44,7 +44,7 @@ def test_a_newer_version_asks_for_an_upgrade_and_known_ones_pass() -> None:
 
 
 @pytest.mark.parametrize("pattern", ["a", ["a"], 3])
-@pytest.mark.parametrize("kind", ["rank", "form", "bits", "group_size"])
+@pytest.mark.parametrize("kind", ["rank", "form", "group", "bits", "group_size"])
 def test_a_pattern_that_is_no_mapping(kind: str, pattern: object) -> None:
     wanted = f"{kind}_pattern is {type(pattern).__name__}; wanted a mapping of path to {kind}"
     with pytest.raises(CheckpointError, match=wanted):
@@ -59,6 +59,18 @@ def test_forms_are_recorded_only_where_they_are_not_the_usual_one(form: str, bit
     gptq, lowrank = GptqConfig(bits=bits, group_size=64), LowrankConfig(rank_pattern={"up": 128}, form=form)
     values = quantization_config(build_plan(sites, lowrank, gptq, itemsize=4, other_bytes=0), gptq, "gptq_v2")
     assert values.get("form_pattern") == ({"h.0.up": "pivoted"} if form == "pivoted" else None)
+    assert json.loads(json.dumps(values)) == values
+    check_version(values)
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_groups_are_recorded_and_take_the_newest_version(bits: int) -> None:
+    sites = [LinearSite(f"h.0.mlp.{name}_proj", 0, 256, 512, False) for name in ("gate", "up")]
+    gptq, lowrank = GptqConfig(bits=bits, group_size=64), LowrankConfig(rank_ratio=0.5, form="grouped")
+    values = quantization_config(build_plan(sites, lowrank, gptq, itemsize=4, other_bytes=0), gptq, "gptq_v2")
+    assert values["group_pattern"] == {"h.0.mlp.up_proj": "h.0.mlp.gate_proj"}
+    assert values["form_pattern"] == dict.fromkeys(("h.0.mlp.gate_proj", "h.0.mlp.up_proj"), "grouped")
+    assert values["format_version"] == FORMAT_VERSION == 3 and "bits_pattern" not in values
     assert json.loads(json.dumps(values)) == values
     check_version(values)
 

@@ -12,6 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lord_quant.budget_config import BudgetConfig
 from lord_quant.config import (
     BITS,
     FORMS,
@@ -73,10 +74,15 @@ CONFIGS = [
         lowrank=LowrankConfig(param_ratio=1, force_rank=True, mean_correction=False),
         gptq=GptqConfig(bits_pattern={"mlp": 3, "re:h\\.0\\.": 8}, group_size_pattern={"c_attn": 64}),
     ),
+    LordConfig(
+        model="m",
+        lowrank=LowrankConfig(rank_ratio=1),
+        budget=BudgetConfig(target_size="4GB", min_param_ratio=0.5, statistics="model.stats"),
+    ),
 ]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["defaults", "everything", "param_ratio"])
+@pytest.mark.parametrize("config", CONFIGS, ids=["defaults", "everything", "param_ratio", "budget"])
 def test_yaml_round_trip(config: LordConfig, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(to_yaml(config), encoding="utf-8")
@@ -276,6 +282,32 @@ def test_a_key_that_is_no_string_is_a_configuration_error(text: str, found: str,
         LordConfig.from_dict(read_yaml(path))
 
 
+def test_a_budget_takes_the_place_of_ranks() -> None:
+    config = LordConfig.from_dict({"model": "m", "budget": {"target_bpw": 3}, "lowrank": {"targets": ["mlp"]}})
+    assert config.budget == BudgetConfig(target_bpw=3)
+    assert (config.lowrank.rank_ratio, config.lowrank.targets) == (1, ("mlp",))
+    assert LordConfig.from_dict({"model": "m", "budget": None, "lowrank": {"rank_ratio": 1}}).budget is None
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"budget": {"target_bwp": 3}}, "unknown key in section 'budget':\n  'target_bwp'; did you mean 'target_bpw'"),
+        ({"budget": 3}, "section 'budget' is int; wanted a mapping"),
+        ({"budgets": {"target_bpw": 3}}, "'budgets'; did you mean 'budget'"),
+        (
+            {"lowrank": {"rank_ratio": 0.5, "force_rank": True}, "gptq": {"bits_pattern": {"mlp": 3}}},
+            "a budget and force_rank, rank_ratio, bits_pattern are given; wanted one or the other",
+        ),
+        ({"lowrank": {"rank_pattern": {"mlp": 32}}}, "a budget and rank_pattern are given"),
+        ({"stack": "naive"}, "a budget is given for the naive stack"),
+    ],
+)
+def test_what_makes_no_sense_beside_a_budget_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LordConfig.from_dict({"model": "m", "budget": {"target_bpw": 3}} | values)
+
+
 def test_a_missing_model_is_named() -> None:
     with pytest.raises(ConfigError, match="model is not given"):
         LordConfig.from_dict({"lowrank": {"rank_ratio": 0.5}})
@@ -301,7 +333,7 @@ def test_read_yaml_names_a_missing_file(tmp_path: Path) -> None:
 def test_every_listed_value_is_legal() -> None:
     assert [GptqConfig(bits=bits).bits for bits in BITS] == [2, 3, 4, 8, 16]
     assert [GptqConfig(group_size=size).group_size for size in GROUP_SIZES] == [32, 64, 128, 256]
-    assert [LowrankConfig(rank_ratio=1, form=form).form for form in FORMS] == ["two_factor", "pivoted"]
+    assert [LowrankConfig(rank_ratio=1, form=form).form for form in FORMS] == ["two_factor", "pivoted", "grouped"]
     assert [JointConfig(order=order).order for order in ORDERS] == ["auto", "down_first", "up_first"]
     assert [LordConfig("m", stack=stack, lowrank=LowrankConfig(rank_ratio=1)).stack for stack in STACKS] == [
         "joint",

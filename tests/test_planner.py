@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import time
 from typing import Any
@@ -15,24 +16,29 @@ from hypothesis import strategies as st
 
 from lord_quant.config import GptqConfig, LowrankConfig
 from lord_quant.errors import BudgetError
+from lord_quant.layer_bytes import factor_shapes
+from lord_quant.menu import CAUTION, DENSE, Candidate, Choice, Menu, single
 from lord_quant.plan import build_plan
 from lord_quant.planner import (
-    DENSE,
     Allocation,
-    Candidate,
-    Menu,
+    Frontier,
     allocate,
     lower_hull,
+    merged,
     patterns,
     total,
     uniform_plans,
 )
-from lord_quant.probe import LayerLoss
+from lord_quant.probe import FactorNoise, LayerLoss
 from lord_quant.targets import LinearSite
 
 
 def candidate(num_bytes: int, loss: float) -> Candidate:
-    return Candidate(num_bytes, loss, DENSE, None, 4, 64)
+    return Candidate(num_bytes, loss, DENSE, None, 4, 64, 4)
+
+
+def units(menus: Any) -> list[list[Choice]]:
+    return [single(name, menu) for name, menu in menus.items()]
 
 
 menu_of_points = st.lists(st.builds(candidate, st.integers(1, 60), st.integers(0, 1000).map(float)), min_size=1, max_size=7)
@@ -65,9 +71,9 @@ def test_an_allocation_fits_and_is_within_a_step_of_the_best(menus: Any, budget:
     smallest = sum(min(menu).num_bytes for menu in menus.values())
     if budget < smallest:
         with pytest.raises(BudgetError, match=str(smallest)):
-            allocate(menus, budget)
+            allocate(units(menus), budget)
         return
-    found = allocate(menus, budget)
+    found = allocate(units(menus), budget)
     assert found == total(found.chosen) and found.num_bytes <= budget
     assert all(each in menus[name] for name, each in found.chosen.items())
     steps = [a.loss - b.loss for menu in menus.values() for a, b in itertools.pairwise(lower_hull(menu))]
@@ -92,14 +98,59 @@ def test_budgets_of_whole_steps_are_met_exactly(menus: Any) -> None:
     budget = sum(hull[0].num_bytes for hull in hulls.values())
     for _, _, size in steps:
         budget += size
-        assert allocate(menus, budget).loss == pytest.approx(best_by_trying_all(menus, budget), abs=1e-9)
+        assert allocate(units(menus), budget).loss == pytest.approx(best_by_trying_all(menus, budget), abs=1e-9)
+
+
+def smallest_by_trying_all(menus: Any, max_loss: float) -> int:
+    plans = itertools.product(*menus.values())
+    return min(sum(c.num_bytes for c in plan) for plan in plans if sum(c.loss for c in plan) <= max_loss)
+
+
+@settings(max_examples=200, deadline=None)
+@given(menus_of_points, st.integers(0, 4000))
+def test_the_smallest_plan_below_a_loss_is_within_a_step_of_the_smallest(menus: Any, max_loss: int) -> None:
+    least = sum(min(c.loss for c in menu) for menu in menus.values())
+    if max_loss < least:
+        with pytest.raises(BudgetError, match=f"at most {max_loss}; the plan of least loss loses {least:g}"):
+            Frontier(units(menus)).below(max_loss)
+        return
+    found = Frontier(units(menus)).below(max_loss)
+    assert found == total(found.chosen) and found.loss <= max_loss
+    assert all(each in menus[name] for name, each in found.chosen.items())
+    steps = [b.num_bytes - a.num_bytes for menu in menus.values() for a, b in itertools.pairwise(lower_hull(menu))]
+    best = smallest_by_trying_all(menus, max_loss)
+    assert best <= found.num_bytes <= best + max(steps, default=0)
+    # No one layer can give back anything more.
+    for name, old in found.chosen.items():
+        bearable = [c for c in menus[name] if c.loss - old.loss <= max_loss - found.loss]
+        assert old.num_bytes <= min(c.num_bytes for c in bearable)
+
+
+@settings(max_examples=100, deadline=None)
+@given(menus_of_points)
+def test_losses_of_whole_steps_are_met_exactly(menus: Any) -> None:
+    frontier = Frontier(units(menus))
+    chosen = [hull[0] for hull in frontier.hulls]
+    for unit, position in [(None, 0), *frontier.steps]:
+        if unit is not None:
+            chosen[unit] = frontier.hulls[unit][position + 1]
+        limit = sum(choice.loss for choice in chosen)
+        found = frontier.below(limit)
+        assert found.num_bytes == smallest_by_trying_all(menus, limit) and found.loss <= limit
+
+
+def test_a_given_plan_that_is_smaller_is_taken_if_it_loses_no_more() -> None:
+    menus = {"a": [candidate(10, 5.0), candidate(20, 4.0)]}
+    smaller = Allocation({"a": candidate(15, 4.0)}, 15, 4.0)
+    assert Frontier(units(menus), [smaller]).below(4.0) is smaller
+    assert Frontier(units(menus), [smaller]).below(5.0).num_bytes == 10
 
 
 def test_a_given_plan_that_is_better_is_taken_if_it_fits() -> None:
     menus = {"a": [candidate(10, 5.0), candidate(20, 4.0)]}
     better = Allocation({"a": candidate(15, 1.0)}, 15, 1.0)
-    assert allocate(menus, 16, [better]) is better
-    assert allocate(menus, 14, [better]).loss == 5.0
+    assert allocate(units(menus), 16, [better]) is better
+    assert allocate(units(menus), 14, [better]).loss == 5.0
 
 
 def layer_loss(smaller: int, seed: int, scale: float = 1.0) -> LayerLoss:
@@ -114,7 +165,10 @@ def layer_loss(smaller: int, seed: int, scale: float = 1.0) -> LayerLoss:
     tail = torch.cat((values.flip(0).cumsum(0).flip(0), values.new_zeros(1)))
     noise = 0.05 * float(tail[0])
     groups = {32: 0.85, 64: 1.0, 128: 1.12, 256: 1.25}
-    return LayerLoss(tail, {2: noise, 3: noise / 4.2, 4: noise / 17}, groups, 64, 0.006)
+    shares = {2: 0.1, 3: 0.025, 4: 0.006}
+    down = FactorNoise(smaller // 2, {bits: share / 4 for bits, share in shares.items()}, 1.1)
+    up = FactorNoise(smaller // 2, shares, 0.8)
+    return LayerLoss(tail, 1.5 * tail, {2: noise, 3: noise / 4.2, 4: noise / 17}, groups, 64, down, up)
 
 
 SITES = {
@@ -145,6 +199,7 @@ def test_candidates_weigh_what_plans_weigh(mean_correction: bool) -> None:
             gptq = GptqConfig(**settings["gptq"])
             (layer,) = build_plan([SITES[name]], lowrank, gptq, itemsize=2, other_bytes=0).layers
             assert (layer.rank, layer.bits, layer.group_size) == (each.rank, each.bits, each.group_size)
+            assert layer.up_bits == each.up_bits
             assert layer.rank is None or layer.form == each.form
             assert layer.counted_bytes == each.num_bytes
 
@@ -158,9 +213,12 @@ def test_no_candidate_is_beaten_by_another_and_losses_are_the_formulas() -> None
         if each.rank is None:
             assert each.loss == loss.of_dense(each.bits, each.group_size)
         else:
-            tail = float(loss.tail[each.rank])
-            noise = loss.factor_noise(each.bits, each.group_size) * (float(loss.tail[0]) - tail)
-            assert each.loss == pytest.approx(4 * tail + noise * (2 if each.form == "pivoted" else 1))
+            noise = loss.of_factors(each.rank, each.bits, each.up_bits, each.group_size)
+            assert each.loss == pytest.approx(
+                CAUTION * float(loss.cut[each.rank]) + noise * (loss.pivoted if each.form == "pivoted" else 1)
+            )
+            assert each.bits == each.up_bits or each.form == "two_factor"
+    assert any(each.bits < each.up_bits for each in candidates)  # the factor with less noise gets fewer bits
 
 
 @pytest.mark.parametrize(
@@ -177,21 +235,113 @@ def test_restrictions_hold(menu: Menu, key: str, allowed: set[Any]) -> None:
         assert {getattr(each, key) for each in menu.of(SITES[name], loss)} <= allowed
 
 
+TOGETHER = [LinearSite(f"h.0.{name}", 0, 256, size, False) for name, size in (("q", 256), ("k", 128), ("v", 128))]
+WHOLE = LinearSite("h.0.q", 0, 256, 512, False)
+
+
+@pytest.mark.parametrize("bits", [(16,), (2, 3, 4, 8)])
+def test_groups_weigh_what_plans_weigh(bits: tuple[int, ...]) -> None:
+    loss = layer_loss(256, 5)
+    menu = Menu(forms=("grouped",), bits=bits, group_sizes=(32,) if bits == (16,) else (32, 64, 128), itemsize=4)
+    choices = menu.of_group(TOGETHER, WHOLE, loss)
+    assert len(choices) >= 5
+    for choice in random.Random(0).sample(choices, min(30, len(choices))):
+        chosen = dict(choice.parts)
+        settings = patterns(total(chosen))
+        plan = build_plan(
+            TOGETHER, LowrankConfig(**settings["lowrank"]), GptqConfig(**settings["gptq"]), itemsize=4, other_bytes=0
+        )
+        assert [layer.counted_bytes for layer in plan.layers] == [chosen[layer.name].num_bytes for layer in plan.layers]
+        assert {layer.form for layer in plan.layers} == {"grouped"} and len(plan.group_pattern) == 2
+        assert choice.num_bytes == sum(layer.counted_bytes for layer in plan.layers)
+        first = chosen["h.0.q"]
+        cut, noise = (
+            float(loss.cut[first.rank or 0]),
+            loss.of_factors(first.rank or 0, first.bits, first.up_bits, first.group_size),
+        )
+        assert choice.loss == first.loss == pytest.approx(CAUTION * cut + noise)
+
+
+@pytest.mark.parametrize("usual", [2, 3, 4])
+def test_bits_of_a_shared_factor_are_its_leaders_whatever_other_layers_have(usual: int) -> None:
+    others = [LinearSite(f"h.0.other{number}", 0, 256, 256, False) for number in range(4)]
+    rest = {site.name: Candidate(0, 0.0, DENSE, None, usual, 32, usual) for site in others}
+    choices = Menu(forms=("grouped",), bits=(2, 3, 4), group_sizes=(32,)).of_group(TOGETHER, WHOLE, layer_loss(256, 5))
+    apart = [choice for choice in choices if choice.parts[0][1].bits != choice.parts[0][1].up_bits]
+    assert {choice.parts[0][1].bits for choice in apart} == {2, 3, 4}
+    for choice in apart:
+        chosen = dict(choice.parts) | rest
+        settings = patterns(total(chosen))
+        lowrank, gptq = LowrankConfig(**settings["lowrank"]), GptqConfig(**settings["gptq"])
+        assert gptq.bits == usual
+        plan = build_plan([*TOGETHER, *others], lowrank, gptq, itemsize=2, other_bytes=0)
+        for layer in plan.layers:
+            each = chosen[layer.name]
+            assert (layer.bits, layer.up_bits, layer.leader) == (each.bits, each.up_bits, each.leader)
+
+
+def test_groups_that_differ_in_bias_have_no_choices_unless_all_get_one() -> None:
+    sites = [TOGETHER[0], TOGETHER[1]._replace(has_bias=True)]
+    loss = layer_loss(256, 5)
+    whole = WHOLE._replace(out_features=384)
+    assert Menu(mean_correction=False).of_group(sites, whole, loss) == []
+    assert Menu(mean_correction=True).of_group(sites, whole, loss)
+    assert Menu(mean_correction=False).of_group(TOGETHER, WHOLE, loss)
+    assert Menu(forms=("two_factor",)).of_group(TOGETHER, WHOLE, loss) == []
+
+
+@settings(max_examples=100, deadline=None)
+@given(menus_of_points)
+def test_layers_that_choose_together_lose_nothing_at_whole_steps(menus: Any) -> None:
+    """The hull of a merged menu is that of all combinations: a Minkowski sum of convex hulls."""
+    every = [
+        Choice(sum(c.num_bytes for c in plan), sum(c.loss for c in plan), tuple(zip(menus, plan, strict=True)))
+        for plan in itertools.product(*menus.values())
+    ]
+    found, wanted = lower_hull(merged(menus, [])), lower_hull(every)
+    assert [each.num_bytes for each in found] == [each.num_bytes for each in wanted]
+    assert [each.loss for each in found] == pytest.approx([each.loss for each in wanted])
+
+
+def test_a_group_that_is_better_is_chosen() -> None:
+    menus = {"a": [candidate(10, 5.0), candidate(20, 1.0)], "b": [candidate(10, 5.0), candidate(20, 1.0)]}
+    group = Choice(22, 3.0, (("a", candidate(15, 3.0)), ("b", candidate(7, 0.0))))
+    unit = merged(menus, [group])
+    assert allocate([unit], 25).chosen == dict(group.parts)
+    assert allocate([unit], 40).loss == 2.0 and allocate([unit], 21).loss == 10.0
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 1.0])
+def test_no_candidate_keeps_less_of_a_layer_than_is_asked_for(ratio: float) -> None:
+    for name, loss in LOSSES.items():
+        site, every = SITES[name], Menu().of(SITES[name], loss)
+        dense = site.in_features * site.out_features
+
+        def kept(each: Candidate, site: LinearSite = site, dense: int = dense) -> float:
+            return sum(math.prod(shape) for shape in factor_shapes(*site[2:4], each.rank, each.form).values()) / dense
+
+        limited = Menu(min_param_ratio=ratio).of(site, loss)
+        assert all(each.rank is None or kept(each) >= ratio for each in limited)
+        # Nothing else goes: what is left out is too small, or beaten by what the floor took away.
+        assert {each for each in every if each.rank is None or kept(each) >= ratio} <= set(limited)
+        assert any(each.rank and kept(each) < ratio for each in every)
+
+
 def test_plans_are_never_predicted_worse_than_uniform_ones_or_smaller_budgets() -> None:
     menu = Menu()
     menus = {name: menu.of(SITES[name], loss) for name, loss in LOSSES.items()}
     uniform = uniform_plans(SITES, LOSSES, menu)
     assert len(uniform) == 16
     for plan in uniform:
-        assert allocate(menus, plan.num_bytes, uniform).loss <= plan.loss
+        assert allocate(units(menus), plan.num_bytes, uniform).loss <= plan.loss
     dense = sum(site.in_features * site.out_features for site in SITES.values())
-    losses = [allocate(menus, bpw * dense / 8, uniform).loss for bpw in (2, 2.25, 2.5, 3, 3.5, 4, 5, 8)]
+    losses = [allocate(units(menus), bpw * dense / 8, uniform).loss for bpw in (2, 2.25, 2.5, 3, 3.5, 4, 5, 8)]
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] / 50
-    assert allocate(menus, 3 * dense / 8) == allocate(dict(menus), 3 * dense / 8)
+    assert allocate(units(menus), 3 * dense / 8) == allocate(units(menus), 3 * dense / 8)
 
 
 def test_a_16b_shaped_model_is_planned_in_seconds() -> None:
-    """StarCoder-15.5B's shapes, synthetic spectra, two budgets from scratch; processor time, not wall time."""
+    """StarCoder-15.5B's shapes, synthetic spectra, two budgets and their losses; processor time, not wall time."""
     shapes = {"attn.c_attn": (6144, 6400), "attn.c_proj": (6144, 6144), "c_fc": (6144, 24576), "c_proj": (24576, 6144)}
     sites = {
         f"h.{block}.{name}": LinearSite(f"h.{block}.{name}", block, *shape, True)
@@ -202,7 +352,12 @@ def test_a_16b_shaped_model_is_planned_in_seconds() -> None:
     dense = sum(site.in_features * site.out_features for site in sites.values())
     start, menu = time.process_time(), Menu()
     menus = {name: menu.of(sites[name], loss) for name, loss in losses.items()}
-    uniform = uniform_plans(sites, losses, menu)
-    found = [allocate(menus, bpw * dense / 8, uniform) for bpw in (2.5, 3.0)]
+    frontier = Frontier(units(menus), uniform_plans(sites, losses, menu))
+    found = [frontier.within(bpw * dense / 8) for bpw in (2.5, 3.0)]
     assert time.process_time() - start < 10
+    start = time.process_time()
+    below = [frontier.below(each.loss) for each in found]
+    assert time.process_time() - start < 5
+    for tight, each in zip(below, found, strict=True):
+        assert tight.loss <= each.loss and 0.999 * each.num_bytes < tight.num_bytes <= each.num_bytes
     assert [round(8 * each.num_bytes / dense, 2) for each in found] == [2.5, 3.0]

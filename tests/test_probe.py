@@ -12,11 +12,12 @@ from layer_problems import F64, layer_of
 
 from lord_quant import probe as probing
 from lord_quant.config import GptqConfig, JointConfig
+from lord_quant.crossfit import Half
 from lord_quant.errors import NumericsError
 from lord_quant.moments import Moments, PairedMoments
 from lord_quant.probe import LayerLoss, probe
 from lord_quant.refine import refine
-from lord_quant.solver import make_solver
+from lord_quant.solver import Solver, Solvers, make_solver
 from lord_quant.stack import stack_layer, unit_metric
 
 
@@ -34,7 +35,8 @@ def problem(m: int, n: int, seed: int = 0) -> tuple[torch.Tensor, Moments, torch
 
 def run(weight: torch.Tensor, moments: Moments, sensitivity: torch.Tensor | None, **changes: Any) -> LayerLoss:
     settings: dict[str, Any] = {"has_bias": True, "gptq": GPTQ, "options": OPTIONS} | changes
-    return probe(weight, moments, sensitivity, **settings)
+    half = Half(moments, sensitivity)
+    return probe(weight, (half, half), **settings)
 
 
 def cost(error: torch.Tensor, hessian: torch.Tensor, sensitivity: torch.Tensor) -> float:
@@ -92,19 +94,53 @@ def test_some_rows_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
         assert some.dense[bits] == pytest.approx(whole.dense[bits], rel=0.2) and some.dense[bits] != whole.dense[bits]
 
 
-def test_factor_noise_is_that_of_a_real_stack_at_half_rank() -> None:
+def real_loss(
+    weight: torch.Tensor, moments: Moments, metric: torch.Tensor, rank: int, solvers: Solvers, form: str = "two_factor"
+) -> float:
+    """What a real stack loses, in nats per token."""
+    paired = PairedMoments(moments.mean, moments.mean, moments.covariance, moments.covariance, moments.num_tokens)
+    stacked = stack_layer(weight, None, paired, rank, form, solvers, OPTIONS, sensitivity=metric, seed=3)
+    assert stacked.factors is not None
+    return cost(stacked.factors.product() - weight, moments.covariance, metric_of(metric))
+
+
+def solver(bits: int, group_size: int = 64) -> Solver:
+    return make_solver(dataclasses.replace(GPTQ, bits=bits), group_size, 1)
+
+
+@pytest.mark.parametrize(("m", "n"), [(256, 128), (128, 256)])
+def test_factor_noise_is_that_of_real_stacks(m: int, n: int) -> None:
+    """At half rank: of both factors together, from probes that rounded one at a time."""
+    weight, moments, sensitivity = problem(m, n)
+    found = run(weight, moments, sensitivity, seed=3)
+    tail = float(found.tail[64])
+    for bits, up_bits in ((4, 4), (3, 3), (2, 3), (4, 3), (2, 4)):
+        real = real_loss(weight, moments, sensitivity, 64, Solvers(solver(bits), solver(up_bits)))
+        assert found.of_factors(64, bits, up_bits, 64) == pytest.approx(real - tail, rel=0.2)
+    ratio = found.groups[128]
+    assert found.of_factors(64, 3, 3, 128) == pytest.approx(ratio * found.of_factors(64, 3, 3, 64))
+
+
+def test_factor_noise_follows_the_rank() -> None:
+    weight, moments, sensitivity = problem(256, 256)
+    found = run(weight, moments, sensitivity, seed=3)
+    assert found.down is not None and found.up is not None
+    assert found.down.rank == 128 and -1 <= found.down.slope < 1 < found.up.slope < 2
+    for rank in (64, 192):
+        real = real_loss(weight, moments, sensitivity, rank, Solvers(solver(3), solver(3)))
+        guess = found.of_factors(rank, 3, 3, 64)
+        assert guess == pytest.approx(real - float(found.tail[rank]), rel=0.35)
+    assert found.of_factors(128, 16, 16, 64) == 0 == found.of_dense(16, 64)
+
+
+def test_noise_of_the_pivoted_form_is_that_of_a_real_one_or_assumed(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, moments, sensitivity = problem(256, 128)
     found = run(weight, moments, sensitivity, seed=3)
-    paired = PairedMoments(moments.mean, moments.mean, moments.covariance, moments.covariance, moments.num_tokens)
-    solve = make_solver(GPTQ, 64, 1)
-    stacked = stack_layer(weight, None, paired, 64, "two_factor", solve, OPTIONS, sensitivity=sensitivity, seed=3)
-    assert stacked.factors is not None
-    lost = cost(stacked.factors.product() - weight, moments.covariance, metric_of(sensitivity))
-    tail = float(found.tail[64])
-    noise = found.factor_noise(4, 64) * (float(found.tail[0]) - tail)
-    assert tail + noise == pytest.approx(lost, rel=1e-6)
-    ratio = found.of_dense(3, 128) / found.of_dense(4, 64)
-    assert found.factor_noise(3, 128) == pytest.approx(ratio * found.factor_noise(4, 64))
+    tail, both = float(found.tail[64]), Solvers(solver(3), solver(3))
+    two, one = (real_loss(weight, moments, sensitivity, 64, both, form) - tail for form in ("two_factor", "pivoted"))
+    assert found.pivoted == pytest.approx(one / two, rel=1e-6) and found.pivoted != 2
+    monkeypatch.setattr(probing, "PIVOTED_SIZE", 256 * 128 - 1)
+    assert run(weight, moments, sensitivity, seed=3).pivoted == 2
 
 
 def test_units_are_nats_and_do_not_depend_on_those_of_activations() -> None:
@@ -126,7 +162,7 @@ def test_without_sensitivities_all_outputs_count_alike() -> None:
 def test_a_layer_the_loss_does_not_depend_on_loses_nothing() -> None:
     weight, moments, sensitivity = problem(64, 64)
     found = run(weight, moments, 0 * sensitivity)
-    assert not found.tail.any() and set(found.dense.values()) == {0.0} and found.factor_noise(2, 32) == 0
+    assert not found.tail.any() and set(found.dense.values()) == {0.0} and found.of_factors(32, 2, 2, 32) == 0
 
 
 def test_factors_without_a_bias_must_reproduce_the_mean() -> None:
@@ -138,7 +174,7 @@ def test_factors_without_a_bias_must_reproduce_the_mean() -> None:
 def test_layers_too_small_for_a_rank_have_no_factors() -> None:
     weight, moments, sensitivity = problem(16, 64)
     found = run(weight, moments, sensitivity)
-    assert found.share is None and found.tail.shape == (17,)
+    assert found.down is None and found.up is None and found.tail.shape == (17,)
 
 
 def test_singular_moments_are_survived_and_nan_is_named() -> None:
@@ -146,7 +182,7 @@ def test_singular_moments_are_survived_and_nan_is_named() -> None:
     silent = moments._replace(covariance=0 * moments.covariance)
     found = run(weight, silent, sensitivity)
     assert not found.tail.any() and set(found.dense.values()) == {0.0}
-    assert found.factor_noise(3, 32) == 0
+    assert found.of_factors(32, 3, 3, 32) == 0
     with pytest.raises(NumericsError, match="sensitivity"):
         run(weight, moments, sensitivity * torch.nan)
     weight[0, 0] = torch.inf

@@ -17,7 +17,9 @@ from lord_quant.engine import DecompositionRecord
 from lord_quant.joint import StackRecord
 from lord_quant.plan import Plan, build_plan
 from lord_quant.report import (
+    bits_text,
     build_report,
+    form_text,
     human_bytes,
     human_seconds,
     model_card,
@@ -285,6 +287,43 @@ def test_a_pivoted_report_names_the_form_and_its_largest_coefficient() -> None:
     assert {(layer["form"], layer["largest_coefficient"]) for layer in report["layers"]} == {("pivoted", 1.04)}
     assert report["scheme"] == plan.scheme and "-pivoted-w4g32" in plan.scheme
     assert plan_dict(plan)["form_pattern"] == {"h.0.mlp.c_fc": "pivoted", "h.1.mlp.c_fc": "pivoted"}
+
+
+@pytest.mark.parametrize("blocks", [1, 5])
+def test_a_grouped_report_names_leaders_and_counts_the_shared_factor_once(blocks: int) -> None:
+    sites = [LinearSite(f"h.{i}.mlp.{name}_proj", i, 256, 512, False) for i in range(blocks) for name in ("gate", "up")]
+    lowrank = LowrankConfig(rank_ratio=0.5, form="grouped")
+    gptq = GptqConfig(bits=4, group_size=32, bits_pattern={"all.up": 3})
+    config = LordConfig(model="org/model", lowrank=lowrank, gptq=gptq)
+    plan = build_plan(sites, lowrank, gptq, itemsize=4, other_bytes=0)
+    windows = as_windows(torch.arange(24).view(3, 8), "text")
+    solved = [GptqRecord(name, None if "up_proj" in name else 0.5, 0.1, 0.25) for name in plan.packings]
+    report = build_report(config, plan, windows, [], solved, {})
+    assert json.loads(to_json(report)) == report and report["format_version"] == 3
+    leader, follower = report["layers"][:2]
+    assert leader["leader"] == follower["leader"] == "h.0.mlp.gate_proj" and leader["form"] == follower["form"] == "grouped"
+    assert (follower["bits"], follower["up_bits"]) == (4, 3)
+    assert leader["gptq"].keys() == {"down", "up"} and follower["gptq"].keys() == {"up"}
+    assert (leader["weights"], follower["weights"]) == (128 * (256 + 512), 128 * 512)
+    totals = report["totals"]
+    assert totals["param_ratio"] == 128 * (256 + 1024) / (256 * 1024)
+    assert totals["linear_bytes"] == sum(layer["bytes"] for layer in report["layers"])
+    assert plan_dict(plan)["group_pattern"] == {f"h.{i}.mlp.up_proj": f"h.{i}.mlp.gate_proj" for i in range(blocks)}
+    assert "GPTQ to 3, 4 bits, group size 32" in model_card(report) and "grouped-mixed" in report["scheme"]
+    for table in (report_table(report), report_table(report, longest=1)):
+        first, second = table.splitlines()[2:4]
+        assert "0.5 / 0.5" in first and "0.5" not in second.replace("512", "")
+
+
+@pytest.mark.parametrize(("bits", "up_bits", "text"), [(4, 4, "4"), (4, 3, "4/3"), (None, None, "-"), (16, 16, "16")])
+def test_bits_text(bits: int | None, up_bits: int | None, text: str) -> None:
+    assert bits_text(bits, up_bits) == text
+
+
+def test_form_text() -> None:
+    leader = "model.layers.0.self_attn.q_proj"
+    assert form_text("grouped", leader, leader) == "grouped" and form_text("pivoted", leader, "") == "pivoted"
+    assert form_text("grouped packed", "model.layers.0.self_attn.k_proj", leader) == "grouped packed (q_proj)"
 
 
 def test_the_model_card_has_front_matter_and_the_measured_figures() -> None:

@@ -15,6 +15,7 @@ from models import tiny_model
 from safetensors.torch import load_file, save_file
 
 from lord_quant.config import GptqConfig, JointConfig
+from lord_quant.crossfit import Half
 from lord_quant.errors import CheckpointError, NumericsError, OutputError
 from lord_quant.moments import Moments
 from lord_quant.probe import probe
@@ -34,9 +35,9 @@ GPTQ, OPTIONS = GptqConfig(), JointConfig(refine=1)
 
 
 def measured(model: Any, fisher: bool = True, **changes: Any) -> Statistics:
-    sensitivity = Sensitivity.measure(model, BATCHES, seed=0) if fisher else None
+    halves = Sensitivity.measure(model, BATCHES[::2], seed=0), Sensitivity.measure(model, BATCHES[1::2], seed=1)
     settings: dict[str, Any] = {"gptq": GPTQ, "options": OPTIONS, "origin": {"seed": 0}, "dtype": torch.float64} | changes
-    return measure_statistics(model, BATCHES, sensitivity, **settings)
+    return measure_statistics(model, BATCHES, halves if fisher else None, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +55,19 @@ def test_every_layer_is_probed_on_what_it_sees_in_the_dense_model(family: str, f
     names = [site.name for site in sites]
     assert list(found.losses) == names == list(found.sites)
     inputs = whole_model_inputs(model, names)
-    minded = sensitivities(model, names) if fisher else {}
+    minded = [sensitivities(model, names, BATCHES[half::2], seed=half) if fisher else {} for half in (0, 1)]
     for order, site in enumerate(sites):
         x = torch.from_numpy(inputs[site.name])
-        moments = Moments(x.mean(0), (x - x.mean(0)).T @ (x - x.mean(0)) / len(x), len(x))
+        parts = x.split([batch.numel() for batch in BATCHES])
+        moments = [
+            Moments(part.mean(0), (part - part.mean(0)).T @ (part - part.mean(0)) / len(part), len(part)) for part in parts
+        ]
+        first, second = (Half(own, of_half.get(site.name)) for own, of_half in zip(moments, minded, strict=True))
         weight = dense_weight(model.get_submodule(site.name))
-        expected = probe(
-            weight, moments, minded.get(site.name), has_bias=site.has_bias, gptq=GPTQ, options=OPTIONS, seed=order
-        )
+        expected = probe(weight, (first, second), has_bias=site.has_bias, gptq=GPTQ, options=OPTIONS, seed=order)
         loss = found.losses[site.name]
         torch.testing.assert_close(loss.tail, expected.tail, rtol=1e-6, atol=1e-9 * float(expected.tail[0]))
+        torch.testing.assert_close(loss.cut, expected.cut, rtol=1e-6, atol=1e-9 * float(expected.tail[0]))
         assert loss.dense == pytest.approx(expected.dense, rel=1e-3)
 
 
@@ -73,7 +77,7 @@ def test_a_file_gives_back_what_was_written(statistics: Statistics, tmp_path: Pa
     assert again.origin == statistics.origin and again.sites == statistics.sites
     for name, loss in statistics.losses.items():
         other = again.losses[name]
-        assert torch.equal(loss.tail, other.tail) and loss[1:] == other[1:]
+        assert torch.equal(loss.tail, other.tail) and torch.equal(loss.cut, other.cut) and loss[2:] == other[2:]
     assert [path.name for path in tmp_path.iterdir()] == ["a.stats"]
 
 
@@ -93,12 +97,12 @@ LAYER = "model.layers.0.mlp.up_proj"
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        (lambda about, tensors: about.update(version=99), "have version 99; wanted 1: measure again"),
+        (lambda about, tensors: about.update(version=99), r"^statistics .* have version 99; wanted 3: measure again$"),
         (lambda about, tensors: tensors.pop(LAYER), "up_proj"),
-        (lambda about, tensors: tensors.update({LAYER: tensors[LAYER][1:].clone()}), "does not fit its layer"),
+        (lambda about, tensors: tensors.update({LAYER: tensors[LAYER][:, 1:].clone()}), "does not fit its layer"),
         (lambda about, tensors: tensors[LAYER].fill_(torch.nan), "does not fit its layer"),
         (lambda about, tensors: about["layers"][LAYER].pop("dense"), "holds no statistics of this package"),
-        (lambda about, tensors: about["layers"][LAYER].update(share="much"), "holds no statistics of this package"),
+        (lambda about, tensors: about["layers"][LAYER].update(up="much"), "holds no statistics of this package"),
         (lambda about, tensors: about.pop("origin"), "holds no statistics of this package"),
     ],
 )

@@ -204,3 +204,87 @@ def test_float_forms_are_told_apart_by_the_order(model_folder: ModelFolder, tmp_
     two, pivoted = (layers[f"model.layers.{i}.mlp.up_proj"] for i in (0, 1))
     assert (two.form, two.rank) == ("two_factor", 16) and (pivoted.form, pivoted.rank) == ("pivoted", 16)
     assert two.weight_bytes - pivoted.weight_bytes == 16 * 16 * 4 - 256 * 2
+
+
+Q, K, V = (f"model.layers.1.self_attn.{name}_proj" for name in "qkv")  # 128, 64 and 64 outputs
+
+
+def grouped(source: Path, target: Path, packed: bool, pattern: object = None) -> Path:
+    """Three layers with a bottleneck of 64, packed at 4 bits (`down`) and 3 (`up`) or in float."""
+
+    def regroup(tensors: Tensors) -> Tensors:
+        made = {name: value for name, value in tensors.items() if name.rpartition(".")[0] not in (Q, K, V)}
+        for name, outputs in ((Q, 128), (K, 64), (V, 64)):
+            for part, n, m, bits in (("down", 128, 64, 4), ("up", 64, outputs, 3))[name != Q :]:
+                if not packed:
+                    made[f"{name}.{part}.weight"] = torch.zeros(m, n)
+                    continue
+                made |= {
+                    f"{name}.{part}.qweight": torch.zeros(n * bits // 32, m, dtype=torch.int32),
+                    f"{name}.{part}.qzeros": torch.zeros(n // 32, m * bits // 32, dtype=torch.int32),
+                    f"{name}.{part}.scales": torch.zeros(n // 32, m, dtype=torch.float16),
+                    f"{name}.{part}.g_idx": torch.zeros(n, dtype=torch.int32),
+                }
+        return made
+
+    folder = change(source, target, regroup)
+    config = json.loads((folder / "config.json").read_text())
+    settings = {"quant_method": METHOD_GPTQ if packed else "lord", "group_pattern": pattern or {K: Q, V: Q}}
+    config["quantization_config"] = config.get("quantization_config", {}) | settings
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_groups_are_measured_and_shown(packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = grouped(packed, tmp_path / "grouped", packed=True)
+    layers = {layer.site.name: layer for layer in measure(folder).layers}
+    found = {name: layers[name] for name in (Q, K, V)}
+    assert {(one.form, one.rank, one.bits, one.up_bits, one.group_size, one.leader) for one in found.values()} == {
+        ("grouped packed", 64, 4, 3, 32, Q)
+    }
+    up = {m: 64 * m * 3 // 8 + 2 * 2 * m + 2 * m * 3 // 8 + 4 * 64 for m in (128, 64)}
+    down = 128 * 64 // 2 + 2 * 64 * 4 + 64 * 4 // 2 + 4 * 128
+    assert [found[name].weight_bytes for name in (Q, K, V)] == [down + up[128], up[64], up[64]]
+    assert {layer.leader for name, layer in layers.items() if name not in found} == {""}
+    assert inspect.run(argparse.Namespace(folder=folder, json=False)) == 0
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line}
+    assert rows[Q][:5] == ["grouped", "packed", "128x128", "64", "4/3"]
+    assert rows[K][:6] == ["grouped", "packed", "(q_proj)", "64x128", "64", "4/3"]
+    assert inspect.run(argparse.Namespace(folder=folder, json=True)) == 0
+    shown = {row["name"]: row for row in json.loads(capsys.readouterr().out)["layers"]}
+    assert [(shown[name]["leader"], shown[name]["bits"], shown[name]["up_bits"]) for name in (Q, K)] == [(Q, 4, 3)] * 2
+
+
+def test_float_groups_are_measured(model_folder: ModelFolder, tmp_path: Path) -> None:
+    layers = {
+        layer.site.name: layer for layer in measure(grouped(model_folder("llama"), tmp_path / "g", packed=False)).layers
+    }
+    assert [(layers[name].form, layers[name].rank, layers[name].leader, layers[name].bits) for name in (Q, V)] == [
+        ("grouped", 64, Q, None)
+    ] * 2
+    assert [layers[name].weight_bytes for name in (Q, V)] == [4 * 64 * (128 + 128), 4 * 64 * 64]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ([Q], "group_pattern is list; wanted a mapping"),
+        (
+            {K: "model.layers.1.self_attn.p_proj"},
+            f"leaders that the model does not have: {K}: 'model.layers.1.self_attn.p_",
+        ),
+        ({K: [Q], V: Q}, rf"leaders that the model does not have: {K}: \['{Q}'\]"),
+        ({K: Q}, rf"missing:\n  {V}\.down\.weight"),
+    ],
+)
+def test_group_patterns_that_cannot_be_are_refused(pattern: object, message: str, packed: Path, tmp_path: Path) -> None:
+    folder = grouped(packed, tmp_path / "grouped", packed=True, pattern=pattern)
+    with pytest.raises(CheckpointError, match=message):
+        measure(folder)
+
+
+def test_a_leader_that_lacks_its_down_is_named(packed: Path, tmp_path: Path) -> None:
+    folder = grouped(packed, tmp_path / "grouped", packed=True)
+    lost = change(folder, tmp_path / "lost", lambda t: {n: v for n, v in t.items() if n != f"{Q}.down.scales"})
+    with pytest.raises(CheckpointError, match=rf"missing:\n  {Q}\.down\.scales$"):
+        measure(lost)

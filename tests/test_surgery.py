@@ -8,8 +8,8 @@ from torch import nn
 
 from lord_quant.decompose import Factors
 from lord_quant.errors import CheckpointError, NumericsError, RankError
-from lord_quant.modules import LowRankLinear, PivotedLinear
-from lord_quant.surgery import apply_rank_pattern, is_compressed, is_low_rank, replace_layer, set_dense
+from lord_quant.modules import GroupedLinear, LowRankLinear, PivotedLinear
+from lord_quant.surgery import apply_rank_pattern, is_compressed, is_low_rank, replace_group, replace_layer, set_dense
 from lord_quant.targets import dense_weight, find_linears
 
 
@@ -240,3 +240,98 @@ def test_a_dense_weight_that_does_not_fit_the_dtype_is_named() -> None:
     model = nn.ModuleDict({"a": nn.Linear(8, 6).half()})
     with pytest.raises(NumericsError, match=r"weight of 'a' in torch\.float16: 48 of 48"):
         set_dense(model, "a", torch.full((6, 8), 1e6), None)
+
+
+QKV = [f"model.layers.1.self_attn.{name}_proj" for name in "qkv"]  # 64, 32 and 32 outputs
+GROUPED = dict.fromkeys(QKV, "grouped")
+TO_Q = dict.fromkeys(QKV[1:], QKV[0])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0)])
+def test_grouped_layers_compute_with_their_rows_of_the_factors(bias: bool, order: tuple[int, ...]) -> None:
+    model, names = tiny_model("llama"), [QKV[i] for i in order]
+    sizes = [len(dense_weight(model.get_submodule(name))) for name in names]
+    parts = factors(70 if len(order) == 3 else 40, 64, sum(sizes), bias)
+    made = replace_group(model, names, parts)
+    assert [model.get_submodule(name) for name in names] == made and {type(one) for one in made} == {GroupedLinear}
+    assert ["down" in dict(one.named_children()) for one in made] == [True] + [False] * (len(order) - 1)
+    assert not any(one.training for one in made) and all((one.up.bias is not None) == bias for one in made)
+    x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    wanted = x @ parts.product().T + (parts.bias if bias else 0)
+    torch.testing.assert_close(torch.cat([one(x) for one in made], dim=-1), wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("mean_correction", [True, False])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_skeleton_of_groups_has_the_same_modules_as_a_compressed_model(family: str, mean_correction: bool) -> None:
+    model, skeleton = tiny_model(family), tiny_model(family).to("meta")
+    replace_group(model, QKV, factors(48, 64, 128, mean_correction or family == "qwen2"))
+    apply_rank_pattern(skeleton, dict.fromkeys(QKV, 48), mean_correction, GROUPED, TO_Q)
+    described = [
+        {name: (tensor.shape, tensor.dtype) for name, tensor in one.state_dict().items()} for one in (model, skeleton)
+    ]
+    assert described[0] == described[1]
+    assert [type(module) for module in skeleton.modules()] == [type(module) for module in model.modules()]
+    assert {tensor.device.type for tensor in skeleton.state_dict().values()} == {"meta"}
+    filled = skeleton.to_empty(device="cpu")
+    filled.load_state_dict(model.state_dict())
+    x = torch.randn(3, 64, dtype=torch.float64)
+    assert all(torch.equal(filled.get_submodule(name)(x), model.get_submodule(name)(x)) for name in QKV)
+    assert all(is_low_rank(model.get_submodule(name)) and is_compressed(model.get_submodule(name)) for name in QKV)
+
+
+OTHERS = [name.replace("layers.1", "layers.0") for name in QKV]
+MLP = [f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up")]
+
+
+@pytest.mark.parametrize(
+    ("forms", "leaders", "named"),
+    [
+        (GROUPED, {QKV[1]: QKV[0], QKV[2]: "model.layers.1.p_proj"}, f"{QKV[2]}: 'model.layers.1.p_proj'"),
+        (GROUPED, {QKV[1]: QKV[1], QKV[2]: QKV[0]}, f"{QKV[1]}: '{QKV[1]}'"),
+        (GROUPED, {QKV[1]: QKV[0], QKV[2]: QKV[1]}, f"{QKV[2]}: '{QKV[1]}'"),  # which is no leader itself
+        (GROUPED, {QKV[1]: QKV[0], QKV[2]: [QKV[0]]}, rf"{QKV[2]}: \['{QKV[0]}'\]"),
+        (GROUPED, {QKV[1]: QKV[0], QKV[2]: None}, f"{QKV[2]}: None"),
+        (GROUPED, TO_Q | {"model.layers.7.k_proj": QKV[0]}, f"model.layers.7.k_proj: '{QKV[0]}'"),
+        (GROUPED, TO_Q | {MLP[1]: QKV[0]}, f"{MLP[1]}: '{QKV[0]}'"),
+        (GROUPED, {QKV[1]: QKV[0]}, f"{QKV[2]}: grouped with no other layer"),
+        (GROUPED, None, f"{QKV[0]}: grouped with no other layer; {QKV[1]}: grouped"),
+        ({**GROUPED, QKV[2]: "two_factor"}, TO_Q, f"{QKV[2]}: '{QKV[0]}'"),
+        (None, TO_Q, f"{QKV[1]}: '{QKV[0]}'"),
+        # Shapes, ranks and tensors would fit, but the leader is fed another input.
+        (
+            GROUPED | dict.fromkeys(OTHERS, "grouped"),
+            TO_Q | {OTHERS[1]: OTHERS[0], OTHERS[2]: QKV[0]},
+            f"{OTHERS[2]}: '{QKV[0]}', wanted a grouped layer beside it with its inputs and rank",
+        ),
+    ],
+)  # fmt: skip
+def test_groups_that_do_not_fit_are_named_and_nothing_is_touched(forms: dict | None, leaders: dict, named: str) -> None:
+    model = tiny_model("llama")
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(CheckpointError, match=rf"group_pattern does not fit together: .*{named}"):
+        apply_rank_pattern(model, dict.fromkeys((*QKV, *OTHERS, *MLP), 32), True, forms, leaders)
+    assert [type(module) for module in model.modules()] == before
+
+
+def test_a_group_has_one_rank_up_to_that_of_all_its_outputs() -> None:
+    apply_rank_pattern(tiny_model("llama"), dict.fromkeys(QKV, 64), True, GROUPED, TO_Q)
+    with pytest.raises(RankError, match=f"{QKV[0]}: rank 65, wanted 1 to 64; {QKV[1]}: rank 65"):
+        apply_rank_pattern(tiny_model("llama"), dict.fromkeys(QKV, 65), True, GROUPED, TO_Q)
+    with pytest.raises(CheckpointError, match=f"{QKV[2]}: '{QKV[0]}', wanted a grouped layer beside it"):
+        apply_rank_pattern(tiny_model("llama"), {**dict.fromkeys(QKV, 32), QKV[2]: 16}, True, GROUPED, TO_Q)
+    narrow = {QKV[1]: 64, QKV[2]: 64}  # 32 outputs each
+    apply_rank_pattern(tiny_model("llama"), narrow, True, dict.fromkeys(narrow, "grouped"), {QKV[2]: QKV[1]})
+    with pytest.raises(RankError, match="wanted 1 to 32"):
+        apply_rank_pattern(tiny_model("llama"), narrow, True)
+
+
+@pytest.mark.parametrize(("at", "named"), [(70, "b"), (3, "a")])
+def test_a_group_that_does_not_fit_the_dtype_is_named_and_nothing_is_touched(at: int, named: str) -> None:
+    model = nn.ModuleDict({"a": nn.Linear(8, 64).half(), "b": nn.Linear(8, 64).half()})
+    parts = factors(3, 8, 128)
+    parts.bias[at] = 1e6
+    with pytest.raises(NumericsError, match=rf"factor up\.bias of '{named}' in torch\.float16: 1 of 64"):
+        replace_group(model, ["a", "b"], parts)
+    assert {type(layer) for layer in model.values()} == {nn.Linear}

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from lord_quant.errors import HostError
+from lord_quant.layer_bytes import Packing
 from lord_quant.linalg import require_finite
-from lord_quant.plan import Packing
 from lord_quant.refine import Quantized
 from lord_quant.silence import hush, silence
 

@@ -6,17 +6,17 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from lord_quant.commands.options import RANK_CHOICES, config_from, settings_from, without_choices
+from lord_quant.commands.options import settings_from, without
 
 
 if TYPE_CHECKING:
-    from lord_quant.budget import Budget, Planner
+    from lord_quant.budget import Planner
     from lord_quant.config import LordConfig
-    from lord_quant.planner import Menu
+    from lord_quant.menu import Menu
 
-BUDGETS = ("target_bpw", "target_size", "max_loss")
-BESIDE = (*RANK_CHOICES, "plan", "force_rank")
-"""What makes no sense beside a budget."""
+
+FRONTIER = (2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0, 4.25)
+"""Bits per weight of the predicted frontier."""
 
 
 def add_budget_flags(parser: argparse.ArgumentParser) -> None:
@@ -32,92 +32,73 @@ def add_budget_flags(parser: argparse.ArgumentParser) -> None:
         "--target-size", default=unset, metavar="SIZE", help="tensors of the whole checkpoint, embeddings included: 4GB"
     )
     budget.add_argument("--max-loss", default=unset, type=float, metavar="L", help="predicted loss, nats per token: 0.02")
-    budget.add_argument("--statistics", metavar="FILE", help="what `lord sensitivity` wrote; else it is measured first")
+    budget.add_argument(
+        "--min-param-ratio", default=unset, type=float, metavar="R", help="fraction of its weights any layer keeps: 0.75"
+    )
+    budget.add_argument(
+        "--statistics", default=unset, metavar="FILE", help="what `lord sensitivity` wrote; else it is measured first"
+    )
 
 
-def budget_from(args: argparse.Namespace) -> Budget | None:
-    """Returns the budget of a command line, if one is given.
-
-    Raises:
-        BudgetError: More than one is given, or it is illegal.
-        ConfigError: Something stands beside it, or without it, that has no meaning there.
-    """
-    from lord_quant.errors import ConfigError
-
-    given = vars(args)
-    wanted = {name: given[name] for name in BUDGETS if name in given}
-    if not wanted:
-        if args.statistics:
-            raise ConfigError("--statistics is given without a budget; wanted --target-bpw, --target-size or --max-loss")
-        return None
-    beside = [f"--{name.replace('_', '-')}" for name in BESIDE if given.get(name) is not None]
-    if beside:
-        raise ConfigError(f"a budget and {', '.join(beside)} are given; wanted one or the other")
-    from lord_quant.silence import import_hosts
-
-    import_hosts()
-    from lord_quant.budget import Budget, parse_size
-
-    if "target_size" in wanted:
-        wanted["target_size"] = parse_size(wanted["target_size"])
-    return Budget(**wanted)
-
-
-def run_of(args: argparse.Namespace, budget: Budget | None) -> LordConfig:
-    """Returns the configuration of a run; that of one with a budget has no ranks yet.
+def run_of(args: argparse.Namespace) -> LordConfig:
+    """Returns the configuration of a run; one with a budget has no ranks yet.
 
     Raises:
-        ConfigError: Anything unknown or illegal, or a budget for the naive stack.
+        ConfigError: Anything unknown or illegal, or something beside a budget that has no meaning there.
+        BudgetError: The budget is illegal, or what is beside it leaves no candidates.
     """
-    from lord_quant.config import LordConfig, merge
-    from lord_quant.errors import ConfigError
+    from lord_quant.config import LordConfig
 
-    if budget is None:
-        return config_from(args)
     values = settings_from(args)
-    if values.get("stack") == "naive":
-        raise ConfigError("a budget is given for the naive stack, which packs all layers alike; wanted --stack joint")
+    if not values.get("budget"):
+        return LordConfig.from_dict(values)
+    config = LordConfig.from_dict(without(values, lowrank=("form",), gptq=("bits", "group_size")))
     menu_from(args)
-    return LordConfig.from_dict(merge(without_choices(values), {"lowrank": {"rank_ratio": 1}}))
+    return config
 
 
 def menu_from(args: argparse.Namespace) -> Menu:
     """Returns the candidates that file and flags leave.
 
     Raises:
-        BudgetError: They leave none that are packed.
-        ConfigError: The form, bits or group size is unknown, or given by layer.
+        ConfigError: The form, bits or group size is unknown.
     """
-    from lord_quant.config import FLOAT_BITS, FORMS, GptqConfig
-    from lord_quant.errors import BudgetError, ConfigError, nearest_name
-    from lord_quant.planner import DENSE, Menu
+    from lord_quant.config import FLOAT_BITS, FORMS, GROUP_SIZES, GptqConfig
+    from lord_quant.errors import ConfigError, nearest_name
+    from lord_quant.layer_bytes import GROUPED, TWO_FACTOR
+    from lord_quant.menu import DENSE, Menu
 
     values = settings_from(args)
-    lowrank, gptq = (values.get(section) or {} for section in ("lowrank", "gptq"))
-    patterns = [name for name in ("bits_pattern", "group_size_pattern") if gptq.get(name)]
-    patterns += ["form_pattern"] if lowrank.get("form_pattern") else []
-    if patterns:
-        raise ConfigError(f"a budget and {', '.join(patterns)} are given; wanted one or the other")
-    restricted: dict[str, Any] = {"mean_correction": lowrank.get("mean_correction", True)}
+    lowrank, gptq, budget = (values.get(section) or {} for section in ("lowrank", "gptq", "budget"))
+    restricted: dict[str, Any] = {
+        "mean_correction": lowrank.get("mean_correction", True),
+        "min_param_ratio": budget.get("min_param_ratio") or 0.0,
+    }
     bits, group_size, form = gptq.get("bits"), gptq.get("group_size"), lowrank.get("form")
-    if bits == FLOAT_BITS:
-        raise BudgetError(f"bits is {FLOAT_BITS} and a budget is given; wanted packed bits, or ranks instead of a budget")
     if bits is not None:
         restricted["bits"] = (GptqConfig(bits=bits).bits,)
+    if bits == FLOAT_BITS:  # ranks alone are chosen, of which groups only set the step
+        restricted["group_sizes"] = (min(GROUP_SIZES),)
     if group_size is not None:
         restricted["group_sizes"] = (GptqConfig(group_size=group_size).group_size,)
     if form is not None:
         legal = (DENSE, *FORMS)
         if form not in legal:
             raise ConfigError(f"form is {form!r}; wanted one of {', '.join(legal)}{nearest_name(str(form), legal)}")
-        restricted["forms"] = (DENSE,) if form == DENSE else (DENSE, form)
+        restricted["forms"] = tuple(dict.fromkeys((DENSE, form, *((TWO_FACTOR,) if form == GROUPED else ()))))
     return Menu(**restricted)
 
 
 def planner_from(args: argparse.Namespace, config: LordConfig) -> Planner:
     """Makes a planner from statistics in a file, or measured now."""
-    from lord_quant.budget import Planner, sense
-    from lord_quant.statistics import load_statistics
+    from lord_quant.budget import Planner, statistics_of
 
-    statistics = load_statistics(args.statistics) if args.statistics else sense(config)
-    return Planner(config, statistics, menu_from(args))
+    return Planner(config, statistics_of(config), menu_from(args))
+
+
+def frontier_of(planner: Planner) -> str:
+    """Renders what other budgets would give."""
+    from lord_quant.report import frontier_table
+
+    points = zip(FRONTIER, planner.frontier(FRONTIER), strict=True)
+    return frontier_table((limit, planner.bpw(each), each.loss) for limit, each in points if each is not None)

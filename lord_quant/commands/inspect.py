@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints the folder's layers and totals."""
     from tabulate import tabulate
 
-    from lord_quant.report import human_bytes, to_json
+    from lord_quant.report import bits_text, form_text, human_bytes, to_json
     from lord_quant.silence import import_hosts
     from lord_quant.stored import measure
 
@@ -34,10 +34,12 @@ def run(args: argparse.Namespace) -> int:
         {
             "name": layer.site.name,
             "form": layer.form,
+            "leader": layer.leader,
             "out_features": layer.site.out_features,
             "in_features": layer.site.in_features,
             "rank": layer.rank,
             "bits": layer.bits,
+            "up_bits": layer.up_bits,
             "group_size": layer.group_size,
             "bytes": layer.weight_bytes + layer.bias_bytes,
             "bpw": round(layer.bpw, 4),
@@ -48,14 +50,14 @@ def run(args: argparse.Namespace) -> int:
         totals = {"bpw": stored.bpw, "tensor_bytes": stored.tensor_bytes, "file_bytes": stored.file_bytes}
         sys.stdout.write(to_json({**totals, "quantization_config": stored.quantization_config, "layers": rows}))
         return 0
-    mixed = len({(layer.bits, layer.group_size) for layer in stored.layers}) > 1
+    mixed = len({(bits, layer.group_size) for layer in stored.layers for bits in (layer.bits, layer.up_bits)}) > 1
     table = [
         [
             layer.site.name,
-            layer.form,
+            form_text(layer.form, layer.site.name, layer.leader),
             f"{layer.site.out_features}x{layer.site.in_features}",
             layer.rank or "-",
-            *([layer.bits or "-", layer.group_size or "-"] if mixed else []),
+            *([bits_text(layer.bits, layer.up_bits), layer.group_size or "-"] if mixed else []),
             human_bytes(layer.weight_bytes + layer.bias_bytes),
             f"{layer.bpw:.2f}",
         ]

@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from lord_quant.budget_config import BUDGETS
 
 
 if TYPE_CHECKING:
@@ -12,6 +15,8 @@ if TYPE_CHECKING:
 
 RANK_CHOICES = ("rank_ratio", "param_ratio", "rank_pattern")
 PACKING = ("bits", "group_size", "bits_pattern", "group_size_pattern")
+BESIDE_BUDGET = (*RANK_CHOICES, "plan", "force_rank")
+"""Flags that make no sense beside a budget."""
 
 # Flag (as attribute) → where it lies in the configuration.
 PLACES: dict[str, tuple[str, ...]] = {
@@ -48,6 +53,11 @@ PLACES: dict[str, tuple[str, ...]] = {
     "seq_len": ("calibration", "seq_len"),
     "seed": ("calibration", "seed"),
     "batch_size": ("calibration", "batch_size"),
+    "target_bpw": ("budget", "target_bpw"),
+    "target_size": ("budget", "target_size"),
+    "max_loss": ("budget", "max_loss"),
+    "min_param_ratio": ("budget", "min_param_ratio"),
+    "statistics": ("budget", "statistics"),
 }
 
 
@@ -75,7 +85,10 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
         help="layers to decompose: all (default), attention, mlp, a name's end, a shell pattern, re:REGEX",
     )  # fmt: skip
     ranks.add_argument("--ignore", default=unset, nargs="+", metavar="PATTERN", help="patterns taken away from the targets")
-    ranks.add_argument("--form", default=unset, help="two_factor (default), or pivoted: rank² weights fewer")
+    ranks.add_argument(
+        "--form", default=unset,
+        help="two_factor (default); pivoted: rank² weights fewer; grouped: layers with one input share `down`",
+    )  # fmt: skip
     ranks.add_argument(
         "--force-rank", default=unset, action=argparse.BooleanOptionalAction, help="decompose even where that enlarges"
     )
@@ -120,7 +133,13 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         stack.add_argument(f"--{idea}", default=unset, action=argparse.BooleanOptionalAction, help=meaning)
     stack.add_argument("--order", default=unset, help="first factor: auto (default), down_first, up_first")
     stack.add_argument("--refine", default=unset, type=int, metavar="N", help="sweeps over scales and codes (2); 0: none")
-    stack.add_argument("--fisher-samples", default=unset, type=int, metavar="N", help="windows of the backward pass (8)")
+    stack.add_argument(
+        "--fisher-samples",
+        default=unset,
+        type=int,
+        metavar="N",
+        help="windows of the backward pass (8; for a budget 32)",
+    )
     data = parser.add_argument_group("calibration")
     data.add_argument(
         "--dataset", default=unset, metavar="DATA",
@@ -137,24 +156,35 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 def settings_from(args: argparse.Namespace) -> dict[str, Any]:
     """Returns nested settings as given: a file's, a plan's over them, the flags' over both.
 
+    Ranks, a plan and a budget exclude each other: what flags give replaces what the file has.
+
     Raises:
-        ConfigError: A file cannot be read, or a plan stands beside what it chooses.
+        ConfigError: A file cannot be read, flags exclude each other, or what restricts a budget stands without one.
         BudgetError: The plan was made for another model.
     """
     from lord_quant.config import merge, read_yaml
+    from lord_quant.errors import ConfigError
 
     given = vars(args)
     values = read_yaml(given["config"]) if given.get("config") else {}
+    budget, beside = [name in given for name in BUDGETS], [name for name in BESIDE_BUDGET if given.get(name) is not None]
+    if any(budget) and beside:
+        raise ConfigError(f"a budget and {_flags(beside)} are given; wanted one or the other")
+    if beside:
+        values = {key: value for key, value in values.items() if key != "budget"}
     if given.get("plan"):
         values = _with_plan(values, given)
-    if any(name in given for name in RANK_CHOICES) and isinstance(values.get("lowrank"), dict):
-        values["lowrank"] = {key: value for key, value in values["lowrank"].items() if key not in RANK_CHOICES}
+    if any(budget) or any(name in given for name in RANK_CHOICES):
+        values = without(values, lowrank=RANK_CHOICES, budget=BUDGETS)
     for flag, place in PLACES.items():
         if flag in given:
             value: Any = _pairs(given[flag]) if flag == "rank_pattern" else given[flag]
             for key in reversed(place):
                 value = {key: value}
             values = merge(values, value)
+    restricting = [name for name in ("min_param_ratio", "statistics") if name in given]
+    if restricting and not any(name in values["budget"] for name in BUDGETS):
+        raise ConfigError(f"{_flags(restricting)} is given without a budget; wanted {_flags(BUDGETS, 'or')}")
     return values
 
 
@@ -175,23 +205,29 @@ def _with_plan(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     from lord_quant.config import merge
     from lord_quant.errors import ConfigError
 
-    beside = [f"--{name.replace('_', '-')}" for name in (*RANK_CHOICES, "bits", "group_size", "form") if name in given]
+    beside = [name for name in (*RANK_CHOICES, "bits", "group_size", "form") if name in given]
     if beside:
-        raise ConfigError(f"--plan and {', '.join(beside)} are given; wanted one or the other: edit the plan")
+        raise ConfigError(f"--plan and {_flags(beside)} are given; wanted one or the other: edit the plan")
     model = given.get("model", values.get("model"))
     if not model:
         raise ConfigError("model is not given; wanted a folder or a hub name")
-    plan = read_plan(given["plan"], model, given.get("dtype", values.get("dtype", "auto")))
-    return merge(without_choices(values), plan)
+    plan = read_plan(given["plan"], model)
+    return merge(without(values, lowrank=(*RANK_CHOICES, "form", "form_pattern"), gptq=PACKING), plan)
 
 
-def without_choices(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns settings without ranks, forms, bits and group sizes: what a plan or a budget chooses."""
+def without(values: dict[str, Any], **keys: Sequence[str]) -> dict[str, Any]:
+    """Returns settings without some keys, given by section."""
     kept = dict(values)
-    for section, chosen in (("lowrank", (*RANK_CHOICES, "form", "form_pattern")), ("gptq", PACKING)):
+    for section, dropped in keys.items():
         if isinstance(kept.get(section), dict):
-            kept[section] = {key: value for key, value in kept[section].items() if key not in chosen}
+            kept[section] = {key: value for key, value in kept[section].items() if key not in dropped}
     return kept
+
+
+def _flags(names: Sequence[str], last: str = "") -> str:
+    """Renders names as flags: `--a, --b`, or with a word before the last one."""
+    flags = [f"--{name.replace('_', '-')}" for name in names]
+    return f"{', '.join(flags[:-1])} {last} {flags[-1]}" if last else ", ".join(flags)
 
 
 def _pairs(items: list[str]) -> dict[str, int]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from lord_quant.commands.budget_options import add_budget_flags, budget_from, planner_from, run_of
+from lord_quant.commands.budget_options import add_budget_flags, planner_from, run_of
 from lord_quant.commands.options import add_plan_flags, add_run_flags
 
 
@@ -41,27 +41,28 @@ def run(args: argparse.Namespace) -> int:
     """
     from lord_quant.errors import ConfigError
 
-    budget = budget_from(args)
-    config = run_of(args, budget)
-    if budget is not None and args.dry_run and not args.statistics:
+    config = run_of(args)
+    budget, measured_on = config.budget, None
+    if budget is not None and args.dry_run and not budget.statistics:
         raise ConfigError("--dry-run reads no weights, a budget needs statistics; wanted --statistics FILE beside it")
     if config.output is None and not args.dry_run:
         raise ConfigError("output is not given; wanted a folder to write (--output DIR), or --dry-run")
     from lord_quant.silence import import_hosts
 
     import_hosts()
-    from lord_quant.budget import apply_plan
+    from lord_quant.budget import apply_plan, unplanned
     from lord_quant.pipeline import execute, prepare
     from lord_quant.report import human_bytes, human_seconds, plan_summary, plan_table, report_table
 
     say = sys.stdout.write
     if budget is not None:
-        prepare(config, overwrite=args.overwrite)  # refuses what is wrong before the sensitivity pass
+        prepare(unplanned(config), overwrite=args.overwrite)  # refuses what is wrong before the sensitivity pass
         planner = planner_from(args, config)
         allocation = planner.choose(budget)
         config = apply_plan(config, planner.settings(allocation))
         say(f"planned       {planner.bpw(allocation):.3f} bits per weight, {planner.tell(allocation)}\n")
-    job = prepare(config, overwrite=args.overwrite)
+        measured_on = planner.statistics.origin.get("calibration_sha256")
+    job = prepare(config, overwrite=args.overwrite, measured_on=measured_on)
     say((plan_table(job.plan) if args.dry_run else plan_summary(job.plan)) + "\n")
     windows = job.windows.input_ids.shape
     say(f"calibration   {windows[0]} x {windows[1]} tokens of {job.windows.source}, sha256 {job.windows.sha256[:12]}\n")

@@ -60,9 +60,9 @@ class LordGPTQQuantizer(_GPTQQuantizer):
         force_rank: Decompose also where that makes a layer larger.
         mean_correction: Correct biases for the mean input.
         float64: Run statistics in float64.
-        form: `two_factor` or `pivoted`.
+        form: `two_factor`, `pivoted` or `grouped`, see `LowrankConfig`.
         form_pattern: Form by layer pattern, of layers that get a rank.
-        bits_pattern: Bits by layer pattern, where they are not `bits`.
+        bits_pattern: Bits by layer or factor pattern, where they are not `bits`.
         group_size_pattern: Group size by layer pattern, likewise.
         stack: `joint`, or `naive`: Optimum's own GPTQ after the decomposition.
         joint: Switches of the joint stack by name, see `JointConfig`.

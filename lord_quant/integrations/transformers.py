@@ -11,6 +11,7 @@ does not know.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,14 @@ from transformers.quantizers.quantizer_gptq import GptqHfQuantizer
 from transformers.utils.quantization_config import GPTQConfig, QuantizationConfigMixin, QuantizationMethod
 
 from lord_quant.backends import gptq as backend
-from lord_quant.checkpoint import METHOD_FLOAT, METHOD_GPTQ, check_tensors, check_version
-from lord_quant.config import GROUP_SIZES, PACKED_BITS, pattern_problems
+from lord_quant.budget_config import BudgetConfig
+from lord_quant.checkpoint import METHOD_FLOAT, METHOD_GPTQ, check_version
+from lord_quant.config import GROUP_SIZES, PACKED_BITS, choice_problems, pattern_problems
 from lord_quant.errors import CheckpointError, ConfigError, unknown_keys
-from lord_quant.plan import Packing
+from lord_quant.integrations.rebuilt import check_files, protect_from_initialization
+from lord_quant.layer_bytes import Packing
 from lord_quant.silence import hush
-from lord_quant.surgery import apply_rank_pattern, is_compressed, is_low_rank
+from lord_quant.surgery import apply_rank_pattern, is_low_rank
 from lord_quant.targets import find_linears
 from lord_quant.version import FORMAT_VERSION, __version__
 
@@ -42,10 +45,14 @@ _FIXED = {
     "backend": "auto",
     "batch_size": 1,
     "cache_block_outputs": True,
+    "group_pattern": None,
     "module_name_preceding_first_block": None,
     "modules_in_block_to_quantize": None,
 }
 _JOINT_KEYS = ("anchor", "rotate", "refit", "order", "deflate", "refine", "fisher", "fisher_samples")
+_BUDGET_KEYS = tuple(field.name for field in dataclasses.fields(BudgetConfig))
+_CHOSEN = {"bits": 4, "group_size": None, "form": "two_factor"}
+"""What a budget chooses beside ranks, and what it is where nobody chose it."""
 _PACKING_PATTERNS = ("bits_pattern", "group_size_pattern")
 _HOST_KEYS = ("bits", "group_size", "sym", "desc_act", "act_group_aware", "damp_percent", "true_sequential")
 
@@ -61,7 +68,7 @@ class LordGPTQConfig(GPTQConfig):
         rank_pattern: Ranks by layer pattern; in a saved checkpoint, by full module path.
         targets: Presets and patterns of layers to decompose.
         ignore: Patterns taken away from the targets.
-        form: `two_factor` or `pivoted`.
+        form: `two_factor`, `pivoted` or `grouped`, see `LowrankConfig`.
         form_pattern: Form by layer pattern, of layers that get a rank; in a saved checkpoint, by full module path.
         force_rank: Decompose also where that makes a layer larger.
         mean_correction: Correct biases for the mean input.
@@ -77,8 +84,12 @@ class LordGPTQConfig(GPTQConfig):
         seed: Seed of the sampling generator.
         tokenizer: Tokenizer or path; None takes the model's own.
         group_size: Inputs per scale; None takes the largest that suits the model's shapes.
-        bits_pattern: Bits by layer pattern, where they are not `bits`; in a saved checkpoint, by full module path.
+        group_pattern: In a saved checkpoint, the leader of every grouped layer that uses another's `down`.
+        bits_pattern: Bits by layer or factor pattern, where they are not `bits`; in a saved checkpoint, by full path.
         group_size_pattern: Group size by layer pattern, likewise.
+        target_bpw, target_size, max_loss: A budget, which chooses ranks, forms, bits and group sizes after a sensitivity
+            pass over the loaded model; see `BudgetConfig`. What is saved is what was chosen.
+        min_param_ratio, statistics: What restricts the choice, and a file that saves the pass; likewise.
         **kwargs: What `GPTQConfig` takes: `sym`, `desc_act`, `damp_percent`, `true_sequential`, …; `backend` when a
             checkpoint is loaded.
 
@@ -108,7 +119,7 @@ class LordGPTQConfig(GPTQConfig):
         deflate: bool = True,
         refine: int = 2,
         fisher: bool = True,
-        fisher_samples: int = 8,
+        fisher_samples: int | None = None,
         mse: float = 2.0,
         sym: bool = False,
         damp_percent: float = 0.01,
@@ -120,14 +131,20 @@ class LordGPTQConfig(GPTQConfig):
         tokenizer: Any = None,
         group_size: int | None = None,
         form_pattern: Mapping[str, str] | None = None,
+        group_pattern: Mapping[str, str] | None = None,
         bits_pattern: Mapping[str, int] | None = None,
         group_size_pattern: Mapping[str, int] | None = None,
+        target_bpw: float | None = None,
+        target_size: int | str | None = None,
+        max_loss: float | None = None,
+        min_param_ratio: float | None = None,
+        statistics: str | None = None,
         format_version: int = FORMAT_VERSION,
         lord_quant_version: str = __version__,
         **kwargs: Any,
     ) -> None:
         packing = {"bits_pattern": bits_pattern, "group_size_pattern": group_size_pattern}
-        patterns = {"rank_pattern": rank_pattern, "form_pattern": form_pattern, **packing}
+        patterns = {"rank_pattern": rank_pattern, "form_pattern": form_pattern, "group_pattern": group_pattern, **packing}
         check_version({"format_version": format_version, **patterns})
         kwargs.pop("quant_method", None)
         unknown = unknown_keys(
@@ -152,12 +169,15 @@ class LordGPTQConfig(GPTQConfig):
         self.anchor, self.rotate, self.refit, self.order = anchor, rotate, refit, order
         self.deflate, self.refine, self.fisher, self.fisher_samples = deflate, refine, fisher, fisher_samples
         self.form_pattern = dict(form_pattern) if form_pattern else None
+        self.group_pattern = dict(group_pattern) if group_pattern else None
         self.bits_pattern = dict(bits_pattern) if bits_pattern else None
         self.group_size_pattern = dict(group_size_pattern) if group_size_pattern else None
         self.dataset, self.text_key = dataset, text_key
         self.num_samples, self.seq_len, self.seed = num_samples, seq_len, seed
+        self.target_bpw, self.target_size, self.max_loss = target_bpw, target_size, max_loss
+        self.min_param_ratio, self.statistics = min_param_ratio, statistics
         self.format_version, self.lord_quant_version = format_version, lord_quant_version
-        if rank_ratio is not None or param_ratio is not None:
+        if self._is_run():
             self.to_lord_config("model")  # a checkpoint's own configuration has neither; its ranks are checked on loading
 
     def to_lord_config(self, model: str) -> Any:
@@ -180,15 +200,26 @@ class LordGPTQConfig(GPTQConfig):
             "gptq": section((*_HOST_KEYS, *_PACKING_PATTERNS, "mse")),
             "joint": section(_JOINT_KEYS),
         }
+        budget = {key: value for key, value in section(_BUDGET_KEYS).items() if value is not None}
+        if budget:
+            given = [key for key, usual in _CHOSEN.items() if getattr(self, key) != usual]
+            if given:
+                raise ConfigError(f"a budget and {', '.join(given)} are given; wanted one or the other")
+            values["budget"] = budget
         return LordConfig.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what is saved: for a checkpoint's own configuration, nothing of how it was calibrated."""
         values = super().to_dict()
-        if self.rank_ratio is None and self.param_ratio is None:
-            run_only = {key for keys in _RUN_KEYS.values() for key in keys} | {*_JOINT_KEYS, "stack", "mse", "tokenizer"}
+        if not self._is_run():
+            run_only = {key for keys in _RUN_KEYS.values() for key in keys}
+            run_only |= {*_JOINT_KEYS, *_BUDGET_KEYS, "stack", "mse", "tokenizer"}
             values = {key: value for key, value in values.items() if key not in run_only and value is not None}
         return values
+
+    def _is_run(self) -> bool:
+        """Tells a run's configuration from a checkpoint's own, which has ranks by path and nothing that chooses them."""
+        return any(getattr(self, key) is not None for key in ("rank_ratio", "param_ratio", *_BUDGET_KEYS))
 
     def to_dict_optimum(self) -> dict[str, Any]:
         """Returns the arguments of Optimum's `GPTQQuantizer`."""
@@ -215,6 +246,7 @@ class LordConfigFloat(QuantizationConfigMixin):
         rank_pattern: Rank by full module path.
         mean_correction: Whether every low-rank layer has a bias.
         form_pattern: Form by full module path, of those that are not `two_factor`.
+        group_pattern: Leader by full module path, of grouped layers that use another's `down`.
         format_version: Version of the checkpoint format.
         lord_quant_version: Version that wrote it.
     """
@@ -224,11 +256,13 @@ class LordConfigFloat(QuantizationConfigMixin):
         rank_pattern: Mapping[str, int] | None = None,
         mean_correction: bool = True,
         form_pattern: Mapping[str, str] | None = None,
+        group_pattern: Mapping[str, str] | None = None,
         format_version: int = FORMAT_VERSION,
         lord_quant_version: str = __version__,
         **kwargs: Any,
     ) -> None:
-        check_version({"format_version": format_version, "rank_pattern": rank_pattern, "form_pattern": form_pattern})
+        patterns = {"rank_pattern": rank_pattern, "form_pattern": form_pattern, "group_pattern": group_pattern}
+        check_version({"format_version": format_version, **patterns})
         kwargs.pop("quant_method", None)
         unknown = unknown_keys(kwargs, _own_arguments(type(self)), "quantization_config")
         if unknown:
@@ -236,7 +270,7 @@ class LordConfigFloat(QuantizationConfigMixin):
         self.quant_method: Any = METHOD_FLOAT
         self.rank_pattern = dict(rank_pattern or {})
         self.mean_correction = mean_correction
-        self.form_pattern = dict(form_pattern or {})
+        self.form_pattern, self.group_pattern = dict(form_pattern or {}), dict(group_pattern or {})
         self.format_version, self.lord_quant_version = format_version, lord_quant_version
 
 
@@ -259,7 +293,8 @@ class LordGptqHfQuantizer(GptqHfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         ours = self.quantization_config
         if self.pre_quantized:
-            apply_rank_pattern(model, ours.rank_pattern or {}, ours.mean_correction, ours.form_pattern)
+            patterns = ours.form_pattern, ours.group_pattern
+            apply_rank_pattern(model, ours.rank_pattern or {}, ours.mean_correction, *patterns)
         with hush("transformers"):  # the host reads every attribute of every module
             if self.pre_quantized and (ours.bits_pattern or ours.group_size_pattern):
                 packings = _packings(model, ours)
@@ -268,14 +303,14 @@ class LordGptqHfQuantizer(GptqHfQuantizer):
             else:
                 super()._process_model_before_weight_loading(model, **kwargs)
         if self.pre_quantized:
-            _check_files(model, self.optimum_quantizer.block_name_to_quantize, kwargs.get("checkpoint_files"))
-            _protect_from_initialization(model)
+            check_files(model, self.optimum_quantizer.block_name_to_quantize, kwargs.get("checkpoint_files"))
+            protect_from_initialization(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if self.pre_quantized:
             backend.post_init(self.optimum_quantizer, model)
         else:
-            from lord_quant.pipeline import compress_loaded
+            from lord_quant.loaded import compress_loaded
 
             wanted = self.quantization_config
             compress_loaded(model, wanted.tokenizer, wanted.to_lord_config(str(model.name_or_path)))
@@ -295,9 +330,9 @@ class LordHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         ours = self.quantization_config
-        apply_rank_pattern(model, ours.rank_pattern, ours.mean_correction, ours.form_pattern)
-        _check_files(model, _block_path(model), kwargs.get("checkpoint_files"))
-        _protect_from_initialization(model)
+        apply_rank_pattern(model, ours.rank_pattern, ours.mean_correction, ours.form_pattern, ours.group_pattern)
+        check_files(model, _block_path(model), kwargs.get("checkpoint_files"))
+        protect_from_initialization(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         # Nothing is quantized: `.half()`, `.float()` and full fine-tuning must work as on any float model.
@@ -323,66 +358,30 @@ def _packings(model: torch.nn.Module, wanted: LordGPTQConfig) -> dict[str, Packi
     """Returns how a mixed checkpoint packs every linear layer of the rebuilt skeleton, factors included, by full path.
 
     Raises:
-        CheckpointError: A pattern names a layer the model does not have, or an illegal value (all are named).
+        CheckpointError: The group size is missing, a pattern names a layer the model does not have, or a value is illegal
+            (all are named).
     """
     bits, sizes = wanted.bits_pattern or {}, wanted.group_size_pattern or {}
     owners = {}  # of a linear layer: itself, or the low-rank layer it is a factor of
     for site in find_linears(model):
         parent = site.name.rpartition(".")[0]
         owners[site.name] = parent if is_low_rank(model.get_submodule(parent)) else site.name
-    known = set(owners.values())
-    problems = pattern_problems("bits_pattern", bits, PACKED_BITS)
+    known = {"bits_pattern": {*owners, *owners.values()}, "group_size_pattern": set(owners.values())}
+    problems = choice_problems("group_size", wanted.group_size, GROUP_SIZES)
+    problems += pattern_problems("bits_pattern", bits, PACKED_BITS)
     problems += pattern_problems("group_size_pattern", sizes, GROUP_SIZES)
     for name, pattern in zip(_PACKING_PATTERNS, (bits, sizes), strict=True):
-        unknown = [key for key in pattern if key not in known]
+        unknown = [key for key in pattern if key not in known[name]]
         problems += [f"{name} names {key!r}, which {type(model).__name__} does not have" for key in unknown]
     if problems:
         raise CheckpointError(
             "\n  ".join(["quantization_config does not fit the model (was it edited, or is it another's?):", *problems])
         )
-    size = wanted.group_size or -1
-    return {name: Packing(bits.get(own, wanted.bits), sizes.get(own, size)) for name, own in owners.items()}
+    size = wanted.group_size
+    return {name: Packing(bits.get(name, bits.get(own, wanted.bits)), sizes.get(own, size)) for name, own in owners.items()}
 
 
 def _block_path(model: torch.nn.Module) -> str:
     from lord_quant.targets import find_blocks
 
     return find_blocks(model).path
-
-
-def _check_files(model: torch.nn.Module, block_path: str, files: list[str] | None) -> None:
-    """Holds the checkpoint's headers against the tensors that the rebuilt model calls for."""
-    if not files or not all(str(file).endswith(".safetensors") for file in files):
-        return
-    ours = _stored_names(model, block_path)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name in ours}
-    check_tensors(expected, [str(file) for file in files], block_path)
-
-
-def _stored_names(model: Any, block_path: str) -> set[str]:
-    """Names the tensors a checkpoint must hold: the blocks', what is around them, and the head unless it is tied.
-
-    A classification head is none of these: the host may make up a new one, as it does for dense models.
-    """
-    body, head = getattr(model, "base_model", model), model.get_output_embeddings()
-    names = set()
-    for path, module in model.named_modules():
-        if module is body or path == block_path:
-            names |= {f"{path}.{name}".lstrip(".") for name in module.state_dict()}
-        elif head is not None and module is head:
-            tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
-            names |= {f"{path}.{name}" for name in module.state_dict() if not (tied and name == "weight")}
-    return names
-
-
-def _protect_from_initialization(model: torch.nn.Module) -> None:
-    """Keeps GPT-2 and GPTBigCode from initialising weights that packed layers do not have.
-
-    Their `_init_weights` draws `c_proj.weight` anew on modules that were not marked as loaded. Only modules without
-    tensors of their own are marked, so that computed buffers (CodeGen's position table) are still filled.
-    """
-    for module in model.modules():
-        if module._parameters or module._buffers:
-            continue
-        if any(is_compressed(child) for child in module.children()):
-            vars(module)["_is_hf_initialized"] = True

@@ -15,7 +15,7 @@ from torch import nn
 from lord_quant.backends.gptq import PACK_VARIABLE, make_quantizer, pack_model, replace_by_packed
 from lord_quant.config import GptqConfig
 from lord_quant.errors import HostError, NumericsError
-from lord_quant.plan import Packing
+from lord_quant.layer_bytes import Packing
 from lord_quant.refine import Quantized
 from lord_quant.solver import make_solver
 

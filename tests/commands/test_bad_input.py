@@ -255,6 +255,11 @@ CASES: dict[str, tuple[Spoil, str, list[str]]] = {
         "ConfigError",
         ["form is 'pivoting'", "wanted one of two_factor, pivoted", "did you mean 'pivoted'"],
     ),
+    "groups in the naive stack": (
+        lambda box: box.flags.update({"--form": "grouped", "--stack": "naive"}),
+        "ConfigError",
+        ["form is 'grouped'", "decomposes every layer alone", "wanted --stack joint"],
+    ),
     "unknown order": (
         lambda box: box.flags.update({"--order": "down"}),
         "ConfigError",

@@ -3,16 +3,21 @@
 
 from __future__ import annotations
 
+import calendar
 import json
+import math
 import re
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from in_process import run_command
 
+from lord_quant.commands.options import settings_from
 from lord_quant.stored import measure
 
 
@@ -66,6 +71,16 @@ def test_a_plan_is_saved_and_run(
     assert torch.isfinite(loaded(torch.arange(8)[None]).logits).all()
 
 
+def test_a_flag_wins_over_a_plan_and_leaves_the_rest_of_it(model: Path, statistics: Path, tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    budget = ["--model", model, "--statistics", statistics, "--target-bpw", "2.6", "--refine", "1"]
+    assert run_command("plan", *budget, "--save", path) == 0
+    plan = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump(plan | {"joint": {"fisher_samples": 2, "anchor": False}}))
+    settings = settings_from(Namespace(model=str(model), config=None, plan=str(path), fisher_samples=3))
+    assert settings["joint"] == {"fisher_samples": 3, "anchor": False} and settings["gptq"] == plan["gptq"]
+
+
 @pytest.mark.slow
 def test_a_budget_alone_is_enough(model: Path, data: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
@@ -96,13 +111,16 @@ def test_flags_restrict_the_choice(model: Path, statistics: Path, capfd: pytest.
         (["--target-bpw", "-3"], "BudgetError: target_bpw is -3.0; wanted a positive number"),
         (["--target-size", "huge"], "BudgetError: size 'huge'; wanted a number of bytes"),
         (["--target-bpw", "0.2"], r"BudgetError: no plan is as small as 0\.2; what can be reached is"),
-        (["--target-bpw", "3", "--bits", "16"], "BudgetError: bits is 16"),
-        (["--target-bpw", "3", "--form", "grouped"], "ConfigError: .*form is 'grouped'"),
+        (["--target-bpw", "3", "--bits", "16"], "BudgetError: no plan is as small as 3"),
+        (["--target-bpw", "3", "--form", "shared"], "ConfigError: .*form is 'shared'"),
         (["--target-bpw", "3", "--param-ratio", "0.5"], "ConfigError: a budget and --param-ratio are given"),
         (["--target-bpw", "3", "--force-rank"], "ConfigError: a budget and --force-rank are given"),
-        (["--target-bpw", "3", "--stack", "naive"], "ConfigError: a budget is given for the naive stack"),
+        (["--target-bpw", "3", "--stack", "naive"], "ConfigError: .*a budget is given for the naive stack"),
         (["--target-bpw", "3", "--no-sym", "--mse", "0"], "BudgetError: .*other settings: mse 2.0, now 0.0"),
         (["--rank-ratio", "0.5"], "ConfigError: --statistics is given without a budget"),
+        (["--min-param-ratio", "0.5"], "ConfigError: --min-param-ratio, --statistics is given without a budget; wanted"),
+        (["--target-bpw", "3", "--min-param-ratio", "1.5"], "BudgetError: min_param_ratio is 1.5"),
+        (["--target-bpw", "3", "--min-param-ratio", "1", "--form", "pivoted", "--bits", "8"], "no plan is as small"),
     ],
 )
 def test_plan_refuses(
@@ -128,6 +146,84 @@ def test_a_file_restricts_the_choice_too(
     assert "a budget and bits_pattern are given" in capfd.readouterr().err
 
 
+def test_a_file_may_hold_the_budget_and_flags_win(
+    model: Path, statistics: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"model: {model}\njoint: {{refine: 1}}\n"
+        f"budget: {{target_bpw: 2.4, min_param_ratio: 0.9, statistics: {statistics}}}\n"
+    )
+
+    def planned(*flags: str) -> dict[str, Any]:
+        assert run_command("plan", "--config", file, "--json", *flags) == 0
+        return json.loads(capfd.readouterr().out)
+
+    kept, limited = planned(), planned("--min-param-ratio", "0.4")
+    for found, floor in ((kept, 0.9), (limited, 0.4)):
+        shares = [layer["weights"] / (layer["in_features"] * layer["out_features"]) for layer in found["layers"]]
+        assert found["totals"]["bpw"] <= 2.4 and floor <= min(shares)
+    assert limited["planned"]["predicted_loss"] < kept["planned"]["predicted_loss"]
+    assert 3.2 < planned("--target-bpw", "3.4")["totals"]["bpw"] <= 3.4
+    smaller = planned("--target-size", str(kept["totals"]["tensor_bytes"]))
+    assert smaller["totals"]["tensor_bytes"] <= kept["totals"]["tensor_bytes"]
+    ranks = planned("--rank-ratio", "0.5", "--group-size", "32")
+    assert "planned" not in ranks and set(ranks["rank_pattern"].values()) == {64}
+    file.write_text(file.read_text() + "lowrank: {param_ratio: 0.5}\n")
+    assert run_command("plan", "--config", file) == 2
+    assert "a budget and param_ratio are given" in capfd.readouterr().err
+
+
+def test_statistics_of_other_calibration_tokens_are_told(
+    model: Path, data: list[str], statistics: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    budget = ["--model", model, *data, "--statistics", statistics, "--target-bpw", "3", "--dry-run"]
+    told = "the plan's losses were predicted on other calibration tokens"
+    assert run_command("quantize", *budget) == 0
+    assert told not in capfd.readouterr().err
+    assert run_command("quantize", *budget, "--seed", "1") == 0
+    assert f"warning: {told}" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_budgets_are_swept(
+    model: Path, data: list[str], statistics: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    heldout = tmp_path / "heldout.py"
+    heldout.write_text(Path(calendar.__file__).read_text())
+    run = ["--model", model, *data, "--statistics", statistics, "--heldout", heldout, "--max-windows", "3"]
+    assert run_command("plan", *run, "--sweep", "2.5", "4", "2.5", "--json") == 0
+    printed = json.loads(capfd.readouterr().out)
+    assert [point["budget"] for point in printed["budgets"]] == [2.5, 4.0]
+    assert printed["dense"]["num_windows"] == 3 and printed["in_nats"]
+    for point in printed["budgets"]:
+        assert 0 < point["bpw"] <= point["budget"] and point["predicted_loss"] > 0
+        ratio = point["perplexity"] / printed["dense"]["perplexity"]
+        assert point["measured_loss"] == pytest.approx(math.log(ratio), abs=1e-9)
+    assert run_command("plan", *run, "--sweep", "4") == 0
+    table = capfd.readouterr().out
+    assert f"{printed['budgets'][1]['perplexity']:.3f}" in table and "3 windows of 256 tokens of heldout.py" in table
+
+
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        (["--sweep", "3"], "EvaluationError: --sweep measures on text .* wanted --heldout"),
+        (["--sweep", "3", "--heldout", "no.py"], "CalibrationError: .*no.py"),
+        (["--sweep", "3", "--heldout", "python-stdlib", "--target-bpw", "3"], "ConfigError: --sweep and --target-bpw are"),
+        (["--sweep", "3", "--heldout", "python-stdlib", "--plots", "p"], "ConfigError: --sweep and --plots are given"),
+        (["--sweep", "3", "--heldout", "python-stdlib", "--rank-ratio", "0.5"], "a budget and --rank-ratio are given"),
+        (["--heldout", "python-stdlib", "--target-bpw", "3"], "ConfigError: --heldout is given without --sweep"),
+    ],
+)
+def test_a_sweep_refuses(
+    flags: list[str], error: str, model: Path, statistics: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command("plan", "--model", model, "--statistics", statistics, "--refine", "1", *flags) == 2
+    printed = capfd.readouterr()
+    assert re.search(error, printed.err, re.DOTALL) and not printed.out
+
+
 def test_saving_needs_a_budget_and_a_free_place(
     model: Path, statistics: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -139,6 +235,40 @@ def test_saving_needs_a_budget_and_a_free_place(
     assert run_command("quantize", "--model", model, "--target-bpw", "3", "--dry-run") == 2
     assert "--dry-run reads no weights" in capfd.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+def test_plots_need_a_budget_and_a_place_of_their_own(
+    model: Path, statistics: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command("plan", "--model", model, "--rank-ratio", "0.5", "--plots", tmp_path / "plots") == 2
+    assert "--plots is given without a budget" in capfd.readouterr().err
+    # Refused before the statistics are even looked for.
+    budget = ["plan", "--model", model, "--statistics", tmp_path / "none", "--target-bpw", "3", "--refine", "1"]
+    assert run_command(*budget, "--plots", statistics.parent) == 2
+    assert "is not empty; wanted a new folder, or --overwrite" in capfd.readouterr().err
+    assert run_command(*budget, "--plots", statistics.parent, "--overwrite") == 2
+    assert "no folder of plots" in capfd.readouterr().err
+    for save, plots in (("out/plan.yaml", "out"), ("out", "out"), ("out", "out/plots")):
+        assert run_command(*budget, "--save", tmp_path / save, "--plots", tmp_path / plots) == 2
+        assert "lie in each other; wanted places apart" in capfd.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_plots_are_of_the_plan_that_is_printed(
+    model: Path, statistics: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    budget = ["plan", "--model", model, "--statistics", statistics, "--target-bpw", "2.6", "--refine", "1"]
+    assert run_command(*budget, "--plots", out, "--json") == 0
+    printed, drawn = json.loads(capfd.readouterr().out), json.loads((out / "plots.json").read_text())
+    assert drawn["about"] == printed["planned"] and drawn["unit"] == "nats per token"
+    keys = ("form", "rank", "bits", "group_size", "bpw")
+    for told, each in zip(printed["layers"], drawn["layers"], strict=True):
+        assert told["name"] == each["layer"] and [told[key] for key in keys] == [each[key] for key in keys]
+    assert run_command(*budget, "--plots", out) == 2
+    assert run_command(*budget, "--plots", out, "--overwrite") == 0
+    assert f"plots written to {out}" in capfd.readouterr().out
 
 
 def test_files_that_are_wrong_are_refused(

@@ -161,6 +161,20 @@ def test_plan_prints_shapes_ranks_and_bytes(model_folder: Callable[..., Path], c
         assert two["weights"] - one["weights"] == 32**2 and (one["form"], two["form"]) == ("pivoted", "two_factor")
 
 
+def test_plan_shows_groups(model_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", model_folder("qwen2"), "--rank-ratio", "0.25", "--group-size", "32", "--form", "grouped"]
+    assert run_command("plan", *arguments, "--json") == 0
+    plan: dict[str, Any] = json.loads(capsys.readouterr().out)
+    leaders = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+    found = {(name.rpartition(".")[2], leader.rpartition(".")[2]) for name, leader in plan["group_pattern"].items()}
+    assert len(plan["group_pattern"]) == 6 and found == set(leaders.items())
+    assert {layer["form"] for layer in plan["layers"]} == {"grouped", "two_factor"}
+    assert run_command("plan", *arguments) == 0
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("model.")}
+    assert rows["model.layers.1.self_attn.k_proj"][3:5] == ["grouped", "(q_proj)"]
+    assert rows["model.layers.1.mlp.down_proj"][3] == "two_factor"
+
+
 def test_plan_needs_no_weights(model_folder: Callable[..., Path], tmp_path: Path) -> None:
     folder = shutil.copytree(model_folder("llama"), tmp_path / "model")
     (folder / "model.safetensors").unlink()

@@ -51,6 +51,17 @@ def sound_mixed(model_folder: Callable[..., Path], corpus_file: Path, tmp_path_f
     return folder
 
 
+@pytest.fixture(scope="module")
+def sound_grouped(
+    model_folder: Callable[..., Path], corpus_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, Path]:
+    root = tmp_path_factory.mktemp("grouped")
+    lowrank = {"rank_ratio": 0.25, "form": "grouped", "ignore": ["model.layers.1.mlp.*"]}
+    for bits in (4, 16):
+        families.compress(model_folder("llama"), root / str(bits), corpus_file, gptq={"bits": bits}, lowrank=lowrank)
+    return {bits: root / str(bits) for bits in (4, 16)}
+
+
 def edit_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     path = folder / "config.json"
     values = json.loads(path.read_text())
@@ -249,10 +260,16 @@ MIXED_DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda c: c["group_size_pattern"].update({OTHER: 128}),
         rf"wrong shape: {OTHER}\.(scales|qzeros)",
     ),
+    "group size missing": (lambda c: c.pop("group_size"), "group_size is None; wanted one of 32, 64, 128, 256"),
+    "group size that does not exist": (lambda c: c.update(group_size=48), "group_size is 48; wanted .*nearest: 32"),
     "everything removed": (lambda c: [c.pop("group_size_pattern"), c.pop("bits_pattern")], "wrong shape"),
     "bits of a factor": (
-        lambda c: c["bits_pattern"].update({f"{LAYER}.down": 8}),
-        rf"bits_pattern names '{LAYER}\.down', which LlamaForCausalLM does not have",
+        lambda c: c["bits_pattern"].update({f"{LAYER}.down": 3}),
+        rf"wrong shape: {LAYER}\.down\.q(weight|zeros)",
+    ),
+    "bits of a factor that is not there": (
+        lambda c: c["bits_pattern"].update({f"{OTHER}.down": 8}),
+        rf"bits_pattern names '{OTHER}\.down', which LlamaForCausalLM does not have",
     ),
     "everything wrong at once": (
         lambda c: [
@@ -265,6 +282,98 @@ MIXED_DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "bits_pattern that is no mapping": (lambda c: c.update(bits_pattern=[8]), "bits_pattern is list"),
     "group_size_pattern that is no mapping": (lambda c: c.update(group_size_pattern=64), "group_size_pattern is int"),
+}
+ATTENTION = "model.layers.1.self_attn"
+Q, K, V = (f"{ATTENTION}.{name}_proj" for name in "qkv")
+FIRST = "model.layers.0.self_attn"
+NOT_BESIDE = "wanted a grouped layer beside it with its inputs and rank"
+GROUPED_DAMAGE: dict[str, tuple[Edit, type[LordError], str]] = {
+    "leader that is not there": (
+        lambda folder, bits: edit_config(folder, lambda c: c["group_pattern"].update({K: f"{ATTENTION}.p_proj"})),
+        CheckpointError,
+        rf"group_pattern does not fit together: {K}: '{ATTENTION}\.p_proj', {NOT_BESIDE}",
+    ),
+    "leader of another rank": (
+        lambda folder, bits: edit_config(folder, lambda c: c["rank_pattern"].update({Q: 64})),
+        CheckpointError,
+        rf"{K}: '{Q}', {NOT_BESIDE}; {V}: '{Q}', ",
+    ),
+    "group of another rank": (
+        lambda folder, bits: edit_config(folder, lambda c: c["rank_pattern"].update({Q: 64, K: 64, V: 64})),
+        CheckpointError,
+        rf"wrong shape: {Q}\.down\.",
+    ),
+    "rank above all outputs": (
+        lambda folder, bits: edit_config(folder, lambda c: c["rank_pattern"].update({Q: 160, K: 160, V: 160})),
+        RankError,
+        f"{K}: rank 160, wanted 1 to 128; {Q}: rank 160",
+    ),
+    "leader in another block": (
+        lambda folder, bits: edit_config(folder, lambda c: c["group_pattern"].update({K: f"{FIRST}.q_proj"})),
+        CheckpointError,
+        rf"{K}: '{FIRST}\.q_proj', {NOT_BESIDE}",
+    ),
+    "leader that is itself": (
+        lambda folder, bits: edit_config(folder, lambda c: c["group_pattern"].update({K: K})),
+        CheckpointError,
+        f"{K}: '{K}', {NOT_BESIDE}",
+    ),
+    "leader that follows another": (
+        lambda folder, bits: edit_config(folder, lambda c: c["group_pattern"].update({V: K})),
+        CheckpointError,
+        f"{V}: '{K}', {NOT_BESIDE}",
+    ),
+    "leader that is no name": (
+        lambda folder, bits: edit_config(folder, lambda c: c["group_pattern"].update({K: [Q], V: {"a": 1}})),
+        CheckpointError,
+        rf"{K}: \['{Q}'\], {NOT_BESIDE}; {V}: {{'a': 1}}",
+    ),
+    "another leader": (
+        lambda folder, bits: edit_config(
+            folder, lambda c: [c["group_pattern"].pop(K), c["group_pattern"].update({Q: K, V: K})]
+        ),
+        CheckpointError,
+        rf"(?s)missing: {K}\.down\..*unexpected: {Q}\.down\.",
+    ),
+    "group of one": (
+        lambda folder, bits: edit_config(folder, lambda c: [c["group_pattern"].pop(K), c["group_pattern"].pop(V)]),
+        CheckpointError,
+        f"{K}: grouped with no other layer; {Q}: grouped with no other layer",
+    ),
+    "form changed": (
+        lambda folder, bits: edit_config(folder, lambda c: c["form_pattern"].update({K: "pivoted"})),
+        CheckpointError,
+        f"{K}: '{Q}', {NOT_BESIDE}",
+    ),
+    "no groups": (
+        lambda folder, bits: edit_config(folder, lambda c: [c.pop("group_pattern"), c.pop("form_pattern")]),
+        CheckpointError,
+        r"missing: .*_proj\.down\.",
+    ),
+    "group_pattern that is no mapping": (
+        lambda folder, bits: edit_config(folder, lambda c: c.update(group_pattern=[[Q, K]])),
+        CheckpointError,
+        "group_pattern is list; wanted a mapping of path to group",
+    ),
+    "leader without down": (
+        lambda folder, bits: edit_tensors(
+            folder, lambda t: [t.pop(name) for name in list(t) if name.startswith(f"{Q}.down.")]
+        ),
+        CheckpointError,
+        rf"missing: {Q}\.down\.",
+    ),
+    "a member without up": (
+        lambda folder, bits: edit_tensors(folder, lambda t: t.pop(f"{K}.up.{part(bits)}")),
+        CheckpointError,
+        rf"missing: {K}\.up\.",
+    ),
+    "a member with a down of its own": (
+        lambda folder, bits: edit_tensors(
+            folder, lambda t: t.update({f"{K}.down.{part(bits)}": t[f"{Q}.down.{part(bits)}"].clone()})
+        ),
+        CheckpointError,
+        rf"unexpected: {K}\.down\.",
+    ),
 }
 CASES = [(label, bits) for label in DAMAGE for bits in (4, 16)] + [(label, 4) for label in PACKED_DAMAGE]
 
@@ -287,6 +396,18 @@ def test_damage_to_the_pivoted_form_is_named(label: str, sound_pivoted: Path, tm
     edit, error, message = PIVOTED_DAMAGE[label]
     folder = shutil.copytree(sound_pivoted, tmp_path / "damaged")
     edit(folder, 16)
+    with pytest.raises(error, match=message):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("label", GROUPED_DAMAGE)
+@pytest.mark.parametrize("bits", [4, 16])
+def test_damage_to_groups_is_named(bits: int, label: str, sound_grouped: dict[int, Path], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    edit, error, message = GROUPED_DAMAGE[label]
+    folder = shutil.copytree(sound_grouped[bits], tmp_path / "damaged")
+    edit(folder, bits)
     with pytest.raises(error, match=message):
         AutoModelForCausalLM.from_pretrained(folder)
 

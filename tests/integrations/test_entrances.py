@@ -39,6 +39,7 @@ RUNS: dict[str, tuple[str, int, dict[str, Any]]] = {
             "gptq": {"bits_pattern": {"mlp": 8, "h.1.mlp.c_fc": 3}, "group_size_pattern": {"attn.c_attn": 64}},
         },
     ),
+    "grouped": ("qwen2", 4, {"lowrank": {"form": "grouped"}, "gptq": {"bits_pattern": {"attention.up": 3, "mlp.down": 8}}}),
     "naive": ("llama", 4, {"gptq": {"sym": True, "damp_percent": 0.1, "mse": 2.4}, "stack": "naive"}),
 }
 SETTINGS: dict[str, Any] = {"num_samples": 4, "group_size": 32, "rank_ratio": 0.25}
@@ -297,6 +298,8 @@ def test_the_drop_in_takes_what_optimums_class_takes() -> None:
         LordGPTQQuantizer(4, rank_ratio=0.5, form="pivot")
     with pytest.raises(ConfigError, match="the naive stack packs all layers alike; wanted --stack joint"):
         LordGPTQQuantizer(4, rank_ratio=0.5, stack="naive", group_size_pattern={"mlp": 32})
+    with pytest.raises(ConfigError, match="the naive stack decomposes every layer alone; wanted --stack joint"):
+        LordGPTQQuantizer(4, rank_ratio=0.5, stack="naive", form="grouped")
     ideas = LordGPTQQuantizer(4, rank_ratio=0.5, form="pivoted", joint={"order": "up_first"}, mse=2.4).lord_config
     assert (ideas.lowrank.form, ideas.joint.order, ideas.joint.refit, ideas.gptq.mse) == ("pivoted", "up_first", True, 2.4)
     for name in ("quantize_model", "save"):
@@ -389,3 +392,13 @@ def test_settings_of_a_run_are_checked_before_weights_are_read(
     folder = shutil.copytree(model_folder("llama"), tmp_path / "model")
     with pytest.raises(LordError, match=message):
         dense(folder, quantization_config=LordGPTQConfig(4, **arguments))
+
+
+def test_groups_cannot_be_given_to_a_run() -> None:
+    """They are what a checkpoint records; a run makes its own."""
+    from lord_quant import LordGPTQConfig
+    from lord_quant.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=r"not supported while compressing: group_pattern=\{'a': 'b'\}"):
+        LordGPTQConfig(4, rank_ratio=0.5, form="grouped", group_pattern={"a": "b"})
+    assert LordGPTQConfig(4, rank_ratio=0.5, form="grouped").to_lord_config("m").lowrank.form == "grouped"

@@ -69,6 +69,20 @@ FORMS: dict[str, Variant] = {  # every kind of layer at some bits; all at all bi
     for family in ("gpt_bigcode", "codegen", "llama", "gpt2")
     for bits, targets in ((16, "all"), (8, "attention"), (4, "mlp"))
 }
+GROUPED: dict[str, Any] = {"rank_ratio": 0.25, "form": "grouped"}
+BOTH = {"bits": 4, "bits_pattern": {"attention.up": 3, "mlp.up": 8, "gate_proj.down": 2, "k_proj.up": 3}}
+GROUPS: dict[str, Variant] = {
+    f"grouped-{family}-{label}": (family, {}, {"gptq": gptq, "lowrank": GROUPED})
+    for family in ("llama", "qwen2")
+    for label, gptq in (("16", {"bits": 16}), ("8", {"bits": 8}), ("4", {"bits": 4}), ("both", BOTH))
+} | {
+    "grouped-no_mean-qwen2-4": ("qwen2", {}, {"gptq": {"bits": 4}, "lowrank": GROUPED | {"mean_correction": False}}),
+    "grouped-two-llama-4": ("llama", {}, {"gptq": {"bits": 4}, "lowrank": GROUPED | {"ignore": ["k_proj", "*.1.mlp.*"]}}),
+    "grouped-bf16-llama-4": ("llama", {}, {"gptq": {"bits": 4}, "lowrank": GROUPED, "dtype": "bfloat16"}),
+    "grouped-desc_act-sym-llama-4": ("llama", {}, {"gptq": {"bits": 4, "desc_act": True, "sym": True}, "lowrank": GROUPED}),
+    "both-gpt_bigcode": ("gpt_bigcode", {}, {"gptq": {"bits": 4, "bits_pattern": {"all.up": 3, "c_fc.down": 8}}}),
+    "both-pivoted-llama": ("llama", {}, {"gptq": {"bits": 4, "bits_pattern": {"all.down": 8}}, "lowrank": UP}),
+}
 VARIANTS: dict[str, Variant] = {
     "bf16-llama-16": ("llama", {}, {"gptq": {"bits": 16}, "dtype": "bfloat16"}),
     "bf16-llama-4": ("llama", {}, {"gptq": {"bits": 4}, "dtype": "bfloat16"}),
@@ -119,7 +133,7 @@ VARIANTS: dict[str, Variant] = {
     "no_bias-starcoder2-4": ("starcoder2", {"use_bias": False}, {"gptq": {"bits": 4}}),
     "g64-llama-4": ("llama", {}, {"gptq": {"bits": 4, "group_size": 64}, "lowrank": {"rank_ratio": 0.5}}),
 }
-EVERY = MATRIX | FORMS | MIXED | VARIANTS
+EVERY = MATRIX | FORMS | MIXED | GROUPS | VARIANTS
 RESAVED = (
     "llama-4",
     "gpt_bigcode-8",
@@ -129,6 +143,8 @@ RESAVED = (
     "pivoted-llama-4",
     "pivoted-gpt2-16",
     "mixed-llama",
+    "grouped-llama-16",
+    "grouped-llama-both",
 )
 
 
@@ -205,8 +221,10 @@ def test_predicted_bytes_are_the_bytes_in_the_files(label: str, checkpoints: dic
     forms = {layer.site.name: layer.form.removesuffix(" packed") for layer in stored.layers}
     assert forms == {layer.name: layer.form if layer.rank else "dense" for layer in plan.layers}
     packed = plan.bits != 16
-    packings = {layer.site.name: (layer.bits, layer.group_size) for layer in stored.layers}
-    assert packings == {layer.name: (layer.bits, layer.group_size) if packed else (None, None) for layer in plan.layers}
+    packings = {layer.site.name: (layer.bits, layer.up_bits, layer.group_size) for layer in stored.layers}
+    wanted = {layer.name: (layer.bits, layer.up_bits, layer.group_size) for layer in plan.layers}
+    assert packings == (wanted if packed else dict.fromkeys(wanted, (None, None, None)))
+    assert {layer.site.name: layer.leader for layer in stored.layers} == {layer.name: layer.leader for layer in plan.layers}
     assert sum(layer.weight_bytes + layer.bias_bytes for layer in stored.layers) == on_disk - plan.other_bytes
 
 
@@ -218,6 +236,14 @@ def test_a_mixed_checkpoint_has_every_kind_of_layer(label: str, checkpoints: dic
     assert set(OWN) <= kinds
     values = json.loads((checkpoints[label].folder / "config.json").read_text())["quantization_config"]
     assert values["format_version"] == 3 and (values["bits"], values["group_size"]) == (4, 32)
+
+
+@pytest.mark.parametrize("label", [label for label in GROUPS if label.startswith("grouped")])
+def test_a_grouped_checkpoint_stores_down_once(label: str, checkpoints: dict[str, Checkpoint]) -> None:
+    folder, plan, _ = checkpoints[label]
+    holders = {name.partition(".down.")[0] for name in families.stored_tensors(folder) if ".down." in name}
+    assert holders == {layer.name for layer in plan.layers if layer.rank and layer.leader in ("", layer.name)}
+    assert len(plan.group_pattern) >= 3 and not holders & plan.group_pattern.keys()
 
 
 @pytest.mark.parametrize("label", RESAVED)
@@ -238,6 +264,7 @@ def test_configurations_say_nothing_private(checkpoints: dict[str, Checkpoint], 
                 assert not values.get("dataset"), "the calibration set is in the report; here it would be a guess"
                 assert not values.get("tokenizer")
                 assert values["rank_pattern"] == checkpoint.plan.rank_pattern
-                for name in ("form_pattern", "bits_pattern", "group_size_pattern"):
+                for name in ("form_pattern", "group_pattern", "bits_pattern", "group_size_pattern"):
                     assert values.get(name, {}) == getattr(checkpoint.plan, name)
-                assert values["format_version"] == (3 if checkpoint.plan.mixed else 2)
+                newest = checkpoint.plan.mixed or checkpoint.plan.group_pattern
+                assert values["format_version"] == (3 if newest else 2)

@@ -17,7 +17,9 @@ FLOATS = [
     ("llama", "llama", "two_factor"),
     ("gpt_bigcode", "gpt_bigcode", "two_factor"),
     ("pivoted", "llama", "pivoted"),
+    ("grouped", "llama", "grouped"),
 ]
+FACTORS_OF = {"llama": 28, "pivoted": 28, "grouped": 22}  # of 14 layers; groups share what 6 would have
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +36,7 @@ def float_folders(
 PACKED: dict[str, dict[str, Any]] = {
     "uniform": {"bits": 4},
     "mixed": {"bits": 4, "bits_pattern": {"mlp": 8, "o_proj": 2, "q_proj": 3}, "group_size_pattern": {"up_proj": 64}},
+    "grouped": {"bits": 4, "bits_pattern": {"attention.up": 8}},
 }
 
 
@@ -45,7 +48,8 @@ def packed_folder(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     folder = tmp_path_factory.mktemp("packed") / "llama"
-    families.compress(model_folder("llama"), folder, corpus_file, gptq=PACKED[request.param])
+    lowrank = {"rank_ratio": 0.25, "form": "grouped" if request.param == "grouped" else "two_factor"}
+    families.compress(model_folder("llama"), folder, corpus_file, gptq=PACKED[request.param], lowrank=lowrank)
     return folder
 
 
@@ -60,7 +64,7 @@ def loss_of(model: Any) -> torch.Tensor:
     return model(input_ids=tokens, labels=tokens).loss
 
 
-@pytest.mark.parametrize("label", ["llama", "pivoted"])
+@pytest.mark.parametrize("label", FACTORS_OF)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_casting_works_like_on_any_model(dtype: torch.dtype, label: str, float_folders: dict[str, Path]) -> None:
     model = load(float_folders[label])
@@ -119,12 +123,12 @@ def test_trainer_trains_a_loaded_model(float_folders: dict[str, Path], tmp_path:
     assert torch.equal(families.probe_logits(load(tmp_path / "saved")), after)
 
 
-@pytest.mark.parametrize("label", ["llama", "pivoted"])
+@pytest.mark.parametrize("label", FACTORS_OF)
 def test_lora_trains_and_merges_into_float_factors(label: str, float_folders: dict[str, Path], tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = load(float_folders[label])
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=FACTORS, init_lora_weights=False))
-    assert sum("lora_A" in name for name, _ in adapted.named_parameters()) == 28
+    assert sum("lora_A" in name for name, _ in adapted.named_parameters()) == FACTORS_OF[label]
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-3)
     before = loss_of(adapted)
     before.backward()

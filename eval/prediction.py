@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Predicted against measured loss: one layer compressed at a time, in many ways, everything else dense.
+
+Layers of every type are chosen at random blocks. Each is truncated in float at several ranks, rounded dense at several
+bits and group sizes, and compressed in ways of different form and bits that take the same bytes within 3 %, which is what
+a plan chooses among. Measured is how much the cross entropy of held-out text rises over the dense model's, on the same
+windows; also on calibration text, and the divergence from the dense model's predictions, which has less noise.
+Predicted is what `lord_quant/probe.py` says: in the metric of the loss, and of plain output error. Last, all layers of a
+block, of a type, and of the model are compressed together, to see whether losses add up.
+
+    python eval/prediction.py --model DIR --calibration code.jsonl --heldout other.jsonl --output prediction.json
+
+The tables lie beside the JSON as Markdown, the plot as PNG. Sensitivities are taken from the first 8 calibration windows,
+as by default; measured is on every fourth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from agreement import KINDS, draw, summarise, tables
+from provenance import digests, model_name, revision
+from rows import Settings
+from variants import Clock, write_json
+
+
+if TYPE_CHECKING:
+    from bench import Bench, Layer, Rise
+
+    from lord_quant.probe import LayerLoss
+
+RATIOS = (0.25, 0.5, 0.75, 0.9)
+"""Rank ratios of truncation in float."""
+RANK_STEP = 32
+DENSE_ROUNDING = ((2, 64), (3, 64), (4, 64), (3, 32), (2, 128))
+"""Bits and group size of layers rounded dense."""
+SET_BITS = (2, 3, 4)
+SET_WIDTH = 0.03
+"""Largest difference in bytes within a set, relative to its smallest member."""
+SETS, SET_MEMBERS = 2, 4
+FISHER_WINDOWS = 8
+TOGETHER = {"truncated to 0.75": (0.75, 16, 64), "rounded to 3 bits": (None, 3, 64)}
+"""What is done to many layers at once: rank ratio, bits, group size."""
+
+
+class Choice(NamedTuple):
+    """One way to compress a layer.
+
+    Attributes:
+        kind: `truncation`, `dense`, `two_factor` or `pivoted`.
+        rank: Rank of its factors, or None.
+        bits: Of its weights; 16 for factors in float.
+        group_size: Inputs per scale.
+        num_bytes: Stored bytes, or None in float.
+    """
+
+    kind: str
+    rank: int | None
+    bits: int
+    group_size: int
+    num_bytes: int | None
+
+
+class Losses(NamedTuple):
+    """A layer's predicted losses, in nats per token.
+
+    Attributes:
+        fisher: As a plan counts on them, but for its factors of caution.
+        crossed: The same, truncation being chosen on one half of the calibration windows and measured on the other.
+    """
+
+    fisher: LayerLoss
+    crossed: LayerLoss
+
+
+def main() -> None:
+    """Runs the experiment, prints the tables, writes JSON, Markdown and PNG."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, metavar="DIR", help="folder of the dense model")
+    parser.add_argument("--calibration", required=True, metavar="DATA", help="calibration text: file or folder")
+    parser.add_argument("--heldout", required=True, metavar="DATA", help="text to measure on, disjoint from the former")
+    parser.add_argument("--num-samples", type=int, default=48, help="calibration windows (default: 48)")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens per window (default: 512)")
+    parser.add_argument("--windows", type=int, default=48, help="held-out windows of --seq-len tokens (default: 48)")
+    parser.add_argument("--seed", type=int, default=0, help="of windows, layers and probes (default: 0)")
+    parser.add_argument("--layers", type=int, default=8, help="layers compressed one at a time (default: 8)")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.json", help="results; tables go beside it")
+    args = parser.parse_args()
+    if args.layers < 1:
+        raise SystemExit(f"--layers {args.layers}; wanted at least 1")
+    clock, published = Clock(), digests([args.model])
+    text = Settings(args.calibration, args.heldout, args.num_samples, args.seq_len, args.windows, False).published()
+    settings = {name: value for name, value in text.items() if name != "humaneval"}
+    settings |= {"seed": args.seed, "layers": args.layers}
+    content: dict[str, Any] = {"settings": settings, "models": published, "revision": revision()}
+    layers, predicted, calibration, heldout = prepare(args)
+    print(f"{len(layers)} layers predicted ({clock})", flush=True)
+    rows: list[dict[str, Any]] = []
+    pairs: list[dict[str, Any]] = []
+    for layer in choose_layers(layers, args.layers, args.seed):
+        own, losses = [], predicted[layer.site.name]
+        plain = layer.predict(args.seed, fisher=False)
+        rises: list[Rise] = []
+        for choice in choices(layer, losses.fisher, args.seed):
+            made = layer.compress(form_of(choice), choice.rank, choice.bits, choice.group_size, args.seed)
+            rises.append(heldout.rise({layer.site: made}))
+            seen = calibration.rise({layer.site: made})
+            own.append(about(layer, choice) | foretold(losses, plain, choice) | measured(rises[-1], seen))
+        pairs += equal_pairs(own, rises, len(rows))
+        rows += own
+        print(f"{layer.site.name}: {len(own)} ways ({clock})", flush=True)
+    content |= {
+        "rows": rows,
+        "pairs": pairs,
+        "together": list(together(layers, predicted, heldout, calibration, args.seed)),
+    }
+    content["summary"] = summarise(rows, pairs)
+    write_json(args.output, content)
+    shown = tables(content)
+    args.output.with_suffix(".md").write_text(f"{shown}\n", encoding="utf-8")
+    draw(rows, content["summary"], model_name(args.model), args.output.with_suffix(".png"))
+    print(f"\n{shown}\n\nwritten to {args.output}, .md and .png after {clock}")
+
+
+def prepare(args: argparse.Namespace) -> tuple[list[Layer], dict[str, Losses], Bench, Bench]:
+    """Loads model and text; returns layers, predicted losses, the model on calibration and on held-out windows."""
+    from lord_quant.silence import import_hosts
+
+    import_hosts()
+    import torch
+    from bench import Bench, collect
+
+    from lord_quant.calibration import sample_windows
+    from lord_quant.corpus import load_corpus
+    from lord_quant.source import inspect_source, load_model
+
+    source = inspect_source(args.model)
+    how = {"seq_len": args.seq_len, "seed": args.seed}
+    corpora = load_corpus(args.calibration, split="calibration"), load_corpus(args.heldout, split="heldout")
+    calibration = sample_windows(corpora[0], source.tokenizer, num_samples=args.num_samples, **how).input_ids
+    heldout = sample_windows(corpora[1], source.tokenizer, num_samples=args.windows, **how).input_ids
+    model = load_model(source, torch.device("cpu"))
+    backward = calibration[:FISHER_WINDOWS]
+    layers = collect(model, calibration.split(4), backward.split(4), args.seed)
+    parts = zip(*(each.split(-(-len(each) // 2)) for each in (calibration, backward)), strict=True)
+    halves = [collect(model, own.split(4), back.split(4), args.seed + at) for at, (own, back) in enumerate(parts)]
+    predicted = {
+        layer.site.name: predict(layer, one, other, args.seed * len(layers) + at)
+        for at, (layer, one, other) in enumerate(zip(layers, *halves, strict=True))
+    }
+    return layers, predicted, Bench(model, calibration[::4]), Bench(model, heldout)
+
+
+def predict(layer: Layer, one: Layer, other: Layer, seed: int) -> Losses:
+    """Predicts what a layer would lose; `one` and `other` are the same layer on either half of the calibration windows."""
+    fisher = layer.predict(seed, halves=(one.half(), other.half()))
+    return Losses(fisher, fisher._replace(tail=fisher.cut))
+
+
+def choose_layers(layers: Sequence[Layer], count: int, seed: int) -> list[Layer]:
+    """Chooses layers, all types in turn, each at blocks drawn without repetition."""
+    generator = random.Random(seed)
+    by_kind: dict[str, list[Layer]] = {}
+    for layer in layers:
+        by_kind.setdefault(layer.kind, []).append(layer)
+    for own in by_kind.values():
+        generator.shuffle(own)
+    turns = max(len(own) for own in by_kind.values())
+    return [own[turn] for turn in range(turns) for own in by_kind.values() if turn < len(own)][:count]
+
+
+def choices(layer: Layer, loss: LayerLoss, seed: int) -> list[Choice]:
+    """Returns the ways a layer is compressed: truncations, roundings, and sets of equal bytes; each once."""
+    smaller = min(layer.site.in_features, layer.site.out_features)
+    ranks = dict.fromkeys(min(smaller, max(1, round(ratio * smaller / RANK_STEP)) * RANK_STEP) for ratio in RATIOS)
+    found = [Choice("truncation", rank, 16, RANK_STEP, None) for rank in ranks if rank < smaller]
+    every = list(menu(layer, loss))
+    found += [choice for choice in every if choice.kind == "dense" and (choice.bits, choice.group_size) in DENSE_ROUNDING]
+    for members in equal_sets(every, seed):
+        found += members
+    return list(dict.fromkeys(found))
+
+
+def menu(layer: Layer, loss: LayerLoss) -> Iterator[Choice]:
+    """Yields what the planner may choose for a layer, form by form and width by width."""
+    from lord_quant.layer_bytes import PIVOTED, TWO_FACTOR
+    from lord_quant.menu import DENSE, Menu
+
+    for form in (DENSE, TWO_FACTOR, PIVOTED):
+        for bits in SET_BITS:
+            for size in loss.groups:
+                for found in Menu((form,), (bits,), (size,)).of(layer.site, loss):  # both factors alike
+                    yield Choice(form, found.rank, bits, size, found.num_bytes)
+
+
+def equal_sets(every: Sequence[Choice], seed: int) -> list[list[Choice]]:
+    """Returns sets of choices of nearly equal bytes and different form or bits: the most varied, and far apart."""
+    generator = random.Random(seed)
+    shuffled = generator.sample(list(every), len(every))  # which rank and group size stand for a form is left to chance
+    sets = []
+    for smallest in sorted(size(choice) for choice in every):
+        near = [choice for choice in shuffled if smallest <= size(choice) <= (1 + SET_WIDTH) * smallest]
+        distinct = {(choice.kind, choice.bits): choice for choice in near}
+        by_kind = [[choice for choice in distinct.values() if choice.kind == kind] for kind in KINDS]
+        in_turn = [choice for turn in zip_longest(*by_kind) for choice in turn if choice is not None]
+        sets.append(in_turn[:SET_MEMBERS])
+    # Sets with every form come first, then large ones.
+    sets.sort(key=lambda members: (len({choice.kind for choice in members}), len(members)), reverse=True)
+    chosen: list[list[Choice]] = []
+    for members in sets:
+        apart = all(abs(math.log(size(members[0]) / size(other[0]))) > 2 * SET_WIDTH for other in chosen)
+        if len(members) > 1 and apart and len(chosen) < SETS:
+            chosen.append(members)
+    return chosen
+
+
+def size(choice: Choice) -> int:
+    """Returns the stored bytes of a choice that has them."""
+    assert choice.num_bytes is not None
+    return choice.num_bytes
+
+
+def form_of(choice: Choice) -> str:
+    """Returns the form of the factors, if there are any."""
+    return "pivoted" if choice.kind == "pivoted" else "two_factor"
+
+
+def about(layer: Layer, choice: Choice) -> dict[str, Any]:
+    """Returns what a row is about."""
+    return {"layer": layer.site.name, "type": layer.kind, **choice._asdict()}
+
+
+def foretold(losses: Losses, plain: LayerLoss, choice: Choice) -> dict[str, float]:
+    """Returns the predictions for a choice: what truncation and rounding are said to cost, and what planning counts."""
+    from lord_quant.menu import CAUTION
+
+    cut, rounded = parts(losses.fisher, choice)
+    return {
+        "truncation": cut,
+        "rounding": rounded,
+        "predicted": cut + rounded,
+        "crossed": sum(parts(losses.crossed, choice)),
+        "cautious": CAUTION * cut + rounded,
+        "output_error": sum(parts(plain, choice)),
+    }
+
+
+def parts(loss: LayerLoss, choice: Choice) -> tuple[float, float]:
+    """Returns the predicted losses of truncation and of rounding, as `menu.Menu` adds them up."""
+    if choice.rank is None:
+        return 0.0, loss.of_dense(choice.bits, choice.group_size)
+    tail = loss.tail.tolist()
+    if choice.kind == "truncation":
+        return tail[choice.rank], 0.0
+    noise = loss.of_factors(choice.rank, choice.bits, choice.bits, choice.group_size)
+    return tail[choice.rank], noise * (loss.pivoted if choice.kind == "pivoted" else 1)
+
+
+def measured(heldout: Rise, calibration: Rise) -> dict[str, float]:
+    """Returns what was measured: means over windows, and the standard error of the first."""
+    loss = heldout.loss
+    return {
+        "heldout": float(loss.mean()),
+        "heldout_error": float(loss.std() / math.sqrt(len(loss))),
+        "calibration": float(calibration.loss.mean()),
+        "heldout_divergence": float(heldout.divergence.mean()),
+        "calibration_divergence": float(calibration.divergence.mean()),
+    }
+
+
+def equal_pairs(rows: Sequence[dict[str, Any]], rises: Sequence[Rise], first: int) -> list[dict[str, Any]]:
+    """Returns the pairs of one layer's rows that take the same bytes.
+
+    Args:
+        rows: The layer's rows.
+        rises: What was measured on held-out text.
+        first: Where the rows stand among all rows.
+
+    Returns:
+        Of each pair the two rows and how many standard errors lie between them, paired by window.
+    """
+    found = []
+    for one, row in enumerate(rows):
+        for other, than in enumerate(rows[:one]):
+            sizes = (row["num_bytes"], than["num_bytes"])
+            if None in sizes or max(sizes) > (1 + SET_WIDTH) * min(sizes):
+                continue
+            apart = rises[one].loss - rises[other].loss
+            error = float(apart.std() / math.sqrt(len(apart)))
+            found.append(
+                {"rows": [first + other, first + one], "errors_apart": abs(float(apart.mean())) / max(error, 1e-30)}
+            )
+    return found
+
+
+def together(
+    layers: Sequence[Layer], predicted: dict[str, Losses], heldout: Bench, calibration: Bench, seed: int
+) -> Iterator[dict[str, Any]]:
+    """Compresses all layers of a block, of a type, of the model at once; yields predicted sums and what was measured."""
+    groups = {f"block {layer.site.block}": "block" for layer in layers} | {layer.kind: "type" for layer in layers}
+    for label, (ratio, bits, group_size) in TOGETHER.items():
+        made, foreseen, crossed = {}, {}, {}
+        for layer in layers:
+            smaller = min(layer.site.in_features, layer.site.out_features)
+            rank = None if ratio is None else max(1, round(ratio * smaller / RANK_STEP)) * RANK_STEP
+            choice = Choice("dense" if rank is None else "truncation", rank, bits, group_size, None)
+            made[layer.site] = layer.compress("two_factor", rank, bits, group_size, seed)
+            losses = predicted[layer.site.name]
+            foreseen[layer.site], crossed[layer.site] = (sum(parts(each, choice)) for each in losses)
+        for name, by in (groups | {"all layers": "model"}).items():
+            sites = [layer.site for layer in layers if by == "model" or name in (f"block {layer.site.block}", layer.kind)]
+            chosen = {site: made[site] for site in sites}
+            rise, seen = heldout.rise(chosen), calibration.rise(chosen)
+            yield {
+                "what": label, "group": name, "by": by, "layers": len(sites),
+                "predicted": sum(foreseen[site] for site in sites), "crossed": sum(crossed[site] for site in sites),
+                **measured(rise, seen),
+            }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What truncation loses on text it was not chosen on.
+
+Truncation keeps the directions that the calibration text needs and drops those that look small. Of many directions some
+look small by chance, and they are the ones that are dropped: the tail of the spectrum, which is what the text that chose
+loses, is too small for any other text. So the text is cut in two. Each half chooses, the other says what was lost, and the
+mean of both is what is predicted. (It errs to the safe side: the truncation that will be run is chosen on both halves.)
+
+In the metric of one half, G = SᵀS, the truncation to rank r drops what lies beyond the first r columns of V and rows of C
+in W = V C, with V = S⁻¹ U and C = Uᵀ S W, U the eigenvectors of S W H Wᵀ Sᵀ. In the metric of the other half this costs
+
+    ½ Σ_ij (Vᵀ G′ V)_ij (C H′ Cᵀ)_ij     over i, j ≥ r,
+
+for all r at once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from lord_quant.moments import Moments
+from lord_quant.stack import loss_root, loss_spectrum, unit_metric
+
+
+class Half(NamedTuple):
+    """What half of the calibration text says of a layer.
+
+    Attributes:
+        moments: Of its inputs.
+        sensitivity: G with shape (m, m), or None where all outputs count alike.
+    """
+
+    moments: Moments
+    sensitivity: torch.Tensor | None
+
+
+def crossed_tail(weight: torch.Tensor, halves: tuple[Half, Half], *, centred: bool) -> torch.Tensor:
+    """Returns what truncation to rank 0, 1, …, k = min(m, n) loses where it was not chosen.
+
+    Args:
+        weight: W with shape (m, n).
+        halves: Both halves.
+        centred: Whether a bias takes up errors of the mean, that of the half that chooses.
+
+    Returns:
+        In nats per token, or halves of squared errors without sensitivities; float64, with shape (k + 1,).
+    """
+    first, second = halves
+    return (_chosen_on(weight, first, second, centred) + _chosen_on(weight, second, first, centred)) / 2
+
+
+def _chosen_on(weight: torch.Tensor, fitted: Half, other: Half, centred: bool) -> torch.Tensor:
+    metric = None if fitted.sensitivity is None else unit_metric(fitted.sensitivity.to(weight))
+    if metric is None and fitted.sensitivity is not None:
+        return torch.zeros(min(weight.shape) + 1, dtype=torch.float64)  # the loss does not depend on it
+    spectrum = loss_spectrum(weight, _seen(fitted.moments, fitted.moments, centred), metric)
+    vectors = spectrum.vectors
+    if metric is None:
+        left, right = vectors.double(), (vectors.T @ weight).double()
+    else:
+        root = loss_root(metric)
+        left = torch.linalg.solve_triangular(root, vectors, upper=True).double()
+        right = (vectors.T @ root @ weight).double()
+    minded = left.T @ left if other.sensitivity is None else left.T @ other.sensitivity.double() @ left
+    products = minded * (right @ _seen(other.moments, fitted.moments, centred).double() @ right.T)
+    sums = products.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0).cpu()
+    return torch.cat((0.5 * sums, sums.new_zeros(1)))
+
+
+def _seen(moments: Moments, bias_of: Moments, centred: bool) -> torch.Tensor:
+    """Returns the second moment of inputs about the mean that a bias takes up, or about zero."""
+    shift = moments.mean - bias_of.mean if centred else moments.mean
+    return moments.covariance + torch.outer(shift, shift)

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compresses a model that is loaded already, from plan to packed layers: the path of `from_pretrained`."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from lord_quant.budget import Planner, apply_plan, sense_model, unplanned
+from lord_quant.calibration import TokenWindows
+from lord_quant.cautions import log_cautions
+from lord_quant.config import LordConfig
+from lord_quant.errors import ModelError
+from lord_quant.menu import Menu
+from lord_quant.pipeline import DEFAULT_SEQ_LEN, Compressed, calibrate, compress_model, plan_model
+from lord_quant.source import refuse_unfit
+from lord_quant.statistics import load_statistics
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def compress_loaded(model: PreTrainedModel, tokenizer: Any, config: LordConfig) -> Compressed:
+    """Plans, calibrates and compresses a loaded dense model in place.
+
+    Args:
+        model: The dense model.
+        tokenizer: A tokenizer, a path to one, or None for the model's own.
+        config: The run, perhaps with a budget; its `model` says where the model came from, and where the tokenizer is when
+            none is given.
+
+    Raises:
+        LordError: Whatever is wrong with the model, the plan, the calibration or the budget.
+    """
+    from transformers import AutoTokenizer
+
+    refuse_unfit(config.model, _dense_config(model))
+    itemsize, measured_on = next(model.parameters()).element_size(), None
+    plan = plan_model(model, config if config.budget is None else unplanned(config), itemsize)
+    if tokenizer is None or isinstance(tokenizer, str):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer or config.model)
+        except Exception as error:  # tokenizer backends raise whatever they like
+            raise ModelError(f"no tokenizer at {tokenizer or config.model!r}: {error}; pass tokenizer=…") from error
+    context = getattr(model.config, "max_position_embeddings", None) or DEFAULT_SEQ_LEN
+    windows = calibrate(config, tokenizer, context)
+    if config.budget is not None:
+        config, measured_on = _choose(model, windows, config)
+        plan = plan_model(model, config, itemsize)
+    log_cautions(model, plan, windows, config.stack, measured_on)
+    return compress_model(model, plan, windows, config)
+
+
+def _choose(model: PreTrainedModel, windows: TokenWindows, config: LordConfig) -> tuple[LordConfig, str]:
+    """Returns the run that a run's budget chooses, and the digest of the tokens that this rests on."""
+    budget = config.budget
+    assert budget is not None
+    statistics = load_statistics(budget.statistics) if budget.statistics else sense_model(model, windows, config)
+    menu = Menu(mean_correction=config.lowrank.mean_correction, min_param_ratio=budget.min_param_ratio or 0)
+    planner = Planner(config, statistics, menu, model)
+    chosen = apply_plan(config, planner.settings(planner.choose(budget)))
+    return chosen, str(statistics.origin.get("calibration_sha256"))
+
+
+def _dense_config(model: PreTrainedModel) -> Any:
+    """Returns the model's configuration without the compression that is about to happen (transformers sets it early)."""
+    config = copy.copy(model.config)
+    config.quantization_config = None
+    return config

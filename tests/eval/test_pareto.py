@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The comparison at equal bytes, on canned rows whose figures can be worked out by hand."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+EVAL = Path(__file__).resolve().parents[2] / "eval"
+
+
+@pytest.fixture
+def pareto(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(EVAL))
+    import pareto
+
+    yield pareto
+    for name in ("pareto", "provenance", "reference", "rows", "tables", "variants"):
+        sys.modules.pop(name, None)
+
+
+# label → bits per weight, perplexities by seed; the dense model's is 10
+RUNS = {
+    "planned:2.5": (2.5, [10.5, 11.5]),
+    "planned-dense:2.5": (2.4, [12.0, 12.5]),
+    "two_factor:1:3:128": (3.0, [11.0]),
+    "GPTQ 2:128": (2.0, [16.0, 16.0]),
+    "GPTQ 3:128": (3.0, [12.0, 12.0]),
+}
+
+
+@pytest.fixture
+def summary(pareto: Any, tmp_path: Path) -> tuple[dict[str, Any], str]:
+    results = pareto.Results(tmp_path / "results.json", {}, {})
+
+    def rows(label: str, bpw: float, perplexities: list[float]) -> list[Any]:
+        made = [
+            pareto.Row("model", label, None if label == pareto.DENSE else (), seed) for seed in range(len(perplexities))
+        ]
+        for row, perplexity in zip(made, perplexities, strict=True):
+            results.add(row, {"bpw": bpw, "tensor_bytes": 1, "perplexity": perplexity, "seconds": 1.0})
+        return made
+
+    (dense,) = rows(pareto.DENSE, 16.0, [10.0])
+    made = {label: rows(label, *run) for label, run in RUNS.items()}
+    plain = [row for label, own in made.items() if label.startswith("GPTQ") for row in own]
+    ours = [row for label, own in made.items() if not label.startswith("GPTQ") for row in own]
+    return pareto.summarise(results, dense, ours, plain, [2.5, 3.0])
+
+
+def test_excess_saved_is_over_the_line_at_a_schemes_own_bytes(summary: tuple[dict[str, Any], str]) -> None:
+    lines = {line["label"]: line for line in summary[0]["ours"]}
+    # The line falls from 16 to 12 between 2 and 3 bits: its excess is 4 at 2.5 bits and 4.4 at 2.4.
+    planned, dense = lines["planned:2.5"]["excess_saved"], lines["planned-dense:2.5"]["excess_saved"]
+    assert planned == {"mean": 0.75, "min": 1 - 1.5 / 4, "max": 1 - 0.5 / 4, "runs": 2}
+    assert (dense["min"], dense["max"]) == pytest.approx((1 - 2.5 / 4.4, 1 - 2 / 4.4))
+    assert lines["two_factor:1:3:128"]["excess_saved"]["mean"] == 0.5
+
+
+def test_budgets_show_what_was_planned_for_them_over_seeds(summary: tuple[dict[str, Any], str]) -> None:
+    first, second = summary[0]["budgets"]
+    assert first["planned"]["perplexity"] == {"mean": 11.0, "min": 10.5, "max": 11.5, "runs": 2}
+    assert first["planned"]["excess_saved"]["mean"] == 0.75
+    assert first["planned-dense"]["excess_saved"]["mean"] == 1 - 2.25 / 4  # read at the whole budget
+    assert first["planned"]["over_plain_line"]["mean"] == pytest.approx(11 / 14 - 1)
+    assert second["planned"] is None and second["planned-dense"] is None
+    table = summary[1].split("### Budgets")[1].split("\n\n")[1].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert cells[0] == [
+        "bpw at most", "best plain GPTQ", "plain line there", "best of ours", "planned-dense", "over the line",
+        "excess saved", "planned", "over the line", "excess saved",
+    ]  # fmt: skip
+    assert cells[2] == [
+        "2.50", "16.000 (2:128)", "14.000", "11.000 (planned:2.5)", "12.250 (12.000 … 12.500)",
+        "-12.50% (-14.29% … -10.71%)", "43.8% (37.5% … 50.0%)",
+        "11.000 (10.500 … 11.500)", "-21.43% (-25.00% … -17.86%)", "75.0% (62.5% … 87.5%)",
+    ]  # fmt: skip
+    assert cells[3][4:] == ["n/a"] * 6
+
+
+def test_there_is_no_excess_to_save_where_the_line_is_as_good_as_the_dense_model(pareto: Any) -> None:
+    assert pareto.excess_saved([10.0], 10.0, 10.0) is None and pareto.excess_saved([10.0], 10.0, None) is None

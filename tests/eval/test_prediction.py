@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which compressions are compared: sets of equal bytes, pairs counted from measured losses, layers of every type."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+
+EVAL = Path(__file__).resolve().parents[2] / "eval"
+
+
+@pytest.fixture
+def prediction(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(EVAL))
+    import prediction
+
+    yield prediction
+    for name in ("prediction", "agreement", "provenance", "rows", "tables", "variants"):
+        sys.modules.pop(name, None)
+
+
+def choice(prediction: Any, kind: str, bits: int, num_bytes: int, rank: int | None = 64) -> Any:
+    return prediction.Choice(kind, rank, bits, 64, num_bytes)
+
+
+def test_sets_are_of_equal_bytes_and_of_different_ways(prediction: Any) -> None:
+    every = [
+        choice(prediction, "dense", 2, 1000, None),
+        choice(prediction, "two_factor", 3, 1010),
+        choice(prediction, "two_factor", 3, 1020, 96),
+        choice(prediction, "pivoted", 3, 1029),
+        choice(prediction, "pivoted", 4, 1040),
+        choice(prediction, "dense", 3, 1500, None),
+        choice(prediction, "two_factor", 4, 1530),
+        choice(prediction, "pivoted", 4, 2000),
+    ]
+    first, second = prediction.equal_sets(every, seed=0)
+    assert {(one.kind, one.bits) for one in first} == {("dense", 2), ("two_factor", 3), ("pivoted", 3)}
+    assert {one.num_bytes for one in second} == {1500, 1530}
+
+
+def test_pairs_count_standard_errors_window_by_window(prediction: Any) -> None:
+    rows = [{"num_bytes": size} for size in (None, 1000, 1029, 1031)]
+    base = torch.tensor([0.1, 0.5, 0.3, 0.9], dtype=torch.float64)  # windows differ much more than candidates do
+    apart = torch.tensor([0.01, 0.03, 0.01, 0.03], dtype=torch.float64)
+    rises = [SimpleNamespace(loss=loss) for loss in (base, base, base + apart, base)]
+    first, second = prediction.equal_pairs(rows, rises, first=10)
+    assert (first["rows"], second["rows"]) == ([11, 12], [12, 13])
+    # Mean 0.02, standard deviation 0.02 / √3, of four windows.
+    assert first["errors_apart"] == pytest.approx(0.02 / (0.02 / 3**0.5 / 2))
+
+
+def test_predicted_parts_add_up_as_the_planner_counts_them(prediction: Any) -> None:
+    from lord_quant.menu import CAUTION, Menu
+    from lord_quant.probe import FactorNoise, LayerLoss
+    from lord_quant.targets import LinearSite
+
+    tail = torch.linspace(1, 0, 129, dtype=torch.float64)
+    noise = FactorNoise(64, {2: 0.1, 3: 0.02, 4: 0.005}, 0.9)
+    loss = LayerLoss(tail, tail, {2: 0.5, 3: 0.1, 4: 0.02}, {32: 0.8, 64: 1.0}, 64, noise, noise, 1.5)
+    site = LinearSite("h.0.fc", 0, 128, 256, True)
+    for form in ("dense", "two_factor", "pivoted"):
+        for found in Menu((form,), (3,), (32,)).of(site, loss):
+            own = prediction.Choice(form, found.rank, 3, 32, found.num_bytes)
+            cut, rounded = prediction.parts(loss, own)
+            assert CAUTION * cut + rounded == pytest.approx(found.loss)
+    assert prediction.parts(loss, prediction.Choice("truncation", 32, 16, 32, None)) == (float(tail[32]), 0.0)
+
+
+def test_layers_are_of_all_types_in_turn_and_of_different_blocks(prediction: Any) -> None:
+    layers = [SimpleNamespace(kind=kind, block=block) for block in range(6) for kind in ("q", "k", "fc")]
+    chosen = prediction.choose_layers(layers, 7, seed=0)
+    assert [layer.kind for layer in chosen] == ["q", "k", "fc", "q", "k", "fc", "q"]
+    assert len({layer.block for layer in chosen if layer.kind == "q"}) == 3
+    assert len(prediction.choose_layers(layers, 99, seed=0)) == len(layers)

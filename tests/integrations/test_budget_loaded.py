@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A budget in `from_pretrained`: what the command line makes of it, and saved as what was chosen."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+
+from lord_quant.budget import Planner, apply_plan, sense, statistics_of
+from lord_quant.config import LordConfig
+from lord_quant.errors import BudgetError, ConfigError
+from lord_quant.menu import Menu
+from lord_quant.pipeline import execute, prepare
+from lord_quant.statistics import save_statistics
+
+
+BUDGET: dict[str, Any] = {"target_bpw": 2.6, "min_param_ratio": 0.3}
+
+
+@pytest.fixture(scope="module")
+def run(model_folder: Callable[..., Path], corpus_file: Path) -> LordConfig:
+    return LordConfig.from_dict(
+        {
+            "model": str(model_folder("gpt_bigcode")),
+            "calibration": {"dataset": str(corpus_file), "num_samples": 4, "seq_len": 64},
+            "joint": {"fisher_samples": 2, "refine": 1},
+            "budget": BUDGET,
+        }
+    )
+
+
+def load(run: LordConfig, **changes: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    from lord_quant import LordGPTQConfig
+
+    calibration = {"dataset": run.calibration.dataset, "num_samples": 4, "seq_len": 64, "fisher_samples": 2, "refine": 1}
+    config = LordGPTQConfig(**(calibration | BUDGET | changes))
+    return AutoModelForCausalLM.from_pretrained(run.model, quantization_config=config)
+
+
+@pytest.mark.slow
+def test_a_budget_gives_the_pipelines_tensors_and_is_saved_as_what_it_chose(run: LordConfig, tmp_path: Path) -> None:
+    planner = Planner(run, statistics_of(run), Menu(min_param_ratio=0.3))
+    chosen = apply_plan(run, planner.settings(planner.choose(run.budget)))
+    execute(prepare(LordConfig.from_dict(chosen.to_dict() | {"output": str(tmp_path / "pipeline")})))
+    model = load(run)
+    model.save_pretrained(tmp_path / "fly")
+    assert families.different_tensors(tmp_path / "pipeline", tmp_path / "fly") == []
+    one, other = (
+        json.loads((tmp_path / name / "config.json").read_text())["quantization_config"] for name in ("pipeline", "fly")
+    )
+    assert one.items() <= other.items() and one["bits_pattern"] and one["rank_pattern"]
+    assert not {"target_bpw", "min_param_ratio", "statistics", "dataset"} & set(other)
+    reloaded, _ = families.load_fresh(tmp_path / "results.pt", tmp_path / "fly")
+    families.require_equal(reloaded[str(tmp_path / "fly")], families.probe_logits(model))
+
+
+@pytest.mark.slow
+def test_statistics_in_a_file_are_used_and_other_calibration_is_told(
+    run: LordConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_statistics(sense(run), tmp_path / "model.stats")
+    with caplog.at_level(logging.WARNING, "lord_quant"):
+        same = load(run, statistics=str(tmp_path / "model.stats"))
+    assert "other calibration tokens" not in caplog.text
+    with caplog.at_level(logging.WARNING, "lord_quant"):
+        other = load(run, statistics=str(tmp_path / "model.stats"), seed=1)
+    assert "other calibration tokens" in caplog.text
+    assert same.config.quantization_config.rank_pattern == other.config.quantization_config.rank_pattern
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"target_size": "4MB"}, BudgetError, "2 budgets are given"),
+        ({"rank_ratio": 0.5}, ConfigError, "a budget and rank_ratio are given"),
+        ({"bits": 3, "group_size": 64}, ConfigError, "a budget and bits, group_size are given; wanted one or the other"),
+        ({"bits_pattern": {"mlp": 3}}, ConfigError, "a budget and bits_pattern are given"),
+        ({"target_bpw": None}, BudgetError, "0 budgets are given"),
+        ({"target_bpw": 0.1}, BudgetError, "no plan is as small as 0.1; what can be reached is"),
+    ],
+)
+def test_what_is_wrong_with_a_budget_is_refused(
+    changes: dict[str, Any], error: type[Exception], message: str, run: LordConfig
+) -> None:
+    with pytest.raises(error, match=message):
+        load(run, **changes)

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cross-fitted truncation against losses written out rank by rank on the other half."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from layer_problems import F64, layer_of
+
+from lord_quant.crossfit import Half, crossed_tail
+from lord_quant.moments import Moments
+from lord_quant.stack import truncate, unit_metric
+
+
+def halves_of(m: int, n: int) -> tuple[torch.Tensor, tuple[Half, Half]]:
+    """A weight, and moments and sensitivities of two samples of the same text."""
+    weight, covariance = (tensor.double() for tensor in layer_of(m, n, 0))
+    generator = torch.Generator().manual_seed(1)
+    root = torch.linalg.cholesky(covariance)
+    found = []
+    for _ in range(2):
+        x = torch.randn(3 * n, n, generator=generator, dtype=F64) @ root.T + 1
+        g = torch.randn(2 * m, m, generator=generator, dtype=F64) * torch.logspace(-2, 0, m, dtype=F64)
+        centred = x - x.mean(0)
+        found.append(Half(Moments(x.mean(0), centred.T @ centred / len(x), len(x)), g.T @ g / len(g)))
+    return weight, (found[0], found[1])
+
+
+def written_out(weight: torch.Tensor, fitted: Half, other: Half, rank: int, centred: bool) -> float:
+    """What the truncation to a rank costs on the other half."""
+    shift = fitted.moments.mean
+    own = fitted.moments.covariance if centred else fitted.moments.covariance + torch.outer(shift, shift)
+    away = other.moments.mean - (shift if centred else 0)
+    seen = other.moments.covariance + torch.outer(away, away)
+    metric = None if fitted.sensitivity is None else unit_metric(fitted.sensitivity)
+    error = truncate(weight, own, rank, metric)[1].product() - weight
+    minded = torch.eye(len(weight), dtype=F64) if other.sensitivity is None else other.sensitivity
+    return 0.5 * float((minded @ error @ seen * error).sum())
+
+
+@pytest.mark.parametrize("fisher", [True, False])
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize(("m", "n"), [(48, 32), (32, 48), (40, 40)])
+def test_it_is_the_mean_of_what_either_half_loses_by_the_others_choice(m: int, n: int, centred: bool, fisher: bool) -> None:
+    weight, (one, two) = halves_of(m, n)
+    if not fisher:
+        one, two = one._replace(sensitivity=None), two._replace(sensitivity=None)
+    tail = crossed_tail(weight, (one, two), centred=centred)
+    assert tail.shape == (min(m, n) + 1,) and tail[-1] == 0
+    for rank in (1, 7, 16, min(m, n) - 1):
+        expected = sum(written_out(weight, *pair, rank, centred) for pair in ((one, two), (two, one))) / 2
+        assert float(tail[rank]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_other_text_loses_more_than_the_text_that_chose() -> None:
+    weight, (one, two) = halves_of(48, 32)
+    crossed, own = crossed_tail(weight, (one, two), centred=True), crossed_tail(weight, (one, one), centred=True)
+    assert (crossed[4:-1] > own[4:-1]).all()
+
+
+def test_a_layer_the_loss_does_not_depend_on_loses_nothing() -> None:
+    weight, (one, _) = halves_of(48, 32)
+    silent = one._replace(sensitivity=torch.zeros(48, 48, dtype=F64))
+    assert not crossed_tail(weight, (silent, silent), centred=True).any()
