@@ -29,8 +29,8 @@ RANKS = 64
 """Most ranks tried per form and group size."""
 CAUTION = 1.5
 """How many times its predicted loss a truncation is taken to cost. Truncated layers of three models diverge on held-out
-text 1.2 to 1.5 times as far as is predicted (`eval/prediction.py`), much as rounded ones do. But the cross entropy, to which
-the slope of the loss adds at first order, may rise several times as much."""
+text 1.2 to 1.5 times as far as is predicted (`eval/prediction.py`), much as rounded ones do. But the cross entropy, to
+which the slope of the loss adds at first order, may rise several times as much."""
 
 
 class Candidate(NamedTuple):
