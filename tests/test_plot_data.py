@@ -104,8 +104,8 @@ def test_types_lose_what_their_layers_lose_together() -> None:
         assert (ranks[0], ranks[-1]) == (0, 64)
         assert curve.removed == pytest.approx([1 - most * rank / 64 for rank in ranks])
         assert curve.losses == pytest.approx([CAUTION * whole * (1 - rank / 64) for rank in ranks])
-    assert (attention.parity_removed, attention.parity_loss) == (0.0, pytest.approx(4 * 3.0 / 2))
-    assert (mlp.parity_removed, mlp.parity_loss) == (0.0, pytest.approx(4 * 4.0 / 4))
+    assert (attention.parity_removed, attention.parity_loss) == (0.0, pytest.approx(CAUTION * 3.0 / 2))
+    assert (mlp.parity_removed, mlp.parity_loss) == (0.0, pytest.approx(CAUTION * 4.0 / 4))
 
 
 def test_layers_of_a_type_may_differ_in_shape() -> None:
