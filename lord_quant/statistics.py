@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,9 +116,11 @@ def measure_statistics(
             if len({leaders[site.name.removeprefix(prefix)] for site in found}) == 1
         ]
         for names in [*([name] for name in layers), *together]:
-            weight = torch.cat([dense_weight(block.get_submodule(name)) for name in names])
-            metrics = [torch.block_diag(*(each[name] for name in names)) for each in minded] or [None, None]
-            halves = Half(moments[0][names[0]], metrics[0]), Half(moments[-1][names[0]], metrics[1])
+            weights = {name: dense_weight(block.get_submodule(name)) for name in names}
+            weight = torch.cat(list(weights.values()))
+            metrics = [_together(each, weights) for each in minded]
+            first, second = metrics or (None, None)
+            halves = Half(moments[0][names[0]], first), Half(moments[-1][names[0]], second)
             has_bias, number = all(layers[name].has_bias for name in names), len(losses) + len(groups)
             try:
                 loss = probe(weight, halves, has_bias=has_bias, seed=seed * 2 * len(sites) + number, **settings)
@@ -129,6 +131,12 @@ def measure_statistics(
             else:
                 groups[tuple(prefix + name for name in names)] = loss
     return Statistics(losses, {site.name: site for site in sites}, groups, origin)
+
+
+def _together(minded: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Returns the sensitivity of layers on top of each other; the loss does not depend on one that was not called."""
+    silent = {name: weight.new_zeros(len(weight), len(weight)) for name, weight in weights.items() if name not in minded}
+    return torch.block_diag(*(silent[name] if name in silent else minded[name] for name in weights))
 
 
 def save_statistics(statistics: Statistics, path: str | Path) -> None:
