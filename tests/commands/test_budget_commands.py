@@ -53,7 +53,7 @@ def test_a_plan_is_saved_and_run(
     model: Path, data: list[str], statistics: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     plan, out = tmp_path / "plan.yaml", tmp_path / "out"
-    budget = ["--statistics", statistics, "--target-bpw", "2.6", "--refine", "1"]
+    budget = ["--statistics", statistics, "--target-bpw", "2.3", "--refine", "1"]
     assert run_command("plan", "--model", model, *budget, "--save", plan) == 0
     printed = capfd.readouterr().out
     bpw = yaml.safe_load(plan.read_text())["planned"]["bits_per_weight"]
