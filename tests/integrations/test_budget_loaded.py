@@ -20,7 +20,7 @@ from lord_quant.pipeline import execute, prepare
 from lord_quant.statistics import save_statistics
 
 
-BUDGET: dict[str, Any] = {"target_bpw": 2.6, "min_param_ratio": 0.3}
+BUDGET: dict[str, Any] = {"target_bpw": 2.4, "min_param_ratio": 0.3}
 
 
 @pytest.fixture(scope="module")
