@@ -22,7 +22,7 @@ from lord_quant.crossfit import Half
 from lord_quant.engine import gather
 from lord_quant.moments import Moments, PairedMoments
 from lord_quant.probe import LayerLoss, probe
-from lord_quant.sensitivity import Sensitivity
+from lord_quant.sensitivity import Sensitivity, Slope, Steepness
 from lord_quant.solver import make_solver
 from lord_quant.stack import stack_layer
 from lord_quant.stream import Replay, block_kinds, capture
@@ -37,12 +37,14 @@ class Layer(NamedTuple):
         module: The layer.
         moments: Of its inputs.
         sensitivity: G with shape (out_features, out_features), in nats² per unit of output².
+        slope: Of the text's loss.
     """
 
     site: LinearSite
     module: nn.Module
     moments: Moments
     sensitivity: torch.Tensor
+    slope: Steepness
 
     @property
     def kind(self) -> str:
@@ -51,7 +53,7 @@ class Layer(NamedTuple):
 
     def half(self, fisher: bool = True) -> Half:
         """Returns what it says of the layer if it is of half the text."""
-        return Half(self.moments, self.sensitivity if fisher else None)
+        return Half(self.moments, self.sensitivity, self.slope) if fisher else Half(self.moments, None)
 
     @torch.no_grad()
     def predict(self, seed: int, *, fisher: bool = True, halves: tuple[Half, Half] | None = None) -> LayerLoss:
@@ -113,18 +115,21 @@ def collect(model: nn.Module, batches: Sequence[torch.Tensor], backward: Sequenc
     """
     blocks, sites = find_blocks(model), find_linears(model)
     kinds = block_kinds(model, len(blocks.modules))
-    sensitivity = Sensitivity.measure(model, backward, seed=seed)
+    sensitivity, slope = Sensitivity.measure(model, backward, seed=seed), Slope.measure(model, backward)
     stream = capture(model, blocks.modules, kinds, batches)
     layers = []
     for index, block in enumerate(blocks.modules):
         prefix = f"{blocks.path}.{index}."
         own = {site.name.removeprefix(prefix): site for site in sites if site.block == index}
         minded = sensitivity.of_block(index, block, kinds[index], list(own))
+        steep = slope.of_block(index, block, kinds[index], list(own))
         with gather({name: block.get_submodule(name) for name in own}, torch.float32) as gathered:
             for batch in stream:
                 batch.hidden = batch.run(block, kinds[index])
         moments = gathered.results(prefix)
-        layers += [Layer(site, block.get_submodule(name), moments[name], minded[name]) for name, site in own.items()]
+        layers += [
+            Layer(site, block.get_submodule(name), moments[name], minded[name], steep[name]) for name, site in own.items()
+        ]
     return layers
 
 

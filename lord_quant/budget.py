@@ -20,7 +20,7 @@ from lord_quant.errors import BudgetError, ConfigError
 from lord_quant.menu import DENSE, Choice, Menu, single
 from lord_quant.pipeline import backward_batches, plan_model, prepare
 from lord_quant.planner import Allocation
-from lord_quant.sensitivity import Sensitivity
+from lord_quant.sensitivity import Sensitivity, Slope
 from lord_quant.source import build_skeleton, inspect_source, load_model, read_config
 from lord_quant.statistics import Statistics, load_statistics, measure_statistics, model_digest
 from lord_quant.targets import select
@@ -74,18 +74,20 @@ def sense_model(model: torch.nn.Module, windows: TokenWindows, config: LordConfi
     """
     samples = min(config.joint.fisher_samples or SENSED_SAMPLES, len(windows.input_ids))
     config = dataclasses.replace(config, joint=dataclasses.replace(config.joint, fisher_samples=samples))
-    sensitivities, seed = None, config.calibration.seed
+    sensitivities, slopes, seed = None, None, config.calibration.seed
     if config.joint.fisher:
         batches = backward_batches(windows, config)
-        first, second = (
-            Sensitivity.measure(model, part or batches, seed=2 * seed + half)
-            for half, part in enumerate((batches[::2], batches[1::2]))
+        one, other = batches[::2], batches[1::2] or batches
+        sensitivities = (
+            Sensitivity.measure(model, one, seed=2 * seed),
+            Sensitivity.measure(model, other, seed=2 * seed + 1),
         )
-        sensitivities = first, second
+        slopes = Slope.measure(model, one), Slope.measure(model, other)
     return measure_statistics(
         model,
         windows.batches(config.calibration.batch_size),
         sensitivities,
+        slopes,
         gptq=unplanned(config).gptq,
         options=config.joint,
         origin=_origin(config, windows),

@@ -11,7 +11,13 @@ in W = V C, with V = S⁻¹ U and C = Uᵀ S W, U the eigenvectors of S W H Wᵀ
 
     ½ Σ_ij (Vᵀ G′ V)_ij (C H′ Cᵀ)_ij     over i, j ≥ r,
 
-for all r at once.
+for all r at once. That is what the model's own predictions lose. By how much more the text's loss rises, at first order, is
+the inner product of the error with the slope of the other half's loss, K = E[g (x − μ)ᵀ] where a bias takes up the mean:
+
+    −Σ_i (Vᵀ K Cᵀ)_ii     over i ≥ r.
+
+Chance moves it to both sides, but of real models the sum is positive, and often as large as the former: the small
+directions are what a model had not finished learning. Cutting more is never counted as losing less.
 """
 
 from __future__ import annotations
@@ -21,6 +27,7 @@ from typing import NamedTuple
 import torch
 
 from lord_quant.moments import Moments
+from lord_quant.sensitivity import Steepness
 from lord_quant.stack import loss_root, loss_spectrum, unit_metric
 
 
@@ -30,10 +37,12 @@ class Half(NamedTuple):
     Attributes:
         moments: Of its inputs.
         sensitivity: G with shape (m, m), or None where all outputs count alike.
+        slope: Of the text's loss; None counts it as flat.
     """
 
     moments: Moments
     sensitivity: torch.Tensor | None
+    slope: Steepness | None = None
 
 
 def crossed_tail(weight: torch.Tensor, halves: tuple[Half, Half], *, centred: bool) -> torch.Tensor:
@@ -48,13 +57,17 @@ def crossed_tail(weight: torch.Tensor, halves: tuple[Half, Half], *, centred: bo
         In nats per token, or halves of squared errors without sensitivities; float64, with shape (k + 1,).
     """
     first, second = halves
-    return (_chosen_on(weight, first, second, centred) + _chosen_on(weight, second, first, centred)) / 2
+    pairs = zip(_chosen_on(weight, first, second, centred), _chosen_on(weight, second, first, centred), strict=True)
+    curved, sloped = ((one + two) / 2 for one, two in pairs)
+    return curved + sloped.clamp_min(0).flip(0).cummax(dim=0).values.flip(0)
 
 
-def _chosen_on(weight: torch.Tensor, fitted: Half, other: Half, centred: bool) -> torch.Tensor:
+def _chosen_on(weight: torch.Tensor, fitted: Half, other: Half, centred: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns what truncation to every rank, chosen on one half, loses on the other: at second order and at first."""
     metric = None if fitted.sensitivity is None else unit_metric(fitted.sensitivity.to(weight))
     if metric is None and fitted.sensitivity is not None:
-        return torch.zeros(min(weight.shape) + 1, dtype=torch.float64)  # the loss does not depend on it
+        nothing = torch.zeros(min(weight.shape) + 1, dtype=torch.float64)  # the loss does not depend on it
+        return nothing, nothing
     spectrum = loss_spectrum(weight, _seen(fitted.moments, fitted.moments, centred), metric)
     vectors = spectrum.vectors
     if metric is None:
@@ -65,8 +78,17 @@ def _chosen_on(weight: torch.Tensor, fitted: Half, other: Half, centred: bool) -
         right = (vectors.T @ root @ weight).double()
     minded = left.T @ left if other.sensitivity is None else left.T @ other.sensitivity.double() @ left
     products = minded * (right @ _seen(other.moments, fitted.moments, centred).double() @ right.T)
-    sums = products.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0).cpu()
-    return torch.cat((0.5 * sums, sums.new_zeros(1)))
+    curved = 0.5 * products.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
+    sloped = torch.zeros_like(curved)
+    if other.slope is not None:
+        shift = fitted.moments.mean if centred else torch.zeros_like(fitted.moments.mean)
+        slope = other.slope.weight.double() - torch.outer(other.slope.bias, shift).double()
+        sloped = -((left.T @ slope) * right).sum(dim=1).flip(0).cumsum(0).flip(0)
+    return _ending_at_zero(curved), _ending_at_zero(sloped)
+
+
+def _ending_at_zero(sums: torch.Tensor) -> torch.Tensor:
+    return torch.cat((sums, sums.new_zeros(1))).cpu()
 
 
 def _seen(moments: Moments, bias_of: Moments, centred: bool) -> torch.Tensor:

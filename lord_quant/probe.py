@@ -138,9 +138,9 @@ def probe(
 
     Args:
         weight: W with shape (m, n).
-        halves: Moments of its inputs in the dense model and sensitivities, of either half of the text. G with shape (m, m)
-            is in nats² per unit of output²; zero for a layer the loss does not depend on, which loses nothing. None counts
-            all outputs alike, with G = I: losses are squared output errors then.
+        halves: Moments of its inputs in the dense model, sensitivities and slopes, of either half of the text. G with shape
+            (m, m) is in nats² per unit of output²; zero for a layer the loss does not depend on, which loses nothing. None
+            counts all outputs alike, with G = I: losses are squared output errors then.
         has_bias: Whether it has a bias.
         mean_correction: Whether its factors get one anyway.
         gptq: How it would be quantized; bits and group size are chosen here.

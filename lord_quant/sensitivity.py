@@ -13,42 +13,32 @@ FWSVD, arXiv 2207.00112, weights rows by a diagonal Fisher, GFWSVD, arXiv 2505.1
 arXiv 2505.22988.) Labels are drawn once per token. The
 gradient at one position sums what it changes at all later ones.
 
-G has as many rows as the layer has outputs, so a few thousand tokens are enough; `stack.py` damps what they leave open. The
-matrices of a whole model would not fit in memory. So what is kept is the gradient at every block's output, found by going
-back through the blocks one at a time, each being run again for it; G of a block's layers is made when the block's turn
-comes, by going back through that block once more.
+G has as many rows as the layer has outputs, so a few thousand tokens are enough; `stack.py` damps what they leave open.
+
+The gradient of fit says something else: whether the text would rather have the weight as it is (`Slope`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
-from lord_quant.errors import CalibrationError
+from lord_quant.gradients import ROWS, UNLABELLED, BlockGradients
 from lord_quant.moments import gram
-from lord_quant.stream import BlockCall, block_kinds, capture, first_of
-from lord_quant.targets import find_blocks
-
-
-ROWS = 512
-"""Tokens whose probabilities are held at once."""
 
 
 class Sensitivity:
     """Output sensitivities of a model's layers, one block after another.
 
     Args:
-        stream: The windows on their way through the dense model, in front of its first block.
-        gradients: Gradient of the loss at every block's output, per batch of the stream.
+        gradients: Of the loss of labels drawn from the model's predictions; used up.
     """
 
-    def __init__(self, stream: list[BlockCall], gradients: list[list[torch.Tensor]]) -> None:
-        self._stream, self._gradients, self._next = stream, gradients, 0
+    def __init__(self, gradients: BlockGradients) -> None:
+        self._gradients = gradients
 
     @classmethod
     def measure(cls, model: nn.Module, batches: Sequence[torch.Tensor], *, seed: int = 0) -> Sensitivity:
@@ -62,25 +52,14 @@ class Sensitivity:
         Raises:
             CalibrationError: The model does not call every block once.
         """
-        blocks = find_blocks(model).modules
-        kinds = block_kinds(model, len(blocks))
-        count = sum(batch.numel() for batch in batches)
+        counts = [batch.numel() for batch in batches]
         generator = torch.Generator().manual_seed(seed)
-        chances = torch.rand(count, generator=generator, dtype=torch.float64, device="cpu")
-        with torch.no_grad():
-            stream = capture(model, blocks, kinds, batches)
-        parts = chances.split([batch.numel() for batch in batches])
-        gradients = []
-        for batch, call, chance in zip(
-            tqdm(batches, "sensitivity", unit="batch", disable=None), stream, parts, strict=True
-        ):
-            inputs, gradient = _gradient_at_the_end(model, blocks, batch, chance)
-            steps = [gradient]
-            for index in range(len(blocks) - 1, 0, -1):
-                gradient = _back(blocks[index], kinds[index], call, inputs.pop(), gradient)
-                steps.append(gradient)
-            gradients.append(steps[::-1])
-        return cls(stream, [list(block) for block in zip(*gradients, strict=True)])
+        chances = torch.rand(sum(counts), generator=generator, dtype=torch.float64, device="cpu").split(counts)
+
+        def drawn(number: int, logits: torch.Tensor) -> torch.Tensor:
+            return _draw(logits, chances[number])
+
+        return cls(BlockGradients.measure(model, batches, drawn, "sensitivity"))
 
     def of_block(
         self, index: int, block: nn.Module, kind: str, names: Sequence[str], dtype: torch.dtype = torch.float32
@@ -101,119 +80,77 @@ class Sensitivity:
         Raises:
             ValueError: It is another block's turn.
         """
-        if index != self._next:
-            raise ValueError(f"sensitivities of block {index}; wanted block {self._next}: each is made once, in order")
         sums: dict[str, torch.Tensor] = {}
-        tokens = 0
-        for call, gradient in zip(self._stream, self._gradients[self._next], strict=True):
-            with _weights_fixed(block), torch.set_grad_enabled(bool(names)), _outputs(block, names) as outputs:
-                leaving = call.run(block, kind, call.hidden.detach().requires_grad_(bool(names)).clone())
-            live = [name for name, output in outputs.items() if output.requires_grad]  # a router may cut its graph
-            seen = [outputs[name] for name in live]
-            found = torch.autograd.grad(leaving, seen, gradient, allow_unused=True) if seen else ()
-            parts = dict(zip(live, found, strict=True))
-            for name, output in outputs.items():
-                part = parts.get(name)
-                rows = torch.zeros_like(output) if part is None else part
-                rows = rows.reshape(-1, rows.shape[-1]).to(dtype)
-                sums[name] = sums.get(name, 0) + gram(rows)
-            tokens += gradient.numel() // gradient.shape[-1]
-            call.hidden = leaving.detach()
-        self._gradients[self._next] = []  # not needed any more
-        self._next += 1
-        return {name: total / tokens for name, total in sums.items()}
+        for batch in self._gradients.through(index, block, kind, names):
+            for name, rows in batch.items():
+                sums[name] = sums.get(name, 0) + gram(rows.gradients.to(dtype))
+        return {name: total / self._gradients.num_labels for name, total in sums.items()}
 
 
-def _gradient_at_the_end(
-    model: nn.Module, blocks: Sequence[nn.Module], batch: torch.Tensor, chance: torch.Tensor
-) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Returns the hidden states entering every block, and the gradient of the loss at the last one's output."""
-    inputs: list[torch.Tensor] = []
-    leaf: list[torch.Tensor] = []
+class Steepness(NamedTuple):
+    """First derivatives of the text's loss, in nats per token.
 
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs.append(args[0] if args else kwargs["hidden_states"])
-
-    def cut(module: nn.Module, args: Any, output: Any) -> Any:
-        leaf.append(first_of(output).detach().requires_grad_())
-        leaving = leaf[0].clone()  # a leaf may not be changed in place, and what follows might
-        return type(output)((leaving, *output[1:])) if isinstance(output, tuple | list) else leaving
-
-    handles = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks]
-    handles.append(blocks[-1].register_forward_hook(cut))
-    try:
-        with _weights_fixed(model), torch.enable_grad():
-            logits = model(input_ids=batch.to(next(model.parameters()).device), use_cache=False).logits
-            logits = logits.flatten(0, 1)
-            (gradient,) = torch.autograd.grad(logits, leaf, _loss_gradient(logits.detach(), chance))
-    finally:
-        for handle in handles:
-            handle.remove()
-    if len(inputs) != len(blocks):
-        raise CalibrationError(
-            f"{len(inputs)} calls of {len(blocks)} blocks in one forward pass; wanted one each: use --no-fisher"
-        )
-    return inputs, gradient
-
-
-def _back(block: nn.Module, kind: str, call: BlockCall, entering: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """Returns the gradient at a block's input, given that at its output."""
-    entering = entering.detach().requires_grad_()
-    with _weights_fixed(block), torch.enable_grad():
-        leaving = call.run(block, kind, entering.clone())
-    return torch.autograd.grad(leaving, entering, gradient)[0]
-
-
-@contextmanager
-def _outputs(block: nn.Module, names: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
-    """Collects the outputs of layers while the body runs the block once."""
-    outputs: dict[str, torch.Tensor] = {}
-
-    def hook(name: str) -> Any:
-        def keep(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-            outputs[name] = output
-            return output.clone()  # a block may change it in place, which would move what is kept behind that
-
-        return keep
-
-    handles = [block.get_submodule(name).register_forward_hook(hook(name)) for name in names]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _weights_fixed(model: nn.Module) -> Iterator[None]:
-    """Gradients of activations are wanted; remembering what those of weights need would hold the whole model's."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-
-
-def _loss_gradient(logits: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
-    """Returns the gradient, with respect to logits, of the summed cross entropy of labels drawn from them: p − onehot.
-
-    A few rows at a time: vocabularies are large, and probabilities are computed in float32 and cumulated in float64.
+    Attributes:
+        weight: With respect to a layer's weight, with shape (m, n).
+        bias: With respect to its bias, or to the one it might have, with shape (m,).
     """
-    gradient = torch.empty_like(logits)
-    for rows, own, out in zip(logits.split(ROWS), chance.split(ROWS), gradient.split(ROWS), strict=True):
-        p = rows.float().softmax(dim=-1)
-        p[torch.arange(len(p), device=p.device), _draw(rows.float(), own)] -= 1
-        out.copy_(p)
-    return gradient
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+
+class Slope:
+    """The slope of the text's own loss in a model's weights, one block after another.
+
+    An error D of a weight costs ⟨∂ loss / ∂ W, D⟩ at first order. For rounding this is a matter of chance. For truncation
+    it is not: it takes away small parts of what was learnt, and they are small for not having been learnt to the end. Text
+    that was not learnt by heart would rather have them larger.
+
+    Args:
+        gradients: Of the loss of the text; used up.
+    """
+
+    def __init__(self, gradients: BlockGradients) -> None:
+        self._gradients = gradients
+
+    @classmethod
+    def measure(cls, model: nn.Module, batches: Sequence[torch.Tensor]) -> Slope:
+        """Runs a model forth and back, as `Sensitivity.measure` does."""
+
+        def following(number: int, logits: torch.Tensor) -> torch.Tensor:
+            return _following(batches[number]).to(logits.device)
+
+        return cls(BlockGradients.measure(model, batches, following, "slope"))
+
+    def of_block(
+        self, index: int, block: nn.Module, kind: str, names: Sequence[str], dtype: torch.dtype = torch.float32
+    ) -> dict[str, Steepness]:
+        """Returns the slopes of layers of a block, as `Sensitivity.of_block` does."""
+        sums: dict[str, Steepness] = {}
+        for batch in self._gradients.through(index, block, kind, names):
+            for name, rows in batch.items():
+                gradients = rows.gradients.to(dtype)
+                own = Steepness(gradients.T @ rows.inputs.to(dtype), gradients.sum(dim=0))
+                before = sums.get(name)
+                sums[name] = own if before is None else Steepness(before.weight + own.weight, before.bias + own.bias)
+        count = self._gradients.num_labels
+        return {name: Steepness(total.weight / count, total.bias / count) for name, total in sums.items()}
+
+
+def _following(batch: torch.Tensor) -> torch.Tensor:
+    """Returns the next token of every token, flat; the last of a window has none."""
+    return torch.nn.functional.pad(batch[:, 1:], (0, 1), value=UNLABELLED).flatten()
 
 
 def _draw(logits: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
     """Draws one label per row from softmax(logits), where its cumulated probability reaches `chance`, in [0, 1).
 
-    So that a seed draws the same labels however the windows are batched, on whatever device, up to rounding.
+    So that a seed draws the same labels however the windows are batched, on whatever device, up to rounding. A few rows at
+    a time: vocabularies are large, and probabilities are cumulated in float64.
     """
-    cumulated = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
-    reached = torch.searchsorted(cumulated, chance.to(logits.device)[:, None] * cumulated[:, -1:], right=True)
-    return reached[:, 0].clamp_max(logits.shape[-1] - 1)
+    labels = []
+    for rows, own in zip(logits.split(ROWS), chance.to(logits.device).split(ROWS), strict=True):
+        cumulated = rows.float().softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+        reached = torch.searchsorted(cumulated, own[:, None] * cumulated[:, -1:], right=True)
+        labels.append(reached[:, 0].clamp_max(logits.shape[-1] - 1))
+    return torch.cat(labels)

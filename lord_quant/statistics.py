@@ -25,12 +25,12 @@ from lord_quant.crossfit import Half
 from lord_quant.engine import gather
 from lord_quant.errors import CheckpointError, NumericsError
 from lord_quant.probe import FactorNoise, LayerLoss, probe
-from lord_quant.sensitivity import Sensitivity
+from lord_quant.sensitivity import Sensitivity, Slope, Steepness
 from lord_quant.stream import block_kinds, capture
 from lord_quant.targets import LinearSite, dense_weight, find_blocks, find_linears, siblings
 
 
-VERSION = 3
+VERSION = 4
 JOINED = "+"
 """Joins the names of layers with one input."""
 METADATA = "lord_statistics"
@@ -66,6 +66,7 @@ def measure_statistics(
     model: nn.Module,
     batches: Sequence[torch.Tensor],
     sensitivities: tuple[Sensitivity, Sensitivity] | None,
+    slopes: tuple[Slope, Slope] | None,
     *,
     gptq: GptqConfig,
     options: JointConfig,
@@ -81,6 +82,7 @@ def measure_statistics(
         batches: Token windows with shape (batch, seq_len), all without padding.
         sensitivities: How much the loss minds errors in outputs, from either half of the text; used up. None counts output
             errors alike.
+        slopes: Those of the loss of either half; used up. None counts the loss as flat.
         gptq: How layers would be quantized.
         options: How they would be stacked.
         origin: What the file is to say of where it comes from.
@@ -102,6 +104,7 @@ def measure_statistics(
         prefix = f"{blocks.path}.{index}."
         layers = {site.name.removeprefix(prefix): site for site in sites if site.block == index}
         minded = [each.of_block(index, block, kinds[index], list(layers), dtype) for each in sensitivities or ()]
+        steep = [each.of_block(index, block, kinds[index], list(layers), dtype) for each in slopes or ()]
         moments = []
         for part in (stream[::2], stream[1::2]):
             with gather({name: block.get_submodule(name) for name in layers}, dtype) as gathered:
@@ -120,7 +123,9 @@ def measure_statistics(
             weight = torch.cat(list(weights.values()))
             metrics = [_together(each, weights) for each in minded]
             first, second = metrics or (None, None)
-            halves = Half(moments[0][names[0]], first), Half(moments[-1][names[0]], second)
+            falls = [_stacked(each, weights) for each in steep]
+            one, other = falls or (None, None)
+            halves = Half(moments[0][names[0]], first, one), Half(moments[-1][names[0]], second, other)
             has_bias, number = all(layers[name].has_bias for name in names), len(losses) + len(groups)
             try:
                 loss = probe(weight, halves, has_bias=has_bias, seed=seed * 2 * len(sites) + number, **settings)
@@ -137,6 +142,13 @@ def _together(minded: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Te
     """Returns the sensitivity of layers on top of each other; the loss does not depend on one that was not called."""
     silent = {name: weight.new_zeros(len(weight), len(weight)) for name, weight in weights.items() if name not in minded}
     return torch.block_diag(*(silent[name] if name in silent else minded[name] for name in weights))
+
+
+def _stacked(steep: Mapping[str, Steepness], weights: Mapping[str, torch.Tensor]) -> Steepness:
+    """Returns the slopes of layers on top of each other; flat where one was not called."""
+    flat = {name: Steepness(torch.zeros_like(weight), weight.new_zeros(len(weight))) for name, weight in weights.items()}
+    parts = [steep.get(name, flat[name]) for name in weights]
+    return Steepness(torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts]))
 
 
 def save_statistics(statistics: Statistics, path: str | Path) -> None:

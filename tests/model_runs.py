@@ -16,7 +16,7 @@ from lord_quant.config import GptqConfig, JointConfig, LowrankConfig
 from lord_quant.joint import StackedModel, stack_model
 from lord_quant.plan import Plan, build_plan
 from lord_quant.refine import Quantized
-from lord_quant.sensitivity import Sensitivity
+from lord_quant.sensitivity import Sensitivity, Slope, Steepness
 from lord_quant.stream import block_kinds
 from lord_quant.targets import find_blocks, find_linears
 
@@ -69,15 +69,24 @@ def sensitivities(
     model: nn.Module, names: Sequence[str], batches: Sequence[torch.Tensor] = BATCHES, seed: int = 0
 ) -> dict[str, torch.Tensor]:
     """Output sensitivities of layers of the whole model, by full path, in float64."""
+    return block_by_block(model, names, Sensitivity.measure(model, batches, seed=seed))
+
+
+def slopes(model: nn.Module, names: Sequence[str], batches: Sequence[torch.Tensor] = BATCHES) -> dict[str, Steepness]:
+    """Slopes of the text's loss, likewise."""
+    return block_by_block(model, names, Slope.measure(model, batches))
+
+
+def block_by_block(model: nn.Module, names: Sequence[str], measured: Any) -> dict[str, Any]:
+    """Asks for layers of the whole model, by full path, in float64."""
     blocks = find_blocks(model)
-    measured = Sensitivity.measure(model, batches, seed=seed)
     kinds = block_kinds(model, len(blocks.modules))
     found = {}
     for index, (block, kind) in enumerate(zip(blocks.modules, kinds, strict=True)):
         prefix = f"{blocks.path}.{index}."
         inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
         of_block = measured.of_block(index, block, kind, inside, torch.float64)
-        found |= {prefix + name: matrix for name, matrix in of_block.items()}
+        found |= {prefix + name: values for name, values in of_block.items()}
     return found
 
 

@@ -21,6 +21,7 @@ LAYERS = [
     {"config", "moments", "decompose", "refine", "corpus"},
     {"calibration", "targets", "layer_bytes", "ranks", "plan", "solver"},
     {
+        "gradients",
         "sensitivity",
         "stack",
         "stream",

@@ -9,6 +9,7 @@ from layer_problems import F64, layer_of
 
 from lord_quant.crossfit import Half, crossed_tail
 from lord_quant.moments import Moments
+from lord_quant.sensitivity import Steepness
 from lord_quant.stack import truncate, unit_metric
 
 
@@ -22,20 +23,34 @@ def halves_of(m: int, n: int) -> tuple[torch.Tensor, tuple[Half, Half]]:
         x = torch.randn(3 * n, n, generator=generator, dtype=F64) @ root.T + 1
         g = torch.randn(2 * m, m, generator=generator, dtype=F64) * torch.logspace(-2, 0, m, dtype=F64)
         centred = x - x.mean(0)
-        found.append(Half(Moments(x.mean(0), centred.T @ centred / len(x), len(x)), g.T @ g / len(g)))
+        moments = Moments(x.mean(0), centred.T @ centred / len(x), len(x))
+        found.append(Half(moments, g.T @ g / len(g)))
     return weight, (found[0], found[1])
+
+
+def error_of(weight: torch.Tensor, fitted: Half, rank: int, centred: bool) -> torch.Tensor:
+    """What the truncation to a rank changes."""
+    shift = fitted.moments.mean
+    seen = fitted.moments.covariance if centred else fitted.moments.covariance + torch.outer(shift, shift)
+    metric = None if fitted.sensitivity is None else unit_metric(fitted.sensitivity)
+    return truncate(weight, seen, rank, metric)[1].product() - weight
 
 
 def written_out(weight: torch.Tensor, fitted: Half, other: Half, rank: int, centred: bool) -> float:
     """What the truncation to a rank costs on the other half."""
-    shift = fitted.moments.mean
-    own = fitted.moments.covariance if centred else fitted.moments.covariance + torch.outer(shift, shift)
-    away = other.moments.mean - (shift if centred else 0)
+    error = error_of(weight, fitted, rank, centred)
+    away = other.moments.mean - (fitted.moments.mean if centred else 0)
     seen = other.moments.covariance + torch.outer(away, away)
-    metric = None if fitted.sensitivity is None else unit_metric(fitted.sensitivity)
-    error = truncate(weight, own, rank, metric)[1].product() - weight
     minded = torch.eye(len(weight), dtype=F64) if other.sensitivity is None else other.sensitivity
     return 0.5 * float((minded @ error @ seen * error).sum())
+
+
+def first_order(weight: torch.Tensor, fitted: Half, other: Half, rank: int, centred: bool) -> float:
+    """What it changes along the other half's slope, with the bias that goes with it."""
+    error = error_of(weight, fitted, rank, centred)
+    assert other.slope is not None
+    shift = -error @ fitted.moments.mean if centred else torch.zeros(len(weight), dtype=F64)
+    return float((other.slope.weight * error).sum() + other.slope.bias @ shift)
 
 
 @pytest.mark.parametrize("fisher", [True, False])
@@ -62,3 +77,26 @@ def test_a_layer_the_loss_does_not_depend_on_loses_nothing() -> None:
     weight, (one, _) = halves_of(48, 32)
     silent = one._replace(sensitivity=torch.zeros(48, 48, dtype=F64))
     assert not crossed_tail(weight, (silent, silent), centred=True).any()
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize(("m", "n"), [(48, 32), (32, 48)])
+def test_the_slope_of_the_other_half_adds_what_it_says_and_never_less_for_a_deeper_cut(
+    m: int, n: int, centred: bool
+) -> None:
+    weight, flat = halves_of(m, n)
+    generator = torch.Generator().manual_seed(3)
+    found = []
+    for half in flat:
+        uphill = 1e-2 * torch.randn(m, n, generator=generator, dtype=F64)
+        found.append(half._replace(slope=Steepness(uphill, torch.randn(m, generator=generator, dtype=F64) * 1e-3)))
+    one, two = found
+    added = crossed_tail(weight, (one, two), centred=centred) - crossed_tail(weight, flat, centred=centred)
+    exact = [
+        sum(first_order(weight, *pair, rank, centred) for pair in ((one, two), (two, one))) / 2
+        for rank in range(1, min(m, n))
+    ]
+    expected = [max(0.0, *exact[at:]) for at in range(len(exact))]
+    assert min(exact) < 0 < max(exact)  # else the rule would not be tried
+    torch.testing.assert_close(added[1:-1], torch.tensor(expected, dtype=F64), rtol=1e-6, atol=1e-9)
+    assert added[-1] == 0 and added[0] >= added[1]

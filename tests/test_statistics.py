@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_runs import BATCHES, sensitivities, whole_model_inputs
+from model_runs import BATCHES, sensitivities, slopes, whole_model_inputs
 from models import tiny_model
 from safetensors.torch import load_file, save_file
 
@@ -19,7 +19,7 @@ from lord_quant.crossfit import Half
 from lord_quant.errors import CheckpointError, NumericsError, OutputError
 from lord_quant.moments import Moments
 from lord_quant.probe import probe
-from lord_quant.sensitivity import Sensitivity
+from lord_quant.sensitivity import Sensitivity, Slope
 from lord_quant.statistics import (
     METADATA,
     Statistics,
@@ -36,8 +36,9 @@ GPTQ, OPTIONS = GptqConfig(), JointConfig(refine=1)
 
 def measured(model: Any, fisher: bool = True, **changes: Any) -> Statistics:
     halves = Sensitivity.measure(model, BATCHES[::2], seed=0), Sensitivity.measure(model, BATCHES[1::2], seed=1)
+    slopes = Slope.measure(model, BATCHES[::2]), Slope.measure(model, BATCHES[1::2])
     settings: dict[str, Any] = {"gptq": GPTQ, "options": OPTIONS, "origin": {"seed": 0}, "dtype": torch.float64} | changes
-    return measure_statistics(model, BATCHES, halves if fisher else None, **settings)
+    return measure_statistics(model, BATCHES, halves if fisher else None, slopes if fisher else None, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +57,15 @@ def test_every_layer_is_probed_on_what_it_sees_in_the_dense_model(family: str, f
     assert list(found.losses) == names == list(found.sites)
     inputs = whole_model_inputs(model, names)
     minded = [sensitivities(model, names, BATCHES[half::2], seed=half) if fisher else {} for half in (0, 1)]
+    steep = [slopes(model, names, BATCHES[half::2]) if fisher else {} for half in (0, 1)]
     for order, site in enumerate(sites):
         x = torch.from_numpy(inputs[site.name])
         parts = x.split([batch.numel() for batch in BATCHES])
         moments = [
             Moments(part.mean(0), (part - part.mean(0)).T @ (part - part.mean(0)) / len(part), len(part)) for part in parts
         ]
-        first, second = (Half(own, of_half.get(site.name)) for own, of_half in zip(moments, minded, strict=True))
+        halves = zip(moments, minded, steep, strict=True)
+        first, second = (Half(own, cared.get(site.name), falls.get(site.name)) for own, cared, falls in halves)
         weight = dense_weight(model.get_submodule(site.name))
         expected = probe(weight, (first, second), has_bias=site.has_bias, gptq=GPTQ, options=OPTIONS, seed=order)
         loss = found.losses[site.name]
@@ -97,7 +100,7 @@ LAYER = "model.layers.0.mlp.up_proj"
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        (lambda about, tensors: about.update(version=99), r"^statistics .* have version 99; wanted 3: measure again$"),
+        (lambda about, tensors: about.update(version=99), r"^statistics .* have version 99; wanted 4: measure again$"),
         (lambda about, tensors: tensors.pop(LAYER), "up_proj"),
         (lambda about, tensors: tensors.update({LAYER: tensors[LAYER][:, 1:].clone()}), "does not fit its layer"),
         (lambda about, tensors: tensors[LAYER].fill_(torch.nan), "does not fit its layer"),

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients of the loss at the outputs of layers, one block after another.
+
+Those of a whole model would not fit in memory. So what is kept is the gradient at every block's output, found by going back
+through the blocks one at a time, each being run again for it; gradients at a block's layers are made when the block's turn
+comes, by going back through that block once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from lord_quant.errors import CalibrationError
+from lord_quant.stream import BlockCall, block_kinds, capture, first_of
+from lord_quant.targets import find_blocks
+
+
+ROWS = 512
+"""Tokens whose probabilities are held at once."""
+UNLABELLED = -1
+
+Labels = Callable[[int, torch.Tensor], torch.Tensor]
+"""Labels of a batch, by its number and its logits with shape (tokens, vocabulary): with shape (tokens,), on the logits'
+device, `UNLABELLED` where a token has none."""
+
+
+class Rows(NamedTuple):
+    """What one batch says of a layer.
+
+    Attributes:
+        inputs: With shape (tokens, in_features).
+        gradients: Of the summed loss at the layer's outputs, with shape (tokens, out_features); zero where the loss does
+            not depend on them.
+    """
+
+    inputs: torch.Tensor
+    gradients: torch.Tensor
+
+
+class BlockGradients:
+    """Gradients of the loss of labels at a model's layers, one block after another.
+
+    Args:
+        stream: The windows on their way through the dense model, in front of its first block.
+        gradients: Gradient of the summed loss at every block's output, per batch of the stream.
+        num_labels: Tokens that have a label.
+    """
+
+    def __init__(self, stream: list[BlockCall], gradients: list[list[torch.Tensor]], num_labels: int) -> None:
+        self._stream, self._gradients, self._next, self.num_labels = stream, gradients, 0, num_labels
+
+    @classmethod
+    def measure(cls, model: nn.Module, batches: Sequence[torch.Tensor], labels: Labels, title: str) -> BlockGradients:
+        """Runs a model forth and back; it is left as it was, and weights get no gradients.
+
+        Args:
+            model: A loaded causal language model in evaluation mode.
+            batches: Token windows with shape (batch, seq_len), all without padding.
+            labels: What the loss takes for right.
+            title: Of the progress bar.
+
+        Raises:
+            CalibrationError: The model does not call every block once.
+        """
+        blocks = find_blocks(model).modules
+        kinds = block_kinds(model, len(blocks))
+        with torch.no_grad():
+            stream = capture(model, blocks, kinds, batches)
+        gradients, num_labels = [], 0
+        for number, (batch, call) in enumerate(zip(tqdm(batches, title, unit="batch", disable=None), stream, strict=True)):
+            inputs, gradient, found = _gradient_at_the_end(model, blocks, batch, number, labels)
+            num_labels += found
+            steps = [gradient]
+            for index in range(len(blocks) - 1, 0, -1):
+                gradient = _back(blocks[index], kinds[index], call, inputs.pop(), gradient)
+                steps.append(gradient)
+            gradients.append(steps[::-1])
+        return cls(stream, [list(block) for block in zip(*gradients, strict=True)], num_labels)
+
+    def through(self, index: int, block: nn.Module, kind: str, names: Sequence[str]) -> Iterator[dict[str, Rows]]:
+        """Yields what every batch says of layers of a block, by name; layers that were not called are missing.
+
+        Args:
+            index: Which block; blocks must be asked for one after another, from the first, each once.
+            block: The dense block.
+            kind: Its kind, see `block_kinds`.
+            names: Its layers, by path inside the block; none merely goes on to the next block.
+
+        Raises:
+            ValueError: It is another block's turn.
+        """
+        if index != self._next:
+            raise ValueError(f"gradients of block {index}; wanted block {self._next}: each is made once, in order")
+        for call, gradient in zip(self._stream, self._gradients[index], strict=True):
+            with _weights_fixed(block), torch.set_grad_enabled(bool(names)), _calls(block, names) as calls:
+                leaving = call.run(block, kind, call.hidden.detach().requires_grad_(bool(names)).clone())
+            live = [name for name, (_, output) in calls.items() if output.requires_grad]  # a router may cut its graph
+            seen = [calls[name][1] for name in live]
+            found = torch.autograd.grad(leaving, seen, gradient, allow_unused=True) if seen else ()
+            parts = dict(zip(live, found, strict=True))
+            call.hidden = leaving.detach()
+            yield {name: _rows(entering, output, parts.get(name)) for name, (entering, output) in calls.items()}
+        self._gradients[index] = []  # not needed any more
+        self._next += 1
+
+
+def _rows(inputs: torch.Tensor, outputs: torch.Tensor, gradient: torch.Tensor | None) -> Rows:
+    gradient = torch.zeros_like(outputs) if gradient is None else gradient
+    return Rows(inputs.detach().reshape(-1, inputs.shape[-1]), gradient.reshape(-1, gradient.shape[-1]))
+
+
+def _gradient_at_the_end(
+    model: nn.Module, blocks: Sequence[nn.Module], batch: torch.Tensor, number: int, labels: Labels
+) -> tuple[list[torch.Tensor], torch.Tensor, int]:
+    """Returns the hidden states entering every block, the gradient of the loss at the last one's output, labels counted."""
+    inputs: list[torch.Tensor] = []
+    leaf: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs.append(args[0] if args else kwargs["hidden_states"])
+
+    def cut(module: nn.Module, args: Any, output: Any) -> Any:
+        leaf.append(first_of(output).detach().requires_grad_())
+        leaving = leaf[0].clone()  # a leaf may not be changed in place, and what follows might
+        return type(output)((leaving, *output[1:])) if isinstance(output, tuple | list) else leaving
+
+    handles = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks]
+    handles.append(blocks[-1].register_forward_hook(cut))
+    try:
+        with _weights_fixed(model), torch.enable_grad():
+            logits = model(input_ids=batch.to(next(model.parameters()).device), use_cache=False).logits
+            logits = logits.flatten(0, 1)
+            own = labels(number, logits.detach())
+            (gradient,) = torch.autograd.grad(logits, leaf, loss_gradient(logits.detach(), own))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(inputs) != len(blocks):
+        raise CalibrationError(
+            f"{len(inputs)} calls of {len(blocks)} blocks in one forward pass; wanted one each: use --no-fisher"
+        )
+    return inputs, gradient, int((own != UNLABELLED).sum())
+
+
+def _back(block: nn.Module, kind: str, call: BlockCall, entering: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Returns the gradient at a block's input, given that at its output."""
+    entering = entering.detach().requires_grad_()
+    with _weights_fixed(block), torch.enable_grad():
+        leaving = call.run(block, kind, entering.clone())
+    return torch.autograd.grad(leaving, entering, gradient)[0]
+
+
+@contextmanager
+def _calls(block: nn.Module, names: Sequence[str]) -> Iterator[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """Collects the inputs and outputs of layers while the body runs the block once."""
+    calls: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def hook(name: str) -> Any:
+        def keep(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+            calls[name] = args[0], output
+            return output.clone()  # a block may change it in place, which would move what is kept behind that
+
+        return keep
+
+    handles = [block.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _weights_fixed(model: nn.Module) -> Iterator[None]:
+    """Gradients of activations are wanted; remembering what those of weights need would hold the whole model's."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def loss_gradient(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Returns the gradient, with respect to logits, of the summed cross entropy: p − onehot, zero without a label.
+
+    A few rows at a time: vocabularies are large, and probabilities are computed in float32.
+    """
+    gradient = torch.empty_like(logits)
+    for rows, own, out in zip(logits.split(ROWS), labels.split(ROWS), gradient.split(ROWS), strict=True):
+        p = rows.float().softmax(dim=-1)
+        p[torch.arange(len(p), device=p.device), own.clamp_min(0)] -= 1
+        p[own == UNLABELLED] = 0
+        out.copy_(p)
+    return gradient
