@@ -18,22 +18,39 @@ KINDS = {
     "two_factor": "two factors, rounded",
     "pivoted": "pivoted, rounded",
 }
-PREDICTORS = {"predicted": "Fisher", "crossed": "cross-fitted", "cautious": "planned", "output_error": "output error"}
+PREDICTORS = {
+    "predicted": "Fisher",
+    "crossed": "cross-fitted",
+    "sloped": "with slope",
+    "cautious": "planned",
+    "output_error": "output error",
+}
+BASES = ("predicted", "crossed", "sloped")
+"""Predictions in nats, without the planner's caution: what measurements are divided by."""
 YARDSTICKS = {"heldout": "loss", "heldout_divergence": "divergence"}
 """What rank correlations are with."""
 MEASURED = {"calibration": "calibration", "heldout": "held out", "heldout_divergence": "divergence"}
+RATIOS = (
+    ("predicted", "heldout_divergence"),
+    ("crossed", "heldout_divergence"),
+    ("crossed", "heldout"),
+    ("sloped", "heldout"),
+    ("sloped", "calibration"),
+)
+"""What is divided by what: the slope is of the loss, the others foretell divergence."""
 CLEAR = 2.0
 """Standard errors from which on the measured order of two candidates is taken for certain."""
 NOTE = (
     "Spearman's rank correlation of predictions with what was measured on held-out text; n compressions of single layers. "
     "Loss: the rise of its cross entropy. Divergence: from the dense model's predictions, which is what the Fisher metric "
     "approximates; it has no term of first order, and far less noise. Cross-fitted: truncations are chosen on one half of "
-    "the calibration windows, their loss is predicted from the other, both ways. Output error: predicted without a "
-    "backward pass. Last column: how well the measured divergence itself ranks the loss."
+    "the calibration windows, their loss is predicted from the other, both ways. With slope: and the slope of the text's "
+    "own loss is counted, which divergence does not see. Output error: predicted without a backward pass. Last column: how "
+    "well the measured divergence itself ranks the loss."
 )
 RATIO_NOTE = (
     "Medians. Calibration and held out: the rise of the loss of such text; divergence: from the dense model's predictions, "
-    "on held-out text. Over the prediction in the Fisher metric, and over the cross-fitted one."
+    "on held-out text. Each over a prediction: in the Fisher metric, cross-fitted, and with the slope of the loss."
 )
 PAIR_NOTE = (
     "Share of pairs ordered right: candidates of one layer whose bytes differ by 3 % at most, and that differ in form, "
@@ -121,14 +138,9 @@ def together_table(lines: Sequence[dict[str, Any]]) -> str:
         for by in dict.fromkeys(line["by"] for line in lines):
             own = [line for line in lines if line["what"] == what and line["by"] == by]
             label = "whole model" if by == "model" else f"all layers of a {by}"
-            ratios = [
-                f"{median(line[name] / line[base] for line in own):.2f}"
-                for base in ("predicted", "crossed")
-                for name in MEASURED
-            ]
+            ratios = [f"{median(line[name] / line[base] for line in own):.2f}" for base, name in RATIOS]
             cells.append([f"{what}, {label}", str(len(own)), *ratios])
-    how = [f"{what}, {how}" for how in ("Fisher", "cross-fitted") for what in MEASURED.values()]
-    return grid(["", "runs", *how], cells)
+    return grid(["", "runs", *_over()], cells)
 
 
 def _line(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -142,8 +154,7 @@ def _line(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "compressions": len(rows),
         "correlations": correlations,
-        "over_predicted": {name: median(row[name] / row["predicted"] for row in rows) for name in MEASURED},
-        "over_crossed": {name: median(row[name] / row["crossed"] for row in rows) for name in MEASURED},
+        **{f"over_{base}": {name: median(row[name] / row[base] for row in rows) for name in MEASURED} for base in BASES},
     }
 
 
@@ -153,7 +164,7 @@ def _ranks(values: Sequence[float]) -> list[float]:
 
 
 def _grid(corner: str, lines: dict[str, dict[str, Any]]) -> str:
-    shown = ("predicted", "crossed", "output_error")
+    shown = ("predicted", "crossed", "sloped", "output_error")
     columns = [(yardstick, name) for yardstick in YARDSTICKS for name in shown] + [("heldout", "heldout_divergence")]
     headers = [corner, "n", *(f"{what}: {PREDICTORS[name]}" for what in YARDSTICKS.values() for name in shown)]
     cells = [
@@ -168,12 +179,12 @@ def _grid(corner: str, lines: dict[str, dict[str, Any]]) -> str:
 
 
 def _ratios(corner: str, lines: dict[str, dict[str, Any]]) -> str:
-    headers = [corner, *(f"{what}, {how}" for how in ("Fisher", "cross-fitted") for what in MEASURED.values())]
-    cells = [
-        [name, *(f"{line[base][key]:.2f}" for base in ("over_predicted", "over_crossed") for key in MEASURED)]
-        for name, line in lines.items()
-    ]
-    return grid(headers, cells)
+    cells = [[name, *(f"{line[f'over_{base}'][key]:.2f}" for base, key in RATIOS)] for name, line in lines.items()]
+    return grid([corner, *_over()], cells)
+
+
+def _over() -> list[str]:
+    return [f"{MEASURED[name]} / {PREDICTORS[base]}" for base, name in RATIOS]
 
 
 def _number(value: float | None, form: str) -> str:
@@ -196,10 +207,11 @@ def draw(rows: Sequence[dict[str, Any]], summary: dict[str, Any], title: str, pa
     columns = {
         "predicted": "predicted, nats per token (Fisher metric)",
         "crossed": "predicted, nats per token (cross-fitted)",
+        "sloped": "predicted, nats per token (with slope)",
         "output_error": "squared output error",
     }
     labels = {"heldout": "rise of the held-out loss", "heldout_divergence": "divergence on held-out text"}
-    figure, grids = plt.subplots(2, 3, figsize=(14, 9), sharex="col", sharey="row", layout="constrained")
+    figure, grids = plt.subplots(2, 4, figsize=(18, 9), sharex="col", sharey="row", layout="constrained")
     for line, (yardstick, label) in zip(grids, labels.items(), strict=True):
         ends = [FLOOR, max(row[yardstick] for row in rows)]
         for axes, name in zip(line, columns, strict=True):

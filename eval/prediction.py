@@ -5,13 +5,13 @@ Layers of every type are chosen at random blocks. Each is truncated in float at 
 bits and group sizes, and compressed in ways of different form and bits that take the same bytes within 3 %, which is what
 a plan chooses among. Measured is how much the cross entropy of held-out text rises over the dense model's, on the same
 windows; also on calibration text, and the divergence from the dense model's predictions, which has less noise.
-Predicted is what `lord_quant/probe.py` says: in the metric of the loss, and of plain output error. Last, all layers of a
-block, of a type, and of the model are compressed together, to see whether losses add up.
+Predicted is what `lord_quant/probe.py` says: in the metric of the loss, with and without its slope, and of plain output
+error. Last, all layers of a block, of a type, and of the model are compressed together, to see whether losses add up.
 
     python eval/prediction.py --model DIR --calibration code.jsonl --heldout other.jsonl --output prediction.json
 
-The tables lie beside the JSON as Markdown, the plot as PNG. Sensitivities are taken from the first 8 calibration windows,
-as by default; measured is on every fourth.
+The tables lie beside the JSON as Markdown, the plot as PNG. Sensitivities are of as many calibration windows as for any
+budget; measured is on every fourth.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ SET_BITS = (2, 3, 4)
 SET_WIDTH = 0.03
 """Largest difference in bytes within a set, relative to its smallest member."""
 SETS, SET_MEMBERS = 2, 4
-FISHER_WINDOWS = 8
 TOGETHER = {"truncated to 0.75": (0.75, 16, 64), "rounded to 3 bits": (None, 3, 64)}
 """What is done to many layers at once: rank ratio, bits, group size."""
 
@@ -71,12 +70,14 @@ class Losses(NamedTuple):
     """A layer's predicted losses, in nats per token.
 
     Attributes:
-        fisher: As a plan counts on them, but for its factors of caution.
+        fisher: All from the text that truncation is chosen on, in the metric of the loss.
         crossed: The same, truncation being chosen on one half of the calibration windows and measured on the other.
+        sloped: With the slope of the text's loss besides, as a plan counts on them, but for its factor of caution.
     """
 
     fisher: LayerLoss
     crossed: LayerLoss
+    sloped: LayerLoss
 
 
 def main() -> None:
@@ -136,6 +137,7 @@ def prepare(args: argparse.Namespace) -> tuple[list[Layer], dict[str, Losses], B
     import torch
     from bench import Bench, collect
 
+    from lord_quant.budget import SENSED_SAMPLES
     from lord_quant.calibration import sample_windows
     from lord_quant.corpus import load_corpus
     from lord_quant.source import inspect_source, load_model
@@ -146,7 +148,7 @@ def prepare(args: argparse.Namespace) -> tuple[list[Layer], dict[str, Losses], B
     calibration = sample_windows(corpora[0], source.tokenizer, num_samples=args.num_samples, **how).input_ids
     heldout = sample_windows(corpora[1], source.tokenizer, num_samples=args.windows, **how).input_ids
     model = load_model(source, torch.device("cpu"))
-    backward = calibration[:FISHER_WINDOWS]
+    backward = calibration[:SENSED_SAMPLES]
     layers = collect(model, calibration.split(4), backward.split(4), args.seed)
     parts = zip(*(each.split(-(-len(each) // 2)) for each in (calibration, backward)), strict=True)
     halves = [collect(model, own.split(4), back.split(4), args.seed + at) for at, (own, back) in enumerate(parts)]
@@ -159,8 +161,14 @@ def prepare(args: argparse.Namespace) -> tuple[list[Layer], dict[str, Losses], B
 
 def predict(layer: Layer, one: Layer, other: Layer, seed: int) -> Losses:
     """Predicts what a layer would lose; `one` and `other` are the same layer on either half of the calibration windows."""
-    fisher = layer.predict(seed, halves=(one.half(), other.half()))
-    return Losses(fisher, fisher._replace(tail=fisher.cut))
+    from lord_quant.crossfit import crossed_tail
+    from lord_quant.targets import dense_weight
+
+    halves = one.half(), other.half()
+    fisher = layer.predict(seed, halves=halves)
+    flat = halves[0]._replace(slope=None), halves[1]._replace(slope=None)
+    crossed = crossed_tail(dense_weight(layer.module).detach(), flat, centred=True)  # factors get a bias
+    return Losses(fisher, fisher._replace(tail=crossed), fisher._replace(tail=fisher.cut))
 
 
 def choose_layers(layers: Sequence[Layer], count: int, seed: int) -> list[Layer]:
@@ -241,12 +249,14 @@ def foretold(losses: Losses, plain: LayerLoss, choice: Choice) -> dict[str, floa
     from lord_quant.menu import CAUTION
 
     cut, rounded = parts(losses.fisher, choice)
+    crossed, sloped = (parts(each, choice)[0] for each in (losses.crossed, losses.sloped))
     return {
         "truncation": cut,
         "rounding": rounded,
         "predicted": cut + rounded,
-        "crossed": sum(parts(losses.crossed, choice)),
-        "cautious": CAUTION * cut + rounded,
+        "crossed": crossed + rounded,
+        "sloped": sloped + rounded,
+        "cautious": CAUTION * sloped + rounded,
         "output_error": sum(parts(plain, choice)),
     }
 
@@ -305,22 +315,21 @@ def together(
     """Compresses all layers of a block, of a type, of the model at once; yields predicted sums and what was measured."""
     groups = {f"block {layer.site.block}": "block" for layer in layers} | {layer.kind: "type" for layer in layers}
     for label, (ratio, bits, group_size) in TOGETHER.items():
-        made, foreseen, crossed = {}, {}, {}
+        made, foreseen = {}, {}
         for layer in layers:
             smaller = min(layer.site.in_features, layer.site.out_features)
             rank = None if ratio is None else max(1, round(ratio * smaller / RANK_STEP)) * RANK_STEP
             choice = Choice("dense" if rank is None else "truncation", rank, bits, group_size, None)
             made[layer.site] = layer.compress("two_factor", rank, bits, group_size, seed)
-            losses = predicted[layer.site.name]
-            foreseen[layer.site], crossed[layer.site] = (sum(parts(each, choice)) for each in losses)
+            foreseen[layer.site] = [sum(parts(each, choice)) for each in predicted[layer.site.name]]
         for name, by in (groups | {"all layers": "model"}).items():
             sites = [layer.site for layer in layers if by == "model" or name in (f"block {layer.site.block}", layer.kind)]
             chosen = {site: made[site] for site in sites}
+            sums = [sum(each) for each in zip(*(foreseen[site] for site in sites), strict=True)]
             rise, seen = heldout.rise(chosen), calibration.rise(chosen)
             yield {
                 "what": label, "group": name, "by": by, "layers": len(sites),
-                "predicted": sum(foreseen[site] for site in sites), "crossed": sum(crossed[site] for site in sites),
-                **measured(rise, seen),
+                **dict(zip(("predicted", "crossed", "sloped"), sums, strict=True)), **measured(rise, seen),
             }  # fmt: skip
 
 

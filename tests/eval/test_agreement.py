@@ -32,6 +32,7 @@ def row(heldout: float, predicted: float, *, output_error: float = 1.0, kind: st
         "type": "mlp.c_fc",
         "predicted": predicted,
         "crossed": 2 * predicted,
+        "sloped": 3 * predicted,
         "cautious": 4 * predicted,
         "output_error": output_error,
         "heldout": heldout,
@@ -71,13 +72,22 @@ def test_summary_gives_ratios_by_kind_and_leaves_missing_kinds_out(agreement: An
     ratios = {"calibration": 4.0, "heldout": 2.0, "heldout_divergence": 6.0}
     assert kinds["dense"]["over_predicted"] == pytest.approx(ratios)
     assert kinds["dense"]["over_crossed"] == pytest.approx({name: ratio / 2 for name, ratio in ratios.items()})
+    assert kinds["dense"]["over_sloped"] == pytest.approx({name: ratio / 3 for name, ratio in ratios.items()})
     correlations = [kinds[kind]["correlations"]["heldout"]["predicted"] for kind in ("dense", "truncation")]
     assert correlations == [pytest.approx(1.0), None]
 
 
 def test_tables_and_plot(agreement: Any, tmp_path: Path) -> None:
     rows = [row(value, value, kind=kind) for kind in agreement.KINDS for value in (-1e-5, 1e-3, 1e-1)]
-    joined = {"what": "rounded", "group": "all", "by": "model", "layers": 2, "predicted": 2.0, "crossed": 4.0}
+    joined = {
+        "what": "rounded",
+        "group": "all",
+        "by": "model",
+        "layers": 2,
+        "predicted": 2.0,
+        "crossed": 4.0,
+        "sloped": 8.0,
+    }
     content = {
         "summary": agreement.summarise(rows, []),
         "together": [joined | {"calibration": 3.0, "heldout": 4.0, "heldout_divergence": 5.0}],
@@ -86,7 +96,7 @@ def test_tables_and_plot(agreement: Any, tmp_path: Path) -> None:
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
     assert next(line for line in lines if line[0] == "all")[:3] == ["all", "12", "1.000"]
     joint = next(line for line in lines if line[0] == "rounded, whole model")
-    assert joint[1:] == ["1", "1.50", "2.00", "2.50", "0.75", "1.00", "1.25"]
+    assert joint[1:] == ["1", "2.50", "1.25", "1.00", "0.50", "0.38"]
     agreement.draw(rows, content["summary"], "model", tmp_path / "plot.png")
     data = (tmp_path / "plot.png").read_bytes()
     width, height = struct.unpack(">II", data[16:24])
