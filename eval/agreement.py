@@ -22,11 +22,10 @@ PREDICTORS = {
     "predicted": "Fisher",
     "crossed": "cross-fitted",
     "sloped": "with slope",
-    "cautious": "planned",
     "output_error": "output error",
 }
 BASES = ("predicted", "crossed", "sloped")
-"""Predictions in nats, without the planner's caution: what measurements are divided by."""
+"""Predictions in nats, what measurements are divided by."""
 YARDSTICKS = {"heldout": "loss", "heldout_divergence": "divergence"}
 """What rank correlations are with."""
 MEASURED = {"calibration": "calibration", "heldout": "held out", "heldout_divergence": "divergence"}
@@ -54,7 +53,7 @@ RATIO_NOTE = (
 )
 PAIR_NOTE = (
     "Share of pairs ordered right: candidates of one layer whose bytes differ by 3 % at most, and that differ in form, "
-    "rank, bits or group size. Planned: as `menu.py` counts truncation and pivots. Clear pairs: those whose measured "
+    "rank, bits or group size. Clear pairs: those whose measured "
     "losses differ by more than 2 standard errors. By divergence: all pairs, by the measured divergence."
 )
 TOGETHER_NOTE = (

@@ -72,7 +72,7 @@ class Losses(NamedTuple):
     Attributes:
         fisher: All from the text that truncation is chosen on, in the metric of the loss.
         crossed: The same, truncation being chosen on one half of the calibration windows and measured on the other.
-        sloped: With the slope of the text's loss besides, as a plan counts on them, but for its factor of caution.
+        sloped: With the slope of the text's loss besides: what a plan counts on.
     """
 
     fisher: LayerLoss
@@ -246,8 +246,6 @@ def about(layer: Layer, choice: Choice) -> dict[str, Any]:
 
 def foretold(losses: Losses, plain: LayerLoss, choice: Choice) -> dict[str, float]:
     """Returns the predictions for a choice: what truncation and rounding are said to cost, and what planning counts."""
-    from lord_quant.menu import CAUTION
-
     cut, rounded = parts(losses.fisher, choice)
     crossed, sloped = (parts(each, choice)[0] for each in (losses.crossed, losses.sloped))
     return {
@@ -256,7 +254,6 @@ def foretold(losses: Losses, plain: LayerLoss, choice: Choice) -> dict[str, floa
         "predicted": cut + rounded,
         "crossed": crossed + rounded,
         "sloped": sloped + rounded,
-        "cautious": CAUTION * sloped + rounded,
         "output_error": sum(parts(plain, choice)),
     }
 

@@ -27,10 +27,6 @@ DENSE = "dense"
 
 RANKS = 64
 """Most ranks tried per form and group size."""
-CAUTION = 1.5
-"""How many times its predicted loss a truncation is taken to cost. Truncated layers of three models diverge on held-out
-text 1.2 to 1.5 times as far as is predicted (`eval/prediction.py`), much as rounded ones do. But the cross entropy, to
-which the slope of the loss adds at first order, may rise several times as much."""
 
 
 class Candidate(NamedTuple):
@@ -164,7 +160,7 @@ class Menu:
             ]
             for bits, up_bits in self._widths(form):
                 (down_bytes, down_loss), (up_bytes, up_loss) = sides[0][bits], sides[1][up_bits]
-                size, lost = fixed + down_bytes + up_bytes, CAUTION * float(loss.cut[rank]) + down_loss + up_loss
+                size, lost = fixed + down_bytes + up_bytes, float(loss.cut[rank]) + down_loss + up_loss
                 yield Candidate(size, lost, form, rank, bits, group_size, up_bits)
 
     def _widths(self, form: str) -> list[tuple[int, int]]:

@@ -2,7 +2,7 @@
 """The numbers behind the pictures of a plan: what it chose, and what it chose from. Drawing them is `plots.py`'s.
 
 Losses are in the unit of the statistics: nats per token, or squared output error where there was no backward pass.
-Truncation is counted `menu.CAUTION` times wherever it stands for a predicted loss, as plans count it.
+Where truncation stands for a predicted loss it is the cross-fitted one, as in plans.
 
 Parity is where factors weigh as much as the dense layer. For m outputs and n inputs, aspect ratio a = m / n:
 
@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lord_quant.layer_bytes import PIVOTED, TWO_FACTOR, factor_shapes, linear_bytes, order_bytes
-from lord_quant.menu import CAUTION
 from lord_quant.plan import choose_group_size
 from lord_quant.planner import Allocation
 from lord_quant.statistics import Statistics
@@ -202,7 +201,6 @@ class PlotData:
     Attributes:
         about: Where the plan comes from, as in a plan file.
         unit: Of losses, in words.
-        caution: How many times truncation is counted in predicted losses.
         spectra: By layer.
         layers: By layer.
         types: By type of layer.
@@ -212,7 +210,6 @@ class PlotData:
 
     about: dict[str, Any]
     unit: str
-    caution: float
     spectra: list[Spectrum]
     layers: list[Fate]
     types: list[TypeCurve]
@@ -233,7 +230,6 @@ def collect(planner: Planner, allocation: Allocation, about: Mapping[str, Any]) 
     return PlotData(
         dict(about),
         "nats per token" if planner.in_nats else "squared output error",
-        CAUTION,
         spectra(statistics, allocation),
         fates(statistics, allocation),
         type_curves(statistics),
@@ -289,7 +285,7 @@ def type_curves(statistics: Statistics) -> list[TypeCurve]:
             """Returns the share of weights removed and the loss, the layers keeping these ranks."""
             kept = sum(rank * (m + n) for rank, (m, n) in zip(ranks, shapes, strict=True))
             lost = sum(tail[rank] for rank, tail in zip(ranks, tails, strict=True))
-            return 1 - kept / sum(m * n for m, n in shapes), CAUTION * lost
+            return 1 - kept / sum(m * n for m, n in shapes), lost
 
         ratios = [step / POINTS for step in range(POINTS + 1)]
         points = [cut([round(ratio * (len(tail) - 1)) for tail in tails]) for ratio in ratios]

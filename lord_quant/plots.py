@@ -182,7 +182,7 @@ def draw_types(data: PlotData) -> Figure:
         ylim=(0.7 * max(min(shown, default=LOWEST), LOWEST * highest), 1.5 * highest),
         xlabel="share of the weights of these layers removed by two factors, % (dots: parity, as many weights as dense)",
         ylabel=f"predicted loss, {data.unit}, all blocks",
-        title=f"Sensitivity of layer types to truncation alone (counted {data.caution:g} times, as in plans)",
+        title="Sensitivity of layer types to truncation alone",
     )
     axes.legend(frameon=False, title="attention ──   MLP - -", alignment="left", loc="lower right")
     return figure

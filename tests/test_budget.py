@@ -122,7 +122,7 @@ def test_layers_that_are_no_targets_stay_dense(config: LordConfig, statistics: S
 
 
 def test_a_floor_under_what_is_kept_holds_and_costs(planner: Planner, config: LordConfig, statistics: Statistics) -> None:
-    budget = BudgetConfig(target_bpw=2.35)
+    budget = BudgetConfig(target_bpw=2.3)
     floored = Planner(config, statistics, Menu(min_param_ratio=0.8))
     free, limited = planner.choose(budget), floored.choose(budget)
     plans = [make_plan(apply_plan(config, planner.settings(each)))[1] for each in (free, limited)]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from lord_quant.config import GptqConfig, LowrankConfig
 from lord_quant.errors import BudgetError
 from lord_quant.layer_bytes import factor_shapes
-from lord_quant.menu import CAUTION, DENSE, Candidate, Choice, Menu, single
+from lord_quant.menu import DENSE, Candidate, Choice, Menu, single
 from lord_quant.plan import build_plan
 from lord_quant.planner import (
     Allocation,
@@ -215,7 +215,7 @@ def test_no_candidate_is_beaten_by_another_and_losses_are_the_formulas() -> None
         else:
             noise = loss.of_factors(each.rank, each.bits, each.up_bits, each.group_size)
             assert each.loss == pytest.approx(
-                CAUTION * float(loss.cut[each.rank]) + noise * (loss.pivoted if each.form == "pivoted" else 1)
+                float(loss.cut[each.rank]) + noise * (loss.pivoted if each.form == "pivoted" else 1)
             )
             assert each.bits == each.up_bits or each.form == "two_factor"
     assert any(each.bits < each.up_bits for each in candidates)  # the factor with less noise gets fewer bits
@@ -259,7 +259,7 @@ def test_groups_weigh_what_plans_weigh(bits: tuple[int, ...]) -> None:
             float(loss.cut[first.rank or 0]),
             loss.of_factors(first.rank or 0, first.bits, first.up_bits, first.group_size),
         )
-        assert choice.loss == first.loss == pytest.approx(CAUTION * cut + noise)
+        assert choice.loss == first.loss == pytest.approx(cut + noise)
 
 
 @pytest.mark.parametrize("usual", [2, 3, 4])

@@ -15,7 +15,7 @@ from lord_quant.budget import Planner, _solver, digest_of
 from lord_quant.budget_config import BudgetConfig
 from lord_quant.config import GptqConfig, LordConfig, LowrankConfig
 from lord_quant.layer_bytes import PIVOTED, TWO_FACTOR, factor_shapes, rank_step
-from lord_quant.menu import CAUTION, DENSE, Candidate, Menu
+from lord_quant.menu import DENSE, Candidate, Menu
 from lord_quant.plan import build_plan
 from lord_quant.planner import total
 from lord_quant.plot_data import layer_type, stored_parity, two_factor_parity
@@ -103,9 +103,9 @@ def test_types_lose_what_their_layers_lose_together() -> None:
         ranks = [round(64 * ratio) for ratio in curve.rank_ratios]
         assert (ranks[0], ranks[-1]) == (0, 64)
         assert curve.removed == pytest.approx([1 - most * rank / 64 for rank in ranks])
-        assert curve.losses == pytest.approx([CAUTION * whole * (1 - rank / 64) for rank in ranks])
-    assert (attention.parity_removed, attention.parity_loss) == (0.0, pytest.approx(CAUTION * 3.0 / 2))
-    assert (mlp.parity_removed, mlp.parity_loss) == (0.0, pytest.approx(CAUTION * 4.0 / 4))
+        assert curve.losses == pytest.approx([whole * (1 - rank / 64) for rank in ranks])
+    assert (attention.parity_removed, attention.parity_loss) == (0.0, pytest.approx(3.0 / 2))
+    assert (mlp.parity_removed, mlp.parity_loss) == (0.0, pytest.approx(4.0 / 4))
 
 
 def test_layers_of_a_type_may_differ_in_shape() -> None:
@@ -113,7 +113,7 @@ def test_layers_of_a_type_may_differ_in_shape() -> None:
     wide, small = LinearSite("h.0.fc", 0, 50, 100, True), LinearSite("h.1.fc", 1, 30, 30, True)
     (curve,) = plot_data.type_curves(statistics_of((wide, 1.0), (small, 1.0)))
     assert curve.parity_removed == pytest.approx(1 - (33 * 150 + 15 * 60) / 5900)
-    assert curve.parity_loss == pytest.approx(CAUTION * (1 - 33 / 50 + 1 / 2))
+    assert curve.parity_loss == pytest.approx(1 - 33 / 50 + 1 / 2)
     assert curve.removed[64] == pytest.approx(1 - (25 * 150 + 15 * 60) / 5900)
 
 

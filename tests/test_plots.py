@@ -41,7 +41,7 @@ def data() -> PlotData:
     frontier = Frontier([Point(2.0, 1.0), Point(3.0, 0.1)], [UniformPoint(4, 32, 4.6, 0.05)], Point(2.5, 0.4))
     allocation = total(chosen)
     return PlotData(
-        {"seed": 0}, "nats per token", 4.0, spectra(statistics, allocation), fates(statistics, allocation),
+        {"seed": 0}, "nats per token", spectra(statistics, allocation), fates(statistics, allocation),
         type_curves(statistics), parity(sites, True), frontier,
     )  # fmt: skip
 
@@ -155,7 +155,7 @@ def test_a_missing_library_is_named_before_any_work(tmp_path: Path, monkeypatch:
 
 def test_what_cannot_be_finished_leaves_nothing_behind(data: PlotData, tmp_path: Path) -> None:
     ours = plots_folder(tmp_path / "ours", "types.png")
-    broken = dataclasses.replace(data, caution=float("nan"))  # no JSON
+    broken = dataclasses.replace(data, about={"seed": float("nan")})  # no JSON
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_plots(broken, ours, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]

@@ -33,7 +33,6 @@ def row(heldout: float, predicted: float, *, output_error: float = 1.0, kind: st
         "predicted": predicted,
         "crossed": 2 * predicted,
         "sloped": 3 * predicted,
-        "cautious": 4 * predicted,
         "output_error": output_error,
         "heldout": heldout,
         "heldout_error": 1e-5,

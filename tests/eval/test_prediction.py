@@ -57,7 +57,7 @@ def test_pairs_count_standard_errors_window_by_window(prediction: Any) -> None:
 
 
 def test_predicted_parts_add_up_as_the_planner_counts_them(prediction: Any) -> None:
-    from lord_quant.menu import CAUTION, Menu
+    from lord_quant.menu import Menu
     from lord_quant.probe import FactorNoise, LayerLoss
     from lord_quant.targets import LinearSite
 
@@ -69,7 +69,7 @@ def test_predicted_parts_add_up_as_the_planner_counts_them(prediction: Any) -> N
         for found in Menu((form,), (3,), (32,)).of(site, loss):
             own = prediction.Choice(form, found.rank, 3, 32, found.num_bytes)
             cut, rounded = prediction.parts(loss, own)
-            assert CAUTION * cut + rounded == pytest.approx(found.loss)
+            assert cut + rounded == pytest.approx(found.loss)
     assert prediction.parts(loss, prediction.Choice("truncation", 32, 16, 32, None)) == (float(tail[32]), 0.0)
 
 
