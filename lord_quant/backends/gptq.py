@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The only place that imports Optimum's GPTQ and GPTQModel.
 
-Importing GPTQModel prints a banner, turns the root logger to INFO and redirects the Hugging Face cache XX
+Importing GPTQModel prints a banner, turns the root logger to INFO and redirects the Hugging Face cache;
+`silence` undoes all three.
 """
 
 from __future__ import annotations
