@@ -17,7 +17,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lord_quant.errors import CalibrationError
-from lord_quant.stream import BlockCall, block_kinds, capture, first_of
+from lord_quant.residency import RESIDENT, Residency
+from lord_quant.stream import BlockCall, block_kinds, capture
 from lord_quant.targets import find_blocks
 
 
@@ -43,6 +44,17 @@ class Rows(NamedTuple):
     gradients: torch.Tensor
 
 
+class Way(NamedTuple):
+    """How a block returns its hidden states: in front of so many other values in a tuple or list, or alone."""
+
+    container: type | None
+    others: int
+
+    def back(self, hidden: torch.Tensor) -> Any:
+        """Returns hidden states as the block would, without its other values."""
+        return hidden if self.container is None else self.container((hidden, *(None,) * self.others))
+
+
 class BlockGradients:
     """Gradients of the loss of labels at a model's layers, one block after another.
 
@@ -56,14 +68,22 @@ class BlockGradients:
         self._stream, self._gradients, self._next, self.num_labels = stream, gradients, 0, num_labels
 
     @classmethod
-    def measure(cls, model: nn.Module, batches: Sequence[torch.Tensor], labels: Labels, title: str) -> BlockGradients:
+    def measure(
+        cls,
+        model: nn.Module,
+        batches: Sequence[torch.Tensor],
+        labels: Labels,
+        title: str,
+        residency: Residency = RESIDENT,
+    ) -> BlockGradients:
         """Runs a model forth and back; it is left as it was, and weights get no gradients.
 
         Args:
-            model: A loaded causal language model in evaluation mode.
+            model: A causal language model in evaluation mode.
             batches: Token windows with shape (batch, seq_len), all without padding.
             labels: What the loss takes for right.
             title: Of the progress bar.
+            residency: Which blocks have their weights.
 
         Raises:
             CalibrationError: The model does not call every block once.
@@ -71,17 +91,33 @@ class BlockGradients:
         blocks = find_blocks(model).modules
         kinds = block_kinds(model, len(blocks))
         with torch.no_grad():
-            stream = capture(model, blocks, kinds, batches)
-        gradients, num_labels = [], 0
-        for number, (batch, call) in enumerate(zip(tqdm(batches, title, unit="batch", disable=None), stream, strict=True)):
-            inputs, gradient, found = _gradient_at_the_end(model, blocks, batch, number, labels)
-            num_labels += found
-            steps = [gradient]
-            for index in range(len(blocks) - 1, 0, -1):
-                gradient = _back(blocks[index], kinds[index], call, inputs.pop(), gradient)
-                steps.append(gradient)
-            gradients.append(steps[::-1])
-        return cls(stream, [list(block) for block in zip(*gradients, strict=True)], num_labels)
+            stream = capture(model, blocks, kinds, batches, residency)
+        entering = [[call.hidden for call in stream]]
+        ways: list[Way] = []
+        bar = tqdm(total=2 * len(blocks) - 1, desc=title, unit="block", disable=None)
+        for index, block in enumerate(blocks):
+            with residency.of(index), torch.no_grad(), _way_of(block, ways):
+                entering.append(
+                    [call.run(block, kinds[index], each.clone()) for call, each in zip(stream, entering[-1], strict=True)]
+                )
+            bar.update()
+        ends = [
+            _gradient_at_the_end(model, ways, batch, number, leaving, labels)
+            for number, (batch, leaving) in enumerate(zip(batches, entering.pop(), strict=True))
+        ]
+        gradients = [[gradient for gradient, _ in ends]]
+        for index in range(len(blocks) - 1, 0, -1):
+            arriving = entering.pop()
+            with residency.of(index):
+                gradients.append(
+                    [
+                        _back(blocks[index], kinds[index], call, hidden, gradient)
+                        for call, hidden, gradient in zip(stream, arriving, gradients[-1], strict=True)
+                    ]
+                )
+            bar.update()
+        bar.close()
+        return cls(stream, gradients[::-1], sum(found for _, found in ends))
 
     def through(self, index: int, block: nn.Module, kind: str, names: Sequence[str]) -> Iterator[dict[str, Rows]]:
         """Yields what every batch says of layers of a block, by name; layers that were not called are missing.
@@ -116,36 +152,73 @@ def _rows(inputs: torch.Tensor, outputs: torch.Tensor, gradient: torch.Tensor | 
 
 
 def _gradient_at_the_end(
-    model: nn.Module, blocks: Sequence[nn.Module], batch: torch.Tensor, number: int, labels: Labels
-) -> tuple[list[torch.Tensor], torch.Tensor, int]:
-    """Returns the hidden states entering every block, the gradient of the loss at the last one's output, labels counted."""
-    inputs: list[torch.Tensor] = []
-    leaf: list[torch.Tensor] = []
+    model: nn.Module, ways: Sequence[Way], batch: torch.Tensor, number: int, leaving: torch.Tensor, labels: Labels
+) -> tuple[torch.Tensor, int]:
+    """Returns the gradient of the loss at the last block's output, and how many labels were counted.
 
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs.append(args[0] if args else kwargs["hidden_states"])
+    Args:
+        model: The model.
+        ways: How its blocks return what they return.
+        batch: Tokens.
+        number: Which batch it is.
+        leaving: The last block's output.
+        labels: What the loss takes for right.
+    """
+    leaf = leaving.detach().requires_grad_()
+    blocks = find_blocks(model).modules
+    with _passed_over(blocks, ways, leaf) as passed, _weights_fixed(model), torch.enable_grad():
+        logits = model(input_ids=batch.to(leaf.device), use_cache=False).logits.flatten(0, 1)
+        if passed != list(range(len(blocks))):
+            raise CalibrationError(
+                f"{len(passed)} calls of {len(blocks)} blocks in one forward pass; wanted one each, in order: --no-fisher "
+                "does without"
+            )
+        own = labels(number, logits.detach())
+        (gradient,) = torch.autograd.grad(logits, leaf, loss_gradient(logits.detach(), own))
+    return gradient, int((own != UNLABELLED).sum())
 
-    def cut(module: nn.Module, args: Any, output: Any) -> Any:
-        leaf.append(first_of(output).detach().requires_grad_())
-        leaving = leaf[0].clone()  # a leaf may not be changed in place, and what follows might
-        return type(output)((leaving, *output[1:])) if isinstance(output, tuple | list) else leaving
 
-    handles = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks]
-    handles.append(blocks[-1].register_forward_hook(cut))
+@contextmanager
+def _way_of(block: nn.Module, ways: list[Way]) -> Iterator[None]:
+    """Notes how a block returns its hidden states: alone, or in front of something else."""
+    seen: list[Way] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        seen.append(Way(type(output), len(output) - 1) if isinstance(output, tuple | list) else Way(None, 0))
+
+    handle = block.register_forward_hook(keep)
     try:
-        with _weights_fixed(model), torch.enable_grad():
-            logits = model(input_ids=batch.to(next(model.parameters()).device), use_cache=False).logits
-            logits = logits.flatten(0, 1)
-            own = labels(number, logits.detach())
-            (gradient,) = torch.autograd.grad(logits, leaf, loss_gradient(logits.detach(), own))
+        yield
+        ways.append(seen[-1])
     finally:
-        for handle in handles:
-            handle.remove()
-    if len(inputs) != len(blocks):
-        raise CalibrationError(
-            f"{len(inputs)} calls of {len(blocks)} blocks in one forward pass; wanted one each: use --no-fisher"
-        )
-    return inputs, gradient, int((own != UNLABELLED).sum())
+        handle.remove()
+
+
+@contextmanager
+def _passed_over(blocks: Sequence[nn.Module], ways: Sequence[Way], leaving: torch.Tensor) -> Iterator[list[int]]:
+    """Lets a model run while its blocks do nothing but the last return `leaving`; yields which were called."""
+    called: list[int] = []
+
+    def stand_in(index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            called.append(index)
+            hidden = args[0] if args else kwargs["hidden_states"]
+            # A leaf may not be changed in place, and what follows might.
+            return ways[index].back(leaving.clone() if index == len(blocks) - 1 else hidden)
+
+        return forward
+
+    own = {index: vars(block)["forward"] for index, block in enumerate(blocks) if "forward" in vars(block)}
+    for index, block in enumerate(blocks):
+        block.forward = stand_in(index)
+    try:
+        yield called
+    finally:
+        for index, block in enumerate(blocks):
+            if index in own:  # put there by a host, as accelerate does
+                block.forward = own[index]
+            else:
+                del block.forward
 
 
 def _back(block: nn.Module, kind: str, call: BlockCall, entering: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:

@@ -15,12 +15,11 @@ diagonal.
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -32,6 +31,7 @@ from lord_quant.moments import PairedMoments
 from lord_quant.pairing import Inputs, Runner, gather, record_inputs
 from lord_quant.plan import LayerPlan, Plan
 from lord_quant.refine import Quantized
+from lord_quant.residency import RESIDENT, Residency
 from lord_quant.sensitivity import Sensitivity
 from lord_quant.solver import Solvers
 from lord_quant.stack import Stacked, stack_layer
@@ -75,23 +75,13 @@ class StackedModel:
     quantized: dict[str, Quantized] = field(default_factory=dict)
 
 
-@torch.no_grad()
-def stack_model(
-    model: nn.Module,
-    plan: Plan,
-    batches: Sequence[torch.Tensor],
-    solve: Callable[[LayerPlan], Solvers] | None,
-    options: JointConfig,
-    *,
-    sensitivity: Sensitivity | None = None,
-    true_sequential: bool = True,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-) -> StackedModel:
-    """Compresses the layers of `plan` in place; quantized layers hold their weights in float, ready to be packed.
+class JointRun:
+    """A joint run, block by block, in order; layers of `plan` are compressed in place.
+
+    Quantized layers hold their weights in float, ready to be packed.
 
     Args:
-        model: A loaded dense model in evaluation mode; changed in place.
+        model: A dense model in evaluation mode; changed in place.
         plan: What becomes of every layer.
         batches: Token windows with shape (batch, seq_len), all without padding.
         solve: Gives a layer's solvers, which quantize a weight in a metric; None leaves factors in float and other layers
@@ -101,53 +91,129 @@ def stack_model(
         true_sequential: Whether later layers of a block see what was done to earlier ones, or only later blocks do.
         seed: Of the rotations.
         dtype: dtype of statistics and algebra.
+        residency: Which blocks have their weights.
+
+    Attributes:
+        done: What was done so far.
+        stream: The dense stream in front of the next block, per batch.
+        ours: The compressed stream's hidden states there.
+        last: The last block in which something is planned; -1 if none is.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        batches: Sequence[torch.Tensor],
+        solve: Callable[[LayerPlan], Solvers] | None,
+        options: JointConfig,
+        *,
+        sensitivity: Sensitivity | None = None,
+        true_sequential: bool = True,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        residency: Residency = RESIDENT,
+    ) -> None:
+        self.model, self.plan, self.solve, self.options, self.sensitivity = model, plan, solve, options, sensitivity
+        self.true_sequential, self.seed, self.dtype, self.residency = true_sequential, seed, dtype, residency
+        self.done = StackedModel()
+        self.planned = {layer.name: layer for layer in plan.layers if solve is not None or layer.rank is not None}
+        self.last = max((layer.block for layer in self.planned.values()), default=-1)
+        self.blocks = find_blocks(model)
+        self.kinds = block_kinds(model, len(self.blocks.modules))
+        self.stream = capture(model, self.blocks.modules, self.kinds, batches, residency) if self.planned else []
+        self.ours = [batch.hidden for batch in self.stream]
+
+    @torch.no_grad()
+    def step(self, index: int) -> None:
+        """Compresses one block, which has its weights; both streams go on to the next one.
+
+        Raises:
+            NumericsError: Activations, moments or factors hold NaN or inf; the layer is named.
+            CalibrationError: No token reached a layer, the streams differ in tokens, or grouped layers in their input.
+        """
+        block, kind, prefix = self.blocks.modules[index], self.kinds[index], f"{self.blocks.path}.{index}."
+        layers = {name: self.planned[prefix + name] for name, _ in block.named_modules() if prefix + name in self.planned}
+        dense = copy.deepcopy(block)
+        minded = {}
+        if self.sensitivity is not None:
+            ranked = [name for name, layer in layers.items() if layer.rank is not None]
+            minded = self.sensitivity.of_block(index, dense, kind, ranked, self.dtype)
+        run = Runner(self.stream, kind, Replay(block))
+        inputs = record_inputs(dense, run, list(layers), prefix, outputs=self.options.anchor)
+        groups = _groups(layers, inputs)
+        open_layers = set(layers)
+        for stage in inputs.stages(self.true_sequential):
+            with run.replay.of(_finished(layers, open_layers)):
+                moments = gather(block, run, self.ours, inputs, stage, self.dtype, self.options.anchor)
+            for leader in stage:
+                _require_finite(moments[leader], prefix + leader)
+                for names in groups[leader]:
+                    sources = [dense.get_submodule(name) for name in names]
+                    metric = _together([minded.pop(name, None) for name in names], sources)
+                    self._compress([layers[name] for name in names], sources, moments[leader], metric)
+                    open_layers.difference_update(names)
+                inputs.forget(leader)
+        if index < self.last:
+            with run.replay.of(_finished(layers, inputs.of_last(self.true_sequential))):
+                self.ours = list(run(block, self.ours))
+
+    def _compress(
+        self,
+        layers: Sequence[LayerPlan],
+        dense: Sequence[nn.Module],
+        moments: PairedMoments,
+        metric: torch.Tensor | None,
+    ) -> None:
+        """Compresses one layer, or several as one, puts the result into the model and notes what was done."""
+        start, first = time.perf_counter(), layers[0]
+        weight, bias = torch.cat([dense_weight(source) for source in dense]), _bias_of(dense)
+        try:
+            stacked = stack_layer(
+                weight,
+                bias,
+                moments,
+                first.rank,
+                first.form,
+                None if self.solve is None else self.solve(first),
+                self.options,
+                sensitivity=metric,
+                mean_correction=self.plan.mean_correction,
+                seed=self.seed * len(self.plan.layers) + len(self.done.records),
+            )
+        except NumericsError as error:
+            raise NumericsError(f"layer {first.name!r}: {error}") from error
+        if stacked.factors is not None and len(layers) > 1:
+            replace_group(self.model, [layer.name for layer in layers], stacked.factors)
+        elif stacked.factors is not None:
+            replace_layer(self.model, first.name, stacked.factors)
+        elif stacked.weight is not None:
+            set_dense(self.model, first.name, stacked.weight, stacked.bias)
+        self.done.quantized |= _parts(layers, stacked.quantized)
+        solving = sum(item.seconds for item in stacked.quantized.values())
+        seconds = time.perf_counter() - start - solving
+        self.done.records += [_record(layer, stacked, moments.num_tokens, seconds / len(layers)) for layer in layers]
+
+
+def stack_model(
+    model: nn.Module,
+    plan: Plan,
+    batches: Sequence[torch.Tensor],
+    solve: Callable[[LayerPlan], Solvers] | None,
+    options: JointConfig,
+    **settings: Any,
+) -> StackedModel:
+    """Runs all of a `JointRun` on a model that is in memory; takes the same arguments.
 
     Raises:
         NumericsError: Activations, moments or factors hold NaN or inf; the layer is named.
         CalibrationError: No token reached a layer, the streams differ in tokens, or grouped layers in their input.
     """
-    done = StackedModel()
-    planned = {layer.name: layer for layer in plan.layers if solve is not None or layer.rank is not None}
-    if not planned:
-        return done
-    compress = functools.partial(stack_layer, options=options, mean_correction=plan.mean_correction)
-    blocks = find_blocks(model)
-    kinds = block_kinds(model, len(blocks.modules))
-    stream = capture(model, blocks.modules, kinds, batches)
-    ours = [batch.hidden for batch in stream]
-    last = max(layer.block for layer in planned.values())
-    for index, block in enumerate(tqdm(blocks.modules[: last + 1], desc="stack", unit="block", disable=None)):
-        prefix = f"{blocks.path}.{index}."
-        layers = {name: planned[prefix + name] for name, _ in block.named_modules() if prefix + name in planned}
-        dense = copy.deepcopy(block)
-        minded = {}
-        if sensitivity is not None:
-            ranked = [name for name, layer in layers.items() if layer.rank is not None]
-            minded = sensitivity.of_block(index, dense, kinds[index], ranked, dtype)
-        run = Runner(stream, kinds[index], Replay(block))
-        inputs = record_inputs(dense, run, list(layers), prefix, outputs=options.anchor)
-        groups = _groups(layers, inputs)
-        open_layers = set(layers)
-        for stage in inputs.stages(true_sequential):
-            with run.replay.of(_finished(layers, open_layers)):
-                moments = gather(block, run, ours, inputs, stage, dtype, options.anchor)
-            for leader in stage:
-                _require_finite(moments[leader], prefix + leader)
-                for names in groups[leader]:
-                    sources = [dense.get_submodule(name) for name in names]
-                    own = {
-                        "solve": None if solve is None else solve(layers[names[0]]),
-                        "sensitivity": _together([minded.pop(name, None) for name in names], sources),
-                        "seed": seed * len(plan.layers) + len(done.records),
-                    }
-                    members = [layers[name] for name in names]
-                    _compress(model, members, sources, moments[leader], functools.partial(compress, **own), done)
-                    open_layers.difference_update(names)
-                inputs.forget(leader)
-        if index < last:
-            with run.replay.of(_finished(layers, inputs.of_last(true_sequential))):
-                ours = list(run(block, ours))
-    return done
+    run = JointRun(model, plan, batches, solve, options, **settings)
+    for index in tqdm(range(run.last + 1), desc="stack", unit="block", disable=None):
+        run.step(index)
+    return run.done
 
 
 def _groups(layers: Mapping[str, LayerPlan], inputs: Inputs) -> dict[str, list[list[str]]]:
@@ -192,33 +258,6 @@ def _finished(layers: Iterable[str], still_open: Container[str]) -> list[str]:
 def _holders(name: str) -> Iterator[str]:
     """Names a layer and the modules that hold it inside its block."""
     return itertools.accumulate(name.split("."), "{}.{}".format)
-
-
-def _compress(
-    model: nn.Module,
-    layers: Sequence[LayerPlan],
-    dense: Sequence[nn.Module],
-    moments: PairedMoments,
-    compress: Callable[..., Stacked],
-    done: StackedModel,
-) -> None:
-    """Compresses one layer, or several as one, puts the result into the model and notes what was done."""
-    start, first = time.perf_counter(), layers[0]
-    weight, bias = torch.cat([dense_weight(source) for source in dense]), _bias_of(dense)
-    try:
-        stacked = compress(weight, bias, moments, first.rank, first.form)
-    except NumericsError as error:
-        raise NumericsError(f"layer {first.name!r}: {error}") from error
-    if stacked.factors is not None and len(layers) > 1:
-        replace_group(model, [layer.name for layer in layers], stacked.factors)
-    elif stacked.factors is not None:
-        replace_layer(model, first.name, stacked.factors)
-    elif stacked.weight is not None:
-        set_dense(model, first.name, stacked.weight, stacked.bias)
-    done.quantized |= _parts(layers, stacked.quantized)
-    solving = sum(item.seconds for item in stacked.quantized.values())
-    seconds = time.perf_counter() - start - solving
-    done.records += [_record(layer, stacked, moments.num_tokens, seconds / len(layers)) for layer in layers]
 
 
 def _bias_of(dense: Sequence[nn.Module]) -> torch.Tensor | None:

@@ -28,6 +28,7 @@ from torch import nn
 
 from lord_quant.gradients import ROWS, UNLABELLED, BlockGradients
 from lord_quant.moments import gram
+from lord_quant.residency import RESIDENT, Residency
 
 
 class Sensitivity:
@@ -41,13 +42,16 @@ class Sensitivity:
         self._gradients = gradients
 
     @classmethod
-    def measure(cls, model: nn.Module, batches: Sequence[torch.Tensor], *, seed: int = 0) -> Sensitivity:
+    def measure(
+        cls, model: nn.Module, batches: Sequence[torch.Tensor], *, seed: int = 0, residency: Residency = RESIDENT
+    ) -> Sensitivity:
         """Runs a model forth and back; it is left as it was, and weights get no gradients.
 
         Args:
             model: A loaded causal language model in evaluation mode.
             batches: Token windows with shape (batch, seq_len), all without padding.
             seed: Of the labels drawn from the model's predictions.
+            residency: Which blocks have their weights.
 
         Raises:
             CalibrationError: The model does not call every block once.
@@ -59,7 +63,7 @@ class Sensitivity:
         def drawn(number: int, logits: torch.Tensor) -> torch.Tensor:
             return _draw(logits, chances[number])
 
-        return cls(BlockGradients.measure(model, batches, drawn, "sensitivity"))
+        return cls(BlockGradients.measure(model, batches, drawn, "sensitivity", residency))
 
     def of_block(
         self, index: int, block: nn.Module, kind: str, names: Sequence[str], dtype: torch.dtype = torch.float32
@@ -114,13 +118,13 @@ class Slope:
         self._gradients = gradients
 
     @classmethod
-    def measure(cls, model: nn.Module, batches: Sequence[torch.Tensor]) -> Slope:
+    def measure(cls, model: nn.Module, batches: Sequence[torch.Tensor], residency: Residency = RESIDENT) -> Slope:
         """Runs a model forth and back, as `Sensitivity.measure` does."""
 
         def following(number: int, logits: torch.Tensor) -> torch.Tensor:
             return _following(batches[number]).to(logits.device)
 
-        return cls(BlockGradients.measure(model, batches, following, "slope"))
+        return cls(BlockGradients.measure(model, batches, following, "slope", residency))
 
     def of_block(
         self, index: int, block: nn.Module, kind: str, names: Sequence[str], dtype: torch.dtype = torch.float32

@@ -25,6 +25,7 @@ from lord_quant.crossfit import Half
 from lord_quant.engine import gather
 from lord_quant.errors import CheckpointError, NumericsError
 from lord_quant.probe import FactorNoise, LayerLoss, probe
+from lord_quant.residency import RESIDENT, Residency
 from lord_quant.sensitivity import Sensitivity, Slope, Steepness
 from lord_quant.stream import block_kinds, capture
 from lord_quant.targets import LinearSite, dense_weight, find_blocks, find_linears, siblings
@@ -74,6 +75,7 @@ def measure_statistics(
     mean_correction: bool = True,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    residency: Residency = RESIDENT,
 ) -> Statistics:
     """Measures every linear layer of the blocks; the model is left as it was.
 
@@ -89,6 +91,7 @@ def measure_statistics(
         mean_correction: Whether factors get a bias their layer did not have.
         seed: Of the probes.
         dtype: dtype of moments and algebra.
+        residency: Which blocks have their weights.
 
     Raises:
         NumericsError: Activations, gradients or weights hold NaN or inf; the layer is named.
@@ -96,45 +99,46 @@ def measure_statistics(
     """
     blocks, sites = find_blocks(model), find_linears(model)
     kinds = block_kinds(model, len(blocks.modules))
-    stream = capture(model, blocks.modules, kinds, batches)
+    stream = capture(model, blocks.modules, kinds, batches, residency)
     settings: dict[str, Any] = {"mean_correction": mean_correction, "gptq": gptq, "options": options}
     losses: dict[str, LayerLoss] = {}
     groups: dict[tuple[str, ...], LayerLoss] = {}
     for index, block in enumerate(tqdm(blocks.modules, desc="probe", unit="block", disable=None)):
-        prefix = f"{blocks.path}.{index}."
-        layers = {site.name.removeprefix(prefix): site for site in sites if site.block == index}
-        minded = [each.of_block(index, block, kinds[index], list(layers), dtype) for each in sensitivities or ()]
-        steep = [each.of_block(index, block, kinds[index], list(layers), dtype) for each in slopes or ()]
-        moments = []
-        for part in (stream[::2], stream[1::2]):
-            with gather({name: block.get_submodule(name) for name in layers}, dtype) as gathered:
-                for batch in part:
-                    batch.hidden = batch.run(block, kinds[index])
-            if part:
-                moments.append(gathered.results(prefix))
-                leaders = gathered.leader
-        together = [
-            [site.name.removeprefix(prefix) for site in found]
-            for found in siblings(list(layers.values()))
-            if len({leaders[site.name.removeprefix(prefix)] for site in found}) == 1
-        ]
-        for names in [*([name] for name in layers), *together]:
-            weights = {name: dense_weight(block.get_submodule(name)) for name in names}
-            weight = torch.cat(list(weights.values()))
-            metrics = [_together(each, weights) for each in minded]
-            first, second = metrics or (None, None)
-            falls = [_stacked(each, weights) for each in steep]
-            one, other = falls or (None, None)
-            halves = Half(moments[0][names[0]], first, one), Half(moments[-1][names[0]], second, other)
-            has_bias, number = all(layers[name].has_bias for name in names), len(losses) + len(groups)
-            try:
-                loss = probe(weight, halves, has_bias=has_bias, seed=seed * 2 * len(sites) + number, **settings)
-            except NumericsError as error:
-                raise NumericsError(f"layer {prefix + names[0]!r}: {error}") from error
-            if len(names) == 1:
-                losses[prefix + names[0]] = loss
-            else:
-                groups[tuple(prefix + name for name in names)] = loss
+        with residency.of(index):
+            prefix = f"{blocks.path}.{index}."
+            layers = {site.name.removeprefix(prefix): site for site in sites if site.block == index}
+            minded = [each.of_block(index, block, kinds[index], list(layers), dtype) for each in sensitivities or ()]
+            steep = [each.of_block(index, block, kinds[index], list(layers), dtype) for each in slopes or ()]
+            moments = []
+            for part in (stream[::2], stream[1::2]):
+                with gather({name: block.get_submodule(name) for name in layers}, dtype) as gathered:
+                    for batch in part:
+                        batch.hidden = batch.run(block, kinds[index])
+                if part:
+                    moments.append(gathered.results(prefix))
+                    leaders = gathered.leader
+            together = [
+                [site.name.removeprefix(prefix) for site in found]
+                for found in siblings(list(layers.values()))
+                if len({leaders[site.name.removeprefix(prefix)] for site in found}) == 1
+            ]
+            for names in [*([name] for name in layers), *together]:
+                weights = {name: dense_weight(block.get_submodule(name)) for name in names}
+                weight = torch.cat(list(weights.values()))
+                metrics = [_together(each, weights) for each in minded]
+                first, second = metrics or (None, None)
+                falls = [_stacked(each, weights) for each in steep]
+                one, other = falls or (None, None)
+                halves = Half(moments[0][names[0]], first, one), Half(moments[-1][names[0]], second, other)
+                has_bias, number = all(layers[name].has_bias for name in names), len(losses) + len(groups)
+                try:
+                    loss = probe(weight, halves, has_bias=has_bias, seed=seed * 2 * len(sites) + number, **settings)
+                except NumericsError as error:
+                    raise NumericsError(f"layer {prefix + names[0]!r}: {error}") from error
+                if len(names) == 1:
+                    losses[prefix + names[0]] = loss
+                else:
+                    groups[tuple(prefix + name for name in names)] = loss
     return Statistics(losses, {site.name: site for site in sites}, groups, origin)
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lord_quant.residency import RESIDENT, Residency
+
 
 class StopForward(Exception):
     """Ends a forward pass once the blocks' inputs are known. Not a ValueError: hosts swallow those."""
@@ -30,7 +32,11 @@ class BlockCall:
 
 
 def capture(
-    model: nn.Module, blocks: Sequence[nn.Module], kinds: Sequence[str], batches: Sequence[torch.Tensor]
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    kinds: Sequence[str],
+    batches: Sequence[torch.Tensor],
+    residency: Residency = RESIDENT,
 ) -> list[BlockCall]:
     """Runs the model up to its first blocks and keeps what they are called with, once per kind of block."""
     first_of_kind = {kind: kinds.index(kind) for kind in kinds}
@@ -54,11 +60,12 @@ def capture(
         for kind, index in first_of_kind.items()
     ]
     try:
-        for batch in batches:
-            try:
-                model(input_ids=batch.to(device), use_cache=False)
-            except StopForward:
-                continue
+        with residency.of(*range(max(first_of_kind.values()))):  # those in front of the last that is looked at
+            for batch in batches:
+                try:
+                    model(input_ids=batch.to(device), use_cache=False)
+                except StopForward:
+                    continue
     finally:
         for handle in handles:
             handle.remove()
