@@ -14,9 +14,10 @@ from lord_quant.version import __version__
 if TYPE_CHECKING:
     from lord_quant.config import CalibrationConfig, GptqConfig, LordConfig, LowrankConfig
     from lord_quant.evaluation.harness import evaluate
+    from lord_quant.execution import execute
     from lord_quant.integrations.optimum import LordGPTQQuantizer
     from lord_quant.integrations.transformers import LordGPTQConfig
-    from lord_quant.pipeline import compress_model, execute, prepare
+    from lord_quant.pipeline import compress_model, prepare
     from lord_quant.stored import measure
 
 _PUBLIC = {
@@ -28,7 +29,7 @@ _PUBLIC = {
     "LordGPTQQuantizer": "lord_quant.integrations.optimum",
     "compress_model": "lord_quant.pipeline",
     "evaluate": "lord_quant.evaluation.harness",
-    "execute": "lord_quant.pipeline",
+    "execute": "lord_quant.execution",
     "measure": "lord_quant.stored",
     "prepare": "lord_quant.pipeline",
 }

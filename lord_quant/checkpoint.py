@@ -33,7 +33,7 @@ from lord_quant.version import FORMAT_VERSION, UNIFORM_FORMAT_VERSION, __version
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 METHOD_GPTQ = "lord_gptq"
 METHOD_FLOAT = "lord"
@@ -362,11 +362,9 @@ def _put_in_place(staging: Path, output: Path, overwrite: bool) -> None:
     shutil.rmtree(aside)
 
 
-def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    """Writes weights, configuration and tokenizer into an existing folder."""
+def write_model(model: PreTrainedModel, folder: Path) -> None:
+    """Writes weights and configuration into an existing folder."""
     model.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
 
 
 def cast_floats(model: torch.nn.Module, dtype: torch.dtype) -> None:

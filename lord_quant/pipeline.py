@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One whole run, from a configuration to a checkpoint folder.
+"""From a configuration to a compressed model.
 
-`prepare` checks everything that can be checked without weights and returns a `Job` (this is what a dry run prints);
-`execute` loads the weights, compresses and writes. `compress_model` is the part in the middle, for models that are
-already loaded.
+`prepare` checks everything that can be checked without weights and returns a `Job` (this is what a dry run prints).
+`compress_model` compresses a model that is loaded. What leads from a job to a checkpoint is in `execution.py`.
 """
 
 from __future__ import annotations
@@ -22,14 +21,8 @@ from lord_quant.backends import gptq as backend
 from lord_quant.calibration import TokenWindows, sample_windows
 from lord_quant.cautions import run_cautions
 from lord_quant.checkpoint import (
-    REPORT_NAME,
-    atomic_folder,
-    cast_floats,
     check_output,
     quantization_config,
-    read_headers,
-    weight_files,
-    write_model,
 )
 from lord_quant.config import FLOAT_BITS, GptqConfig, LordConfig
 from lord_quant.corpus import Corpus, load_corpus
@@ -39,7 +32,6 @@ from lord_quant.estimate import Estimate, estimate
 from lord_quant.joint import StackRecord, stack_model
 from lord_quant.linalg import require_finite
 from lord_quant.plan import LayerPlan, Plan, build_plan
-from lord_quant.report import build_report, model_card, to_json
 from lord_quant.sensitivity import Sensitivity
 from lord_quant.solver import Solvers, make_solver
 from lord_quant.source import (
@@ -47,7 +39,6 @@ from lord_quant.source import (
     build_skeleton,
     choose_device,
     inspect_source,
-    load_model,
     tensor_bytes,
 )
 from lord_quant.surgery import is_compressed
@@ -172,7 +163,7 @@ def prepare(config: LordConfig, *, overwrite: bool = False, measured_on: str | N
     plan = plan_model(skeleton, config, source.dtype.itemsize)
     windows = calibrate(config, source.tokenizer, source.context)
     joint = config.stack == "joint"
-    fisher_tokens = _fisher_windows(windows, config).numel() if joint and plan.rank_pattern else 0
+    fisher_tokens = fisher_windows(windows, config).numel() if joint and plan.rank_pattern else 0
     guess = estimate(plan, windows.num_tokens, device, source.dtype.itemsize, joint, fisher_tokens)
     cautions = run_cautions(skeleton, plan, windows, device, config.stack, measured_on)
     return Job(config, source, plan, windows, device, output, overwrite, guess, cautions)
@@ -236,10 +227,10 @@ def _compress_jointly(
     phases, quantized = Phases(), list[backend.GptqRecord]()
     solve = None
     if plan.bits != FLOAT_BITS:
-        solve = functools.partial(_solvers_of, gptq=config.gptq, num_tokens=windows.num_tokens)
+        solve = functools.partial(solvers_of, gptq=config.gptq, num_tokens=windows.num_tokens)
     dtype = torch.float64 if config.lowrank.float64 else torch.float32
     batches, sensitivity = windows.batches(config.calibration.batch_size), None
-    few = _fisher_windows(windows, config)
+    few = fisher_windows(windows, config)
     if len(few) and plan.rank_pattern:
         with phases.measure("sensitivity"):
             sensitivity = Sensitivity.measure(model, backward_batches(windows, config), seed=config.calibration.seed)
@@ -261,12 +252,12 @@ def _compress_jointly(
     return Compressed(stacked.records, quantized, phases.seconds)
 
 
-def _solvers_of(layer: LayerPlan, gptq: GptqConfig, num_tokens: int) -> Solvers:
+def solvers_of(layer: LayerPlan, gptq: GptqConfig, num_tokens: int) -> Solvers:
     widths = (layer.bits, layer.up_bits)
     return Solvers(*(make_solver(dataclasses.replace(gptq, bits=bits), layer.group_size, num_tokens) for bits in widths))
 
 
-def _fisher_windows(windows: TokenWindows, config: LordConfig) -> torch.Tensor:
+def fisher_windows(windows: TokenWindows, config: LordConfig) -> torch.Tensor:
     """Returns the windows of the joint stack's backward pass, with shape (≤ fisher_samples, seq_len); none without it."""
     samples = config.joint.fisher_samples or FISHER_SAMPLES
     return windows.input_ids[: samples if config.joint.fisher else 0]
@@ -274,7 +265,7 @@ def _fisher_windows(windows: TokenWindows, config: LordConfig) -> torch.Tensor:
 
 def backward_batches(windows: TokenWindows, config: LordConfig) -> list[torch.Tensor]:
     """Returns the windows of the backward pass in batches of about `BACKWARD_TOKENS`."""
-    return list(_fisher_windows(windows, config).split(max(1, BACKWARD_TOKENS // windows.input_ids.shape[1])))
+    return list(fisher_windows(windows, config).split(max(1, BACKWARD_TOKENS // windows.input_ids.shape[1])))
 
 
 def _compress_naively(
@@ -312,57 +303,3 @@ def host_arguments(config: LordConfig, plan: Plan, model: torch.nn.Module, windo
         "model_seqlen": windows.input_ids.shape[1],
         "block_name_to_quantize": find_blocks(model).path,
     }
-
-
-def execute(job: Job) -> dict[str, Any]:
-    """Runs a job and writes its checkpoint; returns the report.
-
-    The output folder appears by one rename when everything is in it.
-    """
-    phases = Phases()
-    with phases.measure("load"):
-        model = load_model(job.source, job.device)
-    done = compress_model(model, job.plan, job.windows, job.config)
-    cast_floats(model, job.source.dtype)
-    seconds = phases.seconds | done.seconds
-    report = build_report(job.config, job.plan, job.windows, done.decomposed, done.quantized, seconds, job.warnings)
-    if job.output is None:
-        return report
-    return write_checkpoint(model, job.source.tokenizer, job.output, report, overwrite=job.overwrite)
-
-
-def write_checkpoint(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    output: Path,
-    report: dict[str, Any],
-    *,
-    overwrite: bool = False,
-) -> dict[str, Any]:
-    """Writes a folder that stands alone: weights, tokenizer, report and model card. It appears by one rename.
-
-    Args:
-        model: The compressed model, before its first forward pass.
-        tokenizer: Its tokenizer, or None.
-        output: The folder, checked by `check_output`.
-        report: What `build_report` made.
-        overwrite: Whether an existing checkpoint there may be replaced.
-
-    Returns:
-        The report as written, with the bytes on disk and the seconds of writing.
-    """
-    phases = Phases()
-    with atomic_folder(output, overwrite=overwrite) as folder:
-        with phases.measure("write"):
-            write_model(model, tokenizer, folder)
-        files = weight_files(folder)
-        sizes = {
-            "tensor_bytes_on_disk": sum(size for _, _, size in read_headers(files).values()),
-            "file_bytes_on_disk": sum(Path(file).stat().st_size for file in files),
-        }
-        seconds = {key: value for key, value in report["seconds"].items() if key != "total"} | phases.seconds
-        seconds["total"] = round(sum(seconds.values()), 3)
-        report = report | {"totals": report["totals"] | sizes, "seconds": seconds}
-        (folder / REPORT_NAME).write_text(to_json(report), encoding="utf-8")
-        (folder / "README.md").write_text(model_card(report), encoding="utf-8")
-    return report

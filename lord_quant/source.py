@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from lord_quant.errors import ModelError
+from lord_quant.errors import CheckpointError, ModelError
 from lord_quant.linalg import require_finite
 from lord_quant.silence import hush
 
@@ -129,6 +129,29 @@ def load_model(source: Source, device: torch.device) -> PreTrainedModel:
     for name, parameter in model.named_parameters():
         require_finite(parameter.detach(), f"weight {name!r} of {source.path!r}")
     return model.to(device).eval()
+
+
+def local_files(path: str) -> list[str]:
+    """Returns the safetensors files of a folder or of a hub name, which is fetched if it is not there yet.
+
+    Raises:
+        ModelError: There is none, or the hub cannot be reached.
+    """
+    from lord_quant.checkpoint import weight_files
+
+    if Path(path).is_dir():
+        folder = path
+    else:
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = snapshot_download(path, allow_patterns=["*.safetensors", "*.safetensors.index.json"])
+        except (OSError, ValueError) as error:
+            raise ModelError(f"model {path!r} cannot be loaded: {_first_line(error)}") from error
+    try:
+        return weight_files(folder)
+    except CheckpointError as error:
+        raise ModelError(f"model {path!r} cannot be loaded: {error}") from error
 
 
 def tensor_bytes(model: torch.nn.Module, itemsize: int) -> dict[str, int]:

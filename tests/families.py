@@ -138,7 +138,8 @@ def compress(
     compress_model(model, job.plan, job.windows, config)
     cast_floats(model, job.source.dtype)
     with atomic_folder(output) as folder:
-        write_model(model, job.source.tokenizer, folder)
+        write_model(model, folder)
+        job.source.tokenizer.save_pretrained(folder)
     return job.plan, probe_logits(model)
 
 

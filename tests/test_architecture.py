@@ -37,9 +37,11 @@ LAYERS = [
         "estimate",
         "cautions",
         "report",
+        "shards",
+        "journal",
     },
     {"backends"},
-    {"engine", "joint", "statistics", "pipeline", "budget", "loaded", "plot_data", "plots"},
+    {"engine", "joint", "streaming", "execution", "statistics", "pipeline", "budget", "loaded", "plot_data", "plots"},
     {"evaluation", "commands"},
     {"integrations"},
 ]

@@ -15,8 +15,9 @@ from lord_quant.budget import Planner, apply_plan, read_plan, sense, unplanned, 
 from lord_quant.budget_config import BudgetConfig
 from lord_quant.config import CalibrationConfig, JointConfig, LordConfig, LowrankConfig, merge
 from lord_quant.errors import BudgetError, ConfigError, LordError, RankError
+from lord_quant.execution import execute
 from lord_quant.menu import Menu
-from lord_quant.pipeline import execute, make_plan, prepare
+from lord_quant.pipeline import make_plan, prepare
 from lord_quant.statistics import Statistics
 from lord_quant.stored import measure
 

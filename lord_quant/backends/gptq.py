@@ -26,6 +26,8 @@ from lord_quant.silence import hush, silence
 
 
 PACK_VARIABLE = "GPTQMODEL_DISABLE_PACK_EXT"
+PACKED_FORMAT = "gptq_v2"
+"""Zeros as they are, which asymmetric grids need."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def pack_model(
     """
     layers = dict(model.named_modules())
     biases = {name: layers[name].bias for name in quantized}
-    quantizer.format = "gptq_v2"  # zeros as they are, which asymmetric grids need
+    quantizer.format = PACKED_FORMAT
     with _without_packing_extension(), hush("transformers"):
         wanted = {name: packings[name] for name in quantized}
         packed = replace_by_packed(model, quantizer, wanted, {"": next(model.parameters()).device}, pack=True)

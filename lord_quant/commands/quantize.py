@@ -51,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
 
     import_hosts()
     from lord_quant.budget import apply_plan, unplanned
-    from lord_quant.pipeline import execute, prepare
+    from lord_quant.execution import execute
+    from lord_quant.pipeline import prepare
     from lord_quant.report import human_bytes, human_seconds, plan_summary, plan_table, report_table
 
     say = sys.stdout.write

@@ -22,6 +22,7 @@ from lord_quant.config import LordConfig
 from lord_quant.corpus import STDLIB, Corpus
 from lord_quant.engine import DecompositionRecord
 from lord_quant.errors import CalibrationError, ConfigError, unknown_keys
+from lord_quant.execution import write_checkpoint
 from lord_quant.joint import StackRecord
 from lord_quant.pipeline import (
     DEFAULT_SEQ_LEN,
@@ -29,7 +30,6 @@ from lord_quant.pipeline import (
     compress_model,
     host_arguments,
     plan_model,
-    write_checkpoint,
 )
 from lord_quant.report import build_report
 from lord_quant.source import refuse_unfit

@@ -41,13 +41,13 @@ WAIT_WHILE_SOLVING = """
 DIE_WHILE_WRITING = """
     import os, signal, sys
     from optimum.commands.optimum_cli import main
-    import lord_quant.pipeline as pipeline
+    import lord_quant.execution as execution
 
-    write = pipeline.write_model
-    def write_and_die(*arguments):
-        write(*arguments)
+    write = execution.write_weights
+    def write_and_die(*arguments, **others):
+        write(*arguments, **others)
         os.kill(os.getpid(), signal.SIGKILL)
-    pipeline.write_model = write_and_die
+    execution.write_weights = write_and_die
     main()
 """
 

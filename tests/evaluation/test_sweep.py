@@ -20,8 +20,9 @@ from lord_quant.corpus import Corpus, load_corpus
 from lord_quant.errors import BudgetError, EvaluationError
 from lord_quant.evaluation.perplexity import corpus_perplexity
 from lord_quant.evaluation.sweep import sweep, sweep_table
+from lord_quant.execution import execute
 from lord_quant.menu import Menu
-from lord_quant.pipeline import execute, prepare
+from lord_quant.pipeline import prepare
 
 
 BUDGETS = [2.4, 4.0]

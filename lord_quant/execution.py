@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a job to a checkpoint folder, which appears by one rename when everything is in it.
+
+A joint run streams its blocks from the model's files to files of its own and continues an unfinished run (`streaming.py`).
+Where that cannot be, and in the naive stack, the whole model is loaded.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lord_quant.backends import gptq as backend
+from lord_quant.checkpoint import (
+    REPORT_NAME,
+    atomic_folder,
+    cast_floats,
+    quantization_config,
+    read_headers,
+    weight_files,
+    write_model,
+)
+from lord_quant.config import FLOAT_BITS
+from lord_quant.errors import ModelError
+from lord_quant.journal import Journal
+from lord_quant.pipeline import (
+    Job,
+    Phases,
+    backward_batches,
+    compress_model,
+    fisher_windows,
+    host_arguments,
+    solvers_of,
+)
+from lord_quant.report import build_report, model_card, package_versions, to_json
+from lord_quant.residency import Streamed
+from lord_quant.sensitivity import Sensitivity
+from lord_quant.source import build_skeleton, load_model, local_files
+from lord_quant.statistics import model_digest
+from lord_quant.streaming import Settings, stream_model, write_weights
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def execute(job: Job) -> dict[str, Any]:
+    """Runs a job and writes its checkpoint; returns the report.
+
+    A joint run that writes streams its blocks from file to file, and continues an unfinished one. The output folder appears
+    by one rename when everything is in it.
+    """
+    phases = Phases()
+    if job.config.stack == "joint" and job.output is not None:
+        with phases.measure("load"):
+            streamed = _streamed(job)
+        if streamed is not None:
+            return _execute_streamed(job, *streamed, phases)
+    with phases.measure("load"):
+        model = load_model(job.source, job.device)
+    done = compress_model(model, job.plan, job.windows, job.config)
+    cast_floats(model, job.source.dtype)
+    seconds = phases.seconds | done.seconds
+    report = build_report(job.config, job.plan, job.windows, done.decomposed, done.quantized, seconds, job.warnings)
+    if job.output is None:
+        return report
+    return write_checkpoint(model, job.source.tokenizer, job.output, report, overwrite=job.overwrite)
+
+
+def _streamed(job: Job) -> tuple[PreTrainedModel, Streamed] | None:
+    """Returns the model without its blocks' weights, and what fills them; None where its files name them otherwise."""
+    files = local_files(job.source.path)
+    model = build_skeleton(job.source).eval()
+    dtype = torch.float32 if job.device.type == "cpu" else job.source.dtype
+    try:
+        return model, Streamed(model, files, dtype, job.device)
+    except ModelError as error:
+        logging.getLogger(__name__).warning("the whole model is loaded: %s", error)
+        return None
+
+
+def _execute_streamed(job: Job, model: PreTrainedModel, residency: Streamed, phases: Phases) -> dict[str, Any]:
+    config, plan, output = job.config, job.plan, job.output
+    assert output is not None  # `execute` looked
+    solve, quantizer, sensitivity = None, None, None
+    if plan.bits != FLOAT_BITS:
+        solve = functools.partial(solvers_of, gptq=config.gptq, num_tokens=job.windows.num_tokens)
+        quantizer = backend.make_quantizer(**host_arguments(config, plan, model, job.windows))
+        quantizer.format = backend.PACKED_FORMAT
+    journal = Journal(output, _made_of(job), restart=job.overwrite)
+    if len(fisher_windows(job.windows, config)) and plan.rank_pattern:
+        with phases.measure("sensitivity"):
+            batches = backward_batches(job.windows, config)
+            sensitivity = Sensitivity.measure(model, batches, seed=config.calibration.seed, residency=residency)
+    others = {
+        "true_sequential": config.gptq.true_sequential,
+        "seed": config.calibration.seed,
+        "dtype": torch.float64 if config.lowrank.float64 else torch.float32,
+    }
+    settings = Settings(
+        plan,
+        job.windows.batches(config.calibration.batch_size),
+        solve,
+        config.joint,
+        sensitivity,
+        quantizer,
+        job.source.dtype,
+        others,
+    )
+    with phases.measure("stack"):
+        done = stream_model(model, residency, journal, settings)
+    model.config.quantization_config = quantization_config(plan, config.gptq, quantizer.format if quantizer else "")
+    report = build_report(config, plan, job.windows, done.records, done.quantized, phases.seconds, job.warnings)
+    report["blocks_resumed"] = done.resumed
+    write = functools.partial(write_weights, model, residency.blocks, journal, dtype=job.source.dtype)
+    report = write_checkpoint(model, job.source.tokenizer, output, report, overwrite=job.overwrite, write=write)
+    journal.close()
+    return report
+
+
+def _made_of(job: Job) -> dict[str, Any]:
+    """Returns what must be the same for a run to continue another."""
+    config = {name: value for name, value in job.config.to_dict().items() if name not in ("output", "model")}
+    model = model_digest(job.source.config.to_dict(), local_files(job.source.path))
+    return {
+        **config,
+        "model_sha256": model,
+        "calibration_sha256": job.windows.sha256,
+        "device": str(job.device),
+        "versions": package_versions(),
+    }
+
+
+def write_checkpoint(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    output: Path,
+    report: dict[str, Any],
+    *,
+    overwrite: bool = False,
+    write: Callable[[Path], None] | None = None,
+) -> dict[str, Any]:
+    """Writes a folder that stands alone: weights, tokenizer, report and model card. It appears by one rename.
+
+    Args:
+        model: The compressed model, before its first forward pass.
+        tokenizer: Its tokenizer, or None.
+        output: The folder, checked by `check_output`.
+        report: What `build_report` made.
+        overwrite: Whether an existing checkpoint there may be replaced.
+        write: Writes configuration and weights into a folder; None saves those that `model` holds.
+
+    Returns:
+        The report as written, with the bytes on disk and the seconds of writing.
+    """
+    phases = Phases()
+    with atomic_folder(output, overwrite=overwrite) as folder:
+        with phases.measure("write"):
+            (write or functools.partial(write_model, model))(folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+        files = weight_files(folder)
+        sizes = {
+            "tensor_bytes_on_disk": sum(size for _, _, size in read_headers(files).values()),
+            "file_bytes_on_disk": sum(Path(file).stat().st_size for file in files),
+        }
+        seconds = {key: value for key, value in report["seconds"].items() if key != "total"} | phases.seconds
+        seconds["total"] = round(sum(seconds.values()), 3)
+        report = report | {"totals": report["totals"] | sizes, "seconds": seconds}
+        (folder / REPORT_NAME).write_text(to_json(report), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(report), encoding="utf-8")
+    return report

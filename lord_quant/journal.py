@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What survives of a run that was cut off: finished blocks, where both streams stood, and a line about each.
+
+Everything lies in a hidden folder beside the output. A block counts when its line is in the journal, and the line is
+written last: a run that is killed at any moment loses no more than the block it was at. The first line says what the run is
+made of, and a run that differs in anything does not continue it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lord_quant.checkpoint import atomic_file
+from lord_quant.errors import OutputError
+
+
+JOURNAL = "journal.jsonl"
+
+
+class Journal:
+    """The journal of one run.
+
+    Args:
+        output: The folder the run is to write.
+        made_of: What must be the same for a run to continue it: JSON values.
+        restart: Whether what another run left there is thrown away instead of refused.
+
+    Attributes:
+        folder: Where everything lies.
+        blocks: What was said of every finished block, from the first.
+
+    Raises:
+        OutputError: An unfinished run there differs, and in what; or the folder cannot be used.
+    """
+
+    def __init__(self, output: Path, made_of: Mapping[str, Any], *, restart: bool = False) -> None:
+        self.folder = output.parent / f".{output.name}.unfinished"
+        self.made_of = json.loads(json.dumps(made_of))
+        self.blocks: list[dict[str, Any]] = []
+        try:
+            lines = self._lines()
+            if lines and lines[0] != self.made_of:
+                if not restart:
+                    raise OutputError(self._differs(lines[0]))
+                lines = []
+            if lines:
+                self.blocks = lines[1:]
+            else:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                self.folder.mkdir(parents=True)
+                self._append(self.made_of)
+            # What a killed run was just writing.
+            for path in self.folder.glob(".*.partial-*"):
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise OutputError(f"{str(self.folder)!r} cannot be used: {error.strerror or error}") from error
+
+    def shard(self, block: int) -> Path:
+        """Returns the file of a block's finished weights."""
+        return self.folder / f"block-{block:05}.safetensors"
+
+    def save(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Writes tensors; they appear by one rename.
+
+        Raises:
+            OutputError: They cannot be written.
+        """
+        from safetensors.torch import save_file
+
+        with atomic_file(self._file(name)) as staging:
+            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, staging)
+
+    def load(self, name: str) -> dict[str, torch.Tensor]:
+        """Returns tensors that were saved.
+
+        Raises:
+            OutputError: They cannot be read.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(self._file(name))
+        except (OSError, SafetensorError) as error:
+            raise OutputError(
+                f"{str(self._file(name))!r} of an unfinished run cannot be read ({error}); --overwrite starts again"
+            ) from error
+
+    def drop(self, name: str) -> None:
+        """Removes tensors that are not needed any more."""
+        self._file(name).unlink(missing_ok=True)
+
+    def finish(self, block: Mapping[str, Any]) -> None:
+        """Says that the next block is finished; all that belongs to it is written already.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        try:
+            self._append(block)
+        except OSError as error:
+            raise OutputError(f"{str(self.folder)!r} cannot be written: {error.strerror or error}") from error
+        self.blocks.append(dict(block))
+
+    def close(self) -> None:
+        """Removes everything: the output is in place."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+    def _lines(self) -> list[dict[str, Any]]:
+        """Reads the journal up to the first line that was not written to its end."""
+        path, found = self.folder / JOURNAL, []
+        whole = 0
+        if path.is_file():
+            for line in path.read_bytes().splitlines(keepends=True):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    found.append(json.loads(line))
+                except ValueError:
+                    break
+                whole += len(line)
+            os.truncate(path, whole)
+        return found
+
+    def _append(self, values: Mapping[str, Any]) -> None:
+        with (self.folder / JOURNAL).open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(values) + "\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+
+    def _differs(self, other: Mapping[str, Any]) -> str:
+        names = [name for name in {**self.made_of, **other} if self.made_of.get(name) != other.get(name)]
+        shown = "; ".join(f"{name} was {other.get(name)!r}, now {self.made_of.get(name)!r}" for name in names)
+        return (
+            f"an unfinished run in {str(self.folder)!r} differs: {shown}. Run the same command to continue it, or "
+            "--overwrite to start again"
+        )

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Streamed runs: the same bytes as with the whole model in memory, and as a run that was never cut off."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import build, save
+from safetensors.torch import load_file
+
+from lord_quant import execution, joint
+from lord_quant.checkpoint import weight_files
+from lord_quant.config import LordConfig
+from lord_quant.errors import OutputError
+from lord_quant.execution import execute
+from lord_quant.journal import Journal
+from lord_quant.pipeline import prepare
+from lord_quant.shards import SINGLE_FILE
+
+
+FAMILIES = ["gpt_bigcode", "codegen", "gpt2", "llama", "starcoder2"]
+SCHEMES: dict[str, dict[str, Any]] = {
+    "4 bits": {"gptq": {"bits": 4, "group_size": 32}, "lowrank": {"rank_ratio": 0.5}},
+    "float": {"gptq": {"bits": 16, "group_size": 32}, "lowrank": {"rank_ratio": 0.5, "targets": ["mlp"]}},
+    "dense": {"gptq": {"bits": 4, "group_size": 32}, "lowrank": {"rank_ratio": 1}},
+}
+
+
+class Killed(BaseException):
+    """Ends a run where it stands."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Returns the folder of a family's tiny model."""
+    root, made = tmp_path_factory.mktemp("dense"), dict[str, Path]()
+
+    def folder(family: str) -> Path:
+        if family not in made:
+            made[family] = save(build(family), root / family)
+        return made[family]
+
+    return folder
+
+
+def config_of(model: Path, output: Path, corpus: Path, scheme: str = "4 bits", **changes: Any) -> LordConfig:
+    calibration = {"dataset": str(corpus), "num_samples": 6, "seq_len": 32, "batch_size": 2}
+    return LordConfig.from_dict(
+        {"model": str(model), "output": str(output), "calibration": calibration, **SCHEMES[scheme], **changes}
+    )
+
+
+def run(config: LordConfig, **options: Any) -> dict[str, Any]:
+    return execute(prepare(config, **options))
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for file in weight_files(folder) for name, value in load_file(file).items()}
+
+
+def require_same(one: Path, other: Path) -> None:
+    """Fails unless two checkpoints hold the same tensors, bit by bit, and the same configuration."""
+    ours, theirs = tensors_of(one), tensors_of(other)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert value.dtype == theirs[name].dtype and torch.equal(value, theirs[name]), name
+    for file in ("config.json", "generation_config.json"):
+        assert json.loads((one / file).read_text()) == json.loads((other / file).read_text())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_streamed_run_makes_the_bytes_of_one_in_memory(
+    family: str, scheme: str, folders: Any, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(folders(family), tmp_path / "streamed", corpus_file, scheme)
+    run(config)
+    monkeypatch.setattr(execution, "_streamed", lambda job: None)
+    run(LordConfig.from_dict(config.to_dict() | {"output": str(tmp_path / "whole")}))
+    require_same(tmp_path / "streamed", tmp_path / "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"streamed", "whole"}
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 2])
+def test_a_run_that_is_cut_off_goes_on_behind_its_last_block(
+    blocks: int, folders: Any, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, config = tmp_path / "whole", config_of(folders("llama"), tmp_path / "out", corpus_file)
+    run(LordConfig.from_dict(config.to_dict() | {"output": str(whole)}))
+    with monkeypatch.context() as patch:
+        finish = Journal.finish
+
+        def cut_off(journal: Journal, block: Any) -> None:
+            if len(journal.blocks) == blocks:
+                raise Killed
+            finish(journal, block)
+
+        def cut_off_later(*arguments: Any, **others: Any) -> None:
+            raise Killed
+
+        patch.setattr(Journal, "finish", cut_off)
+        patch.setattr(execution, "write_checkpoint", cut_off_later)
+        with pytest.raises(Killed):
+            run(config)
+    assert not (tmp_path / "out").exists()
+    steps = []
+    step = joint.JointRun.step
+    monkeypatch.setattr(joint.JointRun, "step", lambda self, index: (steps.append(index), step(self, index))[1])
+    report = run(config)
+    assert report["blocks_resumed"] == blocks and steps == list(range(blocks, 2))
+    require_same(whole, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}
+    before = json.loads((whole / "lord_report.json").read_text())["layers"]
+    after = json.loads((tmp_path / "out" / "lord_report.json").read_text())["layers"]
+    assert [layer.get("rel_stacked_error") for layer in after] == [layer.get("rel_stacked_error") for layer in before]
+
+
+def test_another_run_does_not_continue_it_but_may_start_again(
+    folders: Any, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(folders("llama"), tmp_path / "out", corpus_file)
+    with monkeypatch.context() as patch:
+        patch.setattr(execution, "write_checkpoint", lambda *arguments, **others: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(config)
+    other = config_of(folders("llama"), tmp_path / "out", corpus_file, joint={"refine": 1})
+    with pytest.raises(OutputError, match=r"unfinished run .*differs: joint was .*--overwrite"):
+        run(other)
+    assert run(other, overwrite=True)["blocks_resumed"] == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_large_checkpoints_keep_a_file_per_block(
+    folders: Any, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(folders("llama"), tmp_path / "one", corpus_file)
+    run(config)
+    monkeypatch.setattr("lord_quant.shards.SMALL", 1000)
+    run(LordConfig.from_dict(config.to_dict() | {"output": str(tmp_path / "many")}))
+    assert not (tmp_path / "many" / SINGLE_FILE).exists() and len(weight_files(tmp_path / "many")) == 3
+    require_same(tmp_path / "one", tmp_path / "many")
