@@ -20,8 +20,9 @@ from lord_quant.errors import BudgetError, ConfigError
 from lord_quant.menu import DENSE, Choice, Menu, single
 from lord_quant.pipeline import backward_batches, plan_model, prepare
 from lord_quant.planner import Allocation
+from lord_quant.residency import RESIDENT, Residency
 from lord_quant.sensitivity import Sensitivity, Slope
-from lord_quant.source import build_skeleton, inspect_source, load_model, read_config
+from lord_quant.source import build_skeleton, inspect_source, load_model, read_config, stream_source
 from lord_quant.statistics import Statistics, load_statistics, measure_statistics, model_digest
 from lord_quant.targets import select
 from lord_quant.version import __version__
@@ -61,16 +62,21 @@ def sense(config: LordConfig) -> Statistics:
         LordError: Whatever is wrong with model or calibration.
     """
     job = prepare(dataclasses.replace(unplanned(config), output=None))
-    return sense_model(load_model(job.source, job.device), job.windows, config)
+    streamed = stream_source(job.source, job.device)
+    model, residency = streamed or (load_model(job.source, job.device), RESIDENT)
+    return sense_model(model, job.windows, config, residency)
 
 
-def sense_model(model: torch.nn.Module, windows: TokenWindows, config: LordConfig) -> Statistics:
-    """Runs the sensitivity pass of a loaded dense model, which is left as it was.
+def sense_model(
+    model: torch.nn.Module, windows: TokenWindows, config: LordConfig, residency: Residency = RESIDENT
+) -> Statistics:
+    """Runs the sensitivity pass of a dense model, which is left as it was.
 
     Args:
         model: The model.
         windows: Calibration tokens.
         config: Where the model came from, and the solver; ranks and bits in it do not matter.
+        residency: Which blocks have their weights.
     """
     samples = min(config.joint.fisher_samples or SENSED_SAMPLES, len(windows.input_ids))
     config = dataclasses.replace(config, joint=dataclasses.replace(config.joint, fisher_samples=samples))
@@ -79,10 +85,10 @@ def sense_model(model: torch.nn.Module, windows: TokenWindows, config: LordConfi
         batches = backward_batches(windows, config)
         one, other = batches[::2], batches[1::2] or batches
         sensitivities = (
-            Sensitivity.measure(model, one, seed=2 * seed),
-            Sensitivity.measure(model, other, seed=2 * seed + 1),
+            Sensitivity.measure(model, one, seed=2 * seed, residency=residency),
+            Sensitivity.measure(model, other, seed=2 * seed + 1, residency=residency),
         )
-        slopes = Slope.measure(model, one), Slope.measure(model, other)
+        slopes = Slope.measure(model, one, residency), Slope.measure(model, other, residency)
     return measure_statistics(
         model,
         windows.batches(config.calibration.batch_size),
@@ -94,6 +100,7 @@ def sense_model(model: torch.nn.Module, windows: TokenWindows, config: LordConfi
         mean_correction=config.lowrank.mean_correction,
         seed=seed,
         dtype=torch.float64 if config.lowrank.float64 else torch.float32,
+        residency=residency,
     )
 
 

@@ -8,7 +8,8 @@ Where that cannot be, and in the naive stack, the whole model is loaded.
 from __future__ import annotations
 
 import functools
-import logging
+import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,6 @@ from lord_quant.checkpoint import (
     write_model,
 )
 from lord_quant.config import FLOAT_BITS
-from lord_quant.errors import ModelError
 from lord_quant.journal import Journal
 from lord_quant.pipeline import (
     Job,
@@ -39,13 +39,13 @@ from lord_quant.pipeline import (
 from lord_quant.report import build_report, model_card, package_versions, to_json
 from lord_quant.residency import Streamed
 from lord_quant.sensitivity import Sensitivity
-from lord_quant.source import build_skeleton, load_model, local_files
+from lord_quant.source import load_model, local_files, stream_source
 from lord_quant.statistics import model_digest
 from lord_quant.streaming import Settings, stream_model, write_weights
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -59,7 +59,7 @@ def execute(job: Job) -> dict[str, Any]:
     phases = Phases()
     if job.config.stack == "joint" and job.output is not None:
         with phases.measure("load"):
-            streamed = _streamed(job)
+            streamed = stream_source(job.source, job.device)
         if streamed is not None:
             return _execute_streamed(job, *streamed, phases)
     with phases.measure("load"):
@@ -73,18 +73,6 @@ def execute(job: Job) -> dict[str, Any]:
     return write_checkpoint(model, job.source.tokenizer, job.output, report, overwrite=job.overwrite)
 
 
-def _streamed(job: Job) -> tuple[PreTrainedModel, Streamed] | None:
-    """Returns the model without its blocks' weights, and what fills them; None where its files name them otherwise."""
-    files = local_files(job.source.path)
-    model = build_skeleton(job.source).eval()
-    dtype = torch.float32 if job.device.type == "cpu" else job.source.dtype
-    try:
-        return model, Streamed(model, files, dtype, job.device)
-    except ModelError as error:
-        logging.getLogger(__name__).warning("the whole model is loaded: %s", error)
-        return None
-
-
 def _execute_streamed(job: Job, model: PreTrainedModel, residency: Streamed, phases: Phases) -> dict[str, Any]:
     config, plan, output = job.config, job.plan, job.output
     assert output is not None  # `execute` looked
@@ -93,38 +81,49 @@ def _execute_streamed(job: Job, model: PreTrainedModel, residency: Streamed, pha
         solve = functools.partial(solvers_of, gptq=config.gptq, num_tokens=job.windows.num_tokens)
         quantizer = backend.make_quantizer(**host_arguments(config, plan, model, job.windows))
         quantizer.format = backend.PACKED_FORMAT
-    journal = Journal(output, _made_of(job), restart=job.overwrite)
-    if len(fisher_windows(job.windows, config)) and plan.rank_pattern:
-        with phases.measure("sensitivity"):
-            batches = backward_batches(job.windows, config)
-            sensitivity = Sensitivity.measure(model, batches, seed=config.calibration.seed, residency=residency)
     others = {
         "true_sequential": config.gptq.true_sequential,
         "seed": config.calibration.seed,
         "dtype": torch.float64 if config.lowrank.float64 else torch.float32,
     }
-    settings = Settings(
-        plan,
-        job.windows.batches(config.calibration.batch_size),
-        solve,
-        config.joint,
-        sensitivity,
-        quantizer,
-        job.source.dtype,
-        others,
-    )
-    with phases.measure("stack"):
-        done = stream_model(model, residency, journal, settings)
-    model.config.quantization_config = quantization_config(plan, config.gptq, quantizer.format if quantizer else "")
-    report = build_report(config, plan, job.windows, done.records, done.quantized, phases.seconds, job.warnings)
-    report["blocks_resumed"] = done.resumed
-    write = functools.partial(write_weights, model, residency.blocks, journal, dtype=job.source.dtype)
-    report = write_checkpoint(model, job.source.tokenizer, output, report, overwrite=job.overwrite, write=write)
+    made = made_of(job)  # before the run adds to the model's configuration
+    journal = Journal(output, made, restart=job.overwrite)
+    try:
+        if len(fisher_windows(job.windows, config)) and plan.rank_pattern:
+            with phases.measure("sensitivity"):
+                batches = backward_batches(job.windows, config)
+                sensitivity = Sensitivity.measure(model, batches, seed=config.calibration.seed, residency=residency)
+        batches = job.windows.batches(config.calibration.batch_size)
+        settings = Settings(plan, batches, solve, config.joint, sensitivity, quantizer, job.source.dtype, others)
+        with phases.measure("stack"):
+            done = stream_model(model, residency, journal, settings)
+        model.config.quantization_config = quantization_config(plan, config.gptq, quantizer.format if quantizer else "")
+        report = build_report(config, plan, job.windows, done.records, done.quantized, phases.seconds, job.warnings)
+        report |= {"blocks_resumed": done.resumed, "made_of_sha256": digest(made)}
+        write = functools.partial(write_weights, model, residency.blocks, journal, dtype=job.source.dtype)
+        report = write_checkpoint(model, job.source.tokenizer, output, report, overwrite=job.overwrite, write=write)
+    except BaseException:
+        journal.close(keep=bool(journal.blocks))
+        raise
     journal.close()
     return report
 
 
-def _made_of(job: Job) -> dict[str, Any]:
+def is_finished(job: Job, output: Path) -> bool:
+    """Tells whether a folder is what a streamed run of this job wrote."""
+    try:
+        report = json.loads((output / REPORT_NAME).read_text(encoding="utf-8"))
+        return isinstance(report, dict) and report.get("made_of_sha256") == digest(made_of(job))
+    except (OSError, ValueError):
+        return False
+
+
+def digest(values: Mapping[str, Any]) -> str:
+    """Returns a SHA-256 of JSON values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def made_of(job: Job) -> dict[str, Any]:
     """Returns what must be the same for a run to continue another."""
     config = {name: value for name, value in job.config.to_dict().items() if name not in ("output", "model")}
     model = model_digest(job.source.config.to_dict(), local_files(job.source.path))

@@ -3,7 +3,7 @@
 
 Everything lies in a hidden folder beside the output. A block counts when its line is in the journal, and the line is
 written last: a run that is killed at any moment loses no more than the block it was at. The first line says what the run is
-made of, and a run that differs in anything does not continue it.
+made of, and a run that differs in anything does not continue it. One run at a time: a second one is refused.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from lord_quant.checkpoint import atomic_file
 from lord_quant.errors import OutputError
 
 
 JOURNAL = "journal.jsonl"
+LOCK = "lock"
 
 
 class Journal:
@@ -37,7 +39,7 @@ class Journal:
         blocks: What was said of every finished block, from the first.
 
     Raises:
-        OutputError: An unfinished run there differs, and in what; or the folder cannot be used.
+        OutputError: Another run is at work there, an unfinished one differs, and in what, or the folder cannot be used.
     """
 
     def __init__(self, output: Path, made_of: Mapping[str, Any], *, restart: bool = False) -> None:
@@ -45,20 +47,25 @@ class Journal:
         self.made_of = json.loads(json.dumps(made_of))
         self.blocks: list[dict[str, Any]] = []
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(self.folder / LOCK)
+            self._lock.acquire(timeout=0)
             lines = self._lines()
-            if lines and lines[0] != self.made_of:
-                if not restart:
-                    raise OutputError(self._differs(lines[0]))
-                lines = []
-            if lines:
+            if lines and lines[0] != self.made_of and not restart:
+                raise OutputError(self._differs(lines[0]))
+            if lines and lines[0] == self.made_of:
                 self.blocks = lines[1:]
             else:
-                shutil.rmtree(self.folder, ignore_errors=True)
-                self.folder.mkdir(parents=True)
+                for path in self.folder.iterdir():
+                    if path.name != LOCK:
+                        path.unlink()
                 self._append(self.made_of)
-            # What a killed run was just writing.
-            for path in self.folder.glob(".*.partial-*"):
-                path.unlink(missing_ok=True)
+            for path in self.folder.glob(".*.partial-*"):  # what a killed run was just writing
+                path.unlink()
+            for path in output.parent.glob(f".{output.name}.partial-*"):
+                shutil.rmtree(path)
+        except Timeout:
+            raise OutputError(f"another run is writing {str(output)!r}; wanted one at a time") from None
         except OSError as error:
             raise OutputError(f"{str(self.folder)!r} cannot be used: {error.strerror or error}") from error
 
@@ -109,9 +116,11 @@ class Journal:
             raise OutputError(f"{str(self.folder)!r} cannot be written: {error.strerror or error}") from error
         self.blocks.append(dict(block))
 
-    def close(self) -> None:
-        """Removes everything: the output is in place."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def close(self, *, keep: bool = False) -> None:
+        """Lets other runs have the folder; removes it, unless something in it is still needed."""
+        if not keep:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.release()
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"

@@ -6,6 +6,7 @@ Everything but `load_model` reads only JSON and safetensors headers, so a bad mo
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +15,7 @@ import torch
 
 from lord_quant.errors import CheckpointError, ModelError
 from lord_quant.linalg import require_finite
+from lord_quant.residency import Streamed
 from lord_quant.silence import hush
 
 
@@ -129,6 +131,23 @@ def load_model(source: Source, device: torch.device) -> PreTrainedModel:
     for name, parameter in model.named_parameters():
         require_finite(parameter.detach(), f"weight {name!r} of {source.path!r}")
     return model.to(device).eval()
+
+
+def stream_source(source: Source, device: torch.device) -> tuple[PreTrainedModel, Streamed] | None:
+    """Returns the model without its blocks' weights and what fills them; None where its files name them otherwise.
+
+    Weights will be in float32 on the CPU, in the stored dtype elsewhere.
+
+    Raises:
+        ModelError: There are no files.
+        NumericsError: A weight outside the blocks holds NaN or inf.
+    """
+    files, model = local_files(source.path), build_skeleton(source).eval()
+    try:
+        return model, Streamed(model, files, torch.float32 if device.type == "cpu" else source.dtype, device)
+    except ModelError as error:
+        logging.getLogger(__name__).info("the whole model will be loaded: %s", error)
+        return None
 
 
 def local_files(path: str) -> list[str]:

@@ -73,6 +73,7 @@ def require_same(one: Path, other: Path) -> None:
         assert json.loads((one / file).read_text()) == json.loads((other / file).read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_streamed_run_makes_the_bytes_of_one_in_memory(
@@ -80,12 +81,13 @@ def test_a_streamed_run_makes_the_bytes_of_one_in_memory(
 ) -> None:
     config = config_of(folders(family), tmp_path / "streamed", corpus_file, scheme)
     run(config)
-    monkeypatch.setattr(execution, "_streamed", lambda job: None)
+    monkeypatch.setattr(execution, "stream_source", lambda source, device: None)
     run(LordConfig.from_dict(config.to_dict() | {"output": str(tmp_path / "whole")}))
     require_same(tmp_path / "streamed", tmp_path / "whole")
     assert {path.name for path in tmp_path.iterdir()} == {"streamed", "whole"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", [0, 1, 2])
 def test_a_run_that_is_cut_off_goes_on_behind_its_last_block(
     blocks: int, folders: Any, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -120,6 +122,7 @@ def test_a_run_that_is_cut_off_goes_on_behind_its_last_block(
     assert [layer.get("rel_stacked_error") for layer in after] == [layer.get("rel_stacked_error") for layer in before]
 
 
+@pytest.mark.slow
 def test_another_run_does_not_continue_it_but_may_start_again(
     folders: Any, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,6 +138,7 @@ def test_another_run_does_not_continue_it_but_may_start_again(
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
+@pytest.mark.slow
 def test_large_checkpoints_keep_a_file_per_block(
     folders: Any, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
+from pathlib import Path
 
 from lord_quant.commands.budget_options import add_budget_flags, planner_from, run_of
 from lord_quant.commands.options import add_plan_flags, add_run_flags
@@ -51,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
 
     import_hosts()
     from lord_quant.budget import apply_plan, unplanned
-    from lord_quant.execution import execute
+    from lord_quant.checkpoint import REPORT_NAME
+    from lord_quant.execution import execute, is_finished
     from lord_quant.pipeline import prepare
     from lord_quant.report import human_bytes, human_seconds, plan_summary, plan_table, report_table
 
@@ -63,6 +66,10 @@ def run(args: argparse.Namespace) -> int:
         config = apply_plan(config, planner.settings(allocation))
         say(f"planned       {planner.bpw(allocation):.3f} bits per weight, {planner.tell(allocation)}\n")
         measured_on = planner.statistics.origin.get("calibration_sha256")
+    there = config.output is not None and not args.overwrite and (Path(config.output) / REPORT_NAME).is_file()
+    if there and is_finished(prepare(dataclasses.replace(config, output=None)), Path(str(config.output))):
+        say(f"finished      by an earlier run of the same command: {config.output}\n")
+        return 0
     job = prepare(config, overwrite=args.overwrite, measured_on=measured_on)
     say((plan_table(job.plan) if args.dry_run else plan_summary(job.plan)) + "\n")
     windows = job.windows.input_ids.shape

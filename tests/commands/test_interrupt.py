@@ -113,7 +113,7 @@ def test_an_interruption_is_reported_and_leaves_nothing(ended: dict[str, Ended])
     result = ended["interrupted"]
     assert result.code == 130
     assert (
-        "optimum-cli lord: interrupted; no unfinished folder is left behind" in result.stderr
+        "optimum-cli lord: interrupted; the same command goes on behind the last finished block" in result.stderr
         and "Traceback" not in result.stderr
     )
     assert sorted(path.name for path in result.root.iterdir()) == ["output", "stderr.txt"]

@@ -47,7 +47,7 @@ def _guarded(module: ModuleType, args: object) -> int:
         sys.stderr.write(f"optimum-cli lord: {type(error).__name__}: {error}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("optimum-cli lord: interrupted; no unfinished folder is left behind\n")
+        sys.stderr.write("optimum-cli lord: interrupted; the same command goes on behind the last finished block\n")
         return 130
     except BrokenPipeError:
         return 0

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Killed at any moment and started again, a run ends with the bytes of one that was not killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from families import different_tensors
+
+
+pytestmark = pytest.mark.slow
+
+KILLS = int(os.environ.get("LORD_QUANT_KILLS", "4"))
+"""How often the run is killed in all, over as many starts as that takes."""
+START = "from optimum.commands.optimum_cli import main; main()"
+
+
+def start(model: Path, corpus: Path, output: Path) -> subprocess.Popen[str]:
+    flags = ["--model", model, "--dataset", corpus, "--output", output, "--rank-ratio", "0.5", "--group-size", "32"]
+    flags += ["--seq-len", "64", "--num-samples", "32"]
+    return subprocess.Popen(
+        [sys.executable, "-c", START, "lord", "quantize", *map(str, flags)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_every_resume_ends_with_the_same_bytes(
+    model_folder: Callable[..., Path], corpus_file: Path, tmp_path: Path
+) -> None:
+    model = model_folder("llama")
+    began = time.monotonic()
+    whole = start(model, corpus_file, tmp_path / "whole")
+    _, errors = whole.communicate(timeout=300)
+    assert whole.returncode == 0, errors
+    seconds, generator, kills, resumed = time.monotonic() - began, random.Random(0), 0, 0
+    while kills < KILLS:
+        output = tmp_path / f"killed-{kills}"
+        while True:  # again and again, until it was left alone long enough
+            process = start(model, corpus_file, output)
+            try:
+                _, errors = process.communicate(timeout=generator.uniform(0.3, 1.1) * seconds if kills < KILLS else 300)
+                assert process.returncode == 0, errors
+                break
+            except subprocess.TimeoutExpired:
+                os.kill(process.pid, signal.SIGKILL)
+                process.communicate()
+                kills += 1
+                # All or nothing: a kill may come after the rename.
+                assert not output.exists() or (output / "lord_report.json").is_file()
+        assert different_tensors(tmp_path / "whole", output) == []
+        assert (output / "config.json").read_bytes() == (tmp_path / "whole" / "config.json").read_bytes()
+        resumed += json.loads((output / "lord_report.json").read_text())["blocks_resumed"]
+    print(f"{kills} kills, {resumed} blocks resumed")
+
+
+def test_a_finished_run_says_so_and_does_nothing(
+    model_folder: Callable[..., Path], corpus_file: Path, tmp_path: Path
+) -> None:
+    for expected in ("written to", "finished      by an earlier run of the same command"):
+        process = start(model_folder("llama"), corpus_file, tmp_path / "out")
+        said, errors = process.communicate(timeout=300)
+        assert process.returncode == 0 and expected in said, errors
+        stamp = (tmp_path / "out" / "lord_report.json").stat().st_mtime_ns
+    assert stamp == (tmp_path / "out" / "lord_report.json").stat().st_mtime_ns
