@@ -50,7 +50,8 @@ def estimate(
         num_tokens: Calibration tokens.
         device: Where it will run.
         itemsize: Bytes of a stored float value; the CPU computes in 4-byte floats whatever is stored.
-        joint: Whether the joint stack runs: two streams, two moment matrices, a block's inputs held.
+        joint: Whether the joint stack runs: two streams, two moment matrices, a block's inputs held, and of the model one
+            block and a copy of it, everything else streaming from and to files.
         fisher_tokens: Tokens of the joint stack's backward pass; 0 for none.
     """
     speed = matrix_flops(device)
@@ -79,13 +80,13 @@ def estimate(
     width = min(layer.in_features for layer in plan.layers)
     widest = max(layer.in_features for layer in plan.layers)
     held = 4 if device.type == "cpu" else itemsize
-    weights = plan.other_bytes // itemsize * held + dense * held
+    blocks = plan.layers[-1].block + 1
+    weights = plan.other_bytes // itemsize * held + (2 * dense // blocks if joint else dense) * held
     activations = 3 * num_tokens * width * held
     if joint:
         first = plan.layers[0].block
         activations += num_tokens * held * sum(layer.in_features for layer in plan.layers if layer.block == first)
         # every block's output gradients, one block's graph, and one block's matrices
-        blocks = plan.layers[-1].block + 1
         inside = [layer for layer in plan.layers if layer.block == first]
         activations += fisher_tokens * held * (2 * blocks * width + sum(layer.out_features for layer in inside))
         activations += 4 * sum(layer.out_features**2 for layer in inside if layer.rank is not None) * bool(fisher_tokens)
