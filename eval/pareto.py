@@ -27,16 +27,11 @@ from rows import Results, Row, Settings, add_arguments, run_rows
 from tables import grid, spread, stats, summary_line
 
 
-SCHEMES = (
-    "two_factor:1:2:128", "two_factor:1:2:64", "two_factor:1:2:32", "two_factor:0.375:3:32",
-    "two_factor:0.5:3:128", "two_factor:0.5:3:64", "pivoted:0.5:4:64", "two_factor:1:3:128",
-    "planned:2.25", "planned:2.5", "planned:2.75", "planned:3.0", "planned:3.25", "planned:3.5", "planned:4.0",
-    "planned-dense:2.5", "planned-dense:3.0", "planned-dense:3.5",
-)  # fmt: skip
-PLAIN = ("2:128", "2:64", "2:32", "3:128", "3:32", "4:128")
-BUDGETS = (2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0)
+BUDGETS = (2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0, 4.25)
 PLANNED = {"planned": (), "planned-dense": ("--form", "dense")}
 """Schemes that are a budget: any form, or bits and group sizes of dense layers alone."""
+SCHEMES = tuple(f"{kind}:{budget}" for kind in PLANNED for budget in BUDGETS)
+PLAIN = ("2:128", "2:64", "2:32", "3:128", "3:32", "4:128")
 DENSE_LAYERS = "dense layers"
 OFF_SCALE = 1.6
 """The plot ends at so many times the dense model's perplexity."""
@@ -66,7 +61,7 @@ def main() -> None:
     """Runs all rows, prints the tables, writes JSON, Markdown and PNG."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, metavar="DIR", help="folder of the dense model")
-    add_arguments(parser, seeds=(0,))
+    add_arguments(parser, seeds=(0, 1, 2))
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), metavar="SCHEME")
     parser.add_argument("--plain", nargs="+", default=list(PLAIN), metavar="BITS:GROUP")
     parser.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS), metavar="BPW")
@@ -74,13 +69,15 @@ def main() -> None:
         "--force-rank", action=argparse.BooleanOptionalAction, default=True,
         help="decompose also layers that get no smaller by it (default: yes)",
     )  # fmt: skip
+    parser.add_argument("--summary", action="store_true", help="make no rows, sum up those that --output holds")
     args = parser.parse_args()
     dense = Row(args.model, DENSE, None, 0)
     force = ("--force-rank",) if args.force_rank else ()
     flags = {text: scheme_flags(text) + (() if text.split(":")[0] in PLANNED else force) for text in args.schemes}
     ours = [Row(args.model, text, flags[text], seed) for text in args.schemes for seed in args.seeds]
     plain = [Row(args.model, f"GPTQ {text}", plain_flags(text), seed) for text in args.plain for seed in args.seeds]
-    results = run_rows([dense, *plain, *ours], Settings.from_args(args), args.output, args.workers)
+    results = run_rows([dense, *plain, *ours], Settings.from_args(args), args.output, args.workers, make=not args.summary)
+    ours, plain = ([row for row in rows if results.find(row) is not None] for rows in (ours, plain))
     summary, tables = summarise(results, dense, ours, plain, args.budgets)
     picture = args.output.with_suffix(".png")
     draw(summary, f"{model_name(args.model)}, {len(args.seeds)} seed{'s' * (len(args.seeds) > 1)}", picture)

@@ -173,15 +173,15 @@ class Results:
         print(f"\n{tables}\n\nwritten to {self.path} and {self.path.with_suffix('.md')}")
 
 
-def run_rows(rows: Sequence[Row], settings: Settings, output: Path, workers: int) -> Results:
-    """Makes and measures the rows that the results file does not hold yet, `workers` at a time.
+def run_rows(rows: Sequence[Row], settings: Settings, output: Path, workers: int, *, make: bool = True) -> Results:
+    """Makes and measures the rows that the results file does not hold yet, `workers` at a time; or leaves them out.
 
     Raises:
         SystemExit: The file holds something else, rows failed (the others are finished first), or an interrupt.
     """
     rows, clock = list(dict.fromkeys(rows)), Clock()
     results = Results(output, settings.published(), digests(row.model for row in rows))
-    todo = [row for row in rows if results.find(row) is None]
+    todo = [row for row in rows if make and results.find(row) is None]
     stale = [str(row) for row in rows if (old := results.find(row)) is not None and made_without_options(old)]
     if stale:
         shown = "\n  ".join(stale)
