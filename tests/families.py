@@ -27,6 +27,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 VOCABULARY = 4096
 CONTEXT = 256
 HIDDEN = 128
+FALL = 0.95
+"""Each singular value of a compressible model's layers over the one before."""
 
 _COMMON: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 _DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -43,6 +45,7 @@ _LLAMA: dict[str, Any] = {
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_bigcode": ("GPTBigCodeConfig", {**_GPT, "n_inner": 2 * HIDDEN, "multi_query": True}),
+    "compressible": ("GPTBigCodeConfig", {**_GPT, "n_inner": 2 * HIDDEN, "multi_query": True}),
     "codegen": ("CodeGenConfig", {**_GPT, "n_inner": 2 * HIDDEN, "rotary_dim": 16, "n_ctx": CONTEXT}),
     "gpt2": ("GPT2Config", {**_GPT, "n_inner": 2 * HIDDEN}),
     "llama": ("LlamaConfig", _LLAMA),
@@ -63,6 +66,8 @@ def build(family: str, *, seed: int = 0, **overrides: Any) -> Any:
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         _scale(model)
+        if family == "compressible":
+            _let_spectra_fall(model)
     return model.eval()
 
 
@@ -75,6 +80,16 @@ def _scale(model: nn.Module) -> None:
                 parameter.normal_(std=0.5 if embedding else parameter.shape[-1] ** -0.5)
             elif name.endswith("bias") and "ln" not in name and "norm" not in name:
                 parameter.normal_(std=0.1)
+
+
+def _let_spectra_fall(model: nn.Module) -> None:
+    """Gives every layer singular values that fall, as those of trained models do: ranks are worth choosing then."""
+    with torch.no_grad():
+        for module in model.transformer.h.modules():
+            if isinstance(module, nn.Linear):
+                left, values, right = torch.linalg.svd(module.weight, full_matrices=False)
+                fall = FALL ** torch.arange(len(values))
+                module.weight.copy_((left * values.norm() * fall / fall.norm()) @ right)
 
 
 def copy_tokenizer(folder: str | Path) -> None:

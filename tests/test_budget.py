@@ -25,7 +25,7 @@ from lord_quant.stored import measure
 @pytest.fixture(scope="module")
 def config(model_folder: Callable[..., Path], corpus_file: Path) -> LordConfig:
     return LordConfig(
-        model=str(model_folder("gpt_bigcode")),
+        model=str(model_folder("compressible")),
         lowrank=LowrankConfig(rank_ratio=1),
         calibration=CalibrationConfig(dataset=str(corpus_file), num_samples=4, seq_len=64),
         joint=JointConfig(fisher_samples=2, refine=1),

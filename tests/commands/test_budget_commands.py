@@ -23,7 +23,7 @@ from lord_quant.stored import measure
 
 @pytest.fixture(scope="module")
 def model(model_folder: Callable[..., Path]) -> Path:
-    return model_folder("gpt_bigcode")
+    return model_folder("compressible")
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ BUDGETS = [2.4, 4.0]
 @pytest.fixture(scope="module")
 def config(model_folder: Callable[..., Path], corpus_file: Path) -> LordConfig:
     return LordConfig(
-        model=str(model_folder("gpt_bigcode")),
+        model=str(model_folder("compressible")),
         lowrank=LowrankConfig(rank_ratio=1),
         calibration=CalibrationConfig(dataset=str(corpus_file), num_samples=4, seq_len=64),
         joint=JointConfig(fisher_samples=2, refine=1),

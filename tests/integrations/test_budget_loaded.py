@@ -28,7 +28,7 @@ BUDGET: dict[str, Any] = {"target_bpw": 2.4, "min_param_ratio": 0.3}
 def run(model_folder: Callable[..., Path], corpus_file: Path) -> LordConfig:
     return LordConfig.from_dict(
         {
-            "model": str(model_folder("gpt_bigcode")),
+            "model": str(model_folder("compressible")),
             "calibration": {"dataset": str(corpus_file), "num_samples": 4, "seq_len": 64},
             "joint": {"fisher_samples": 2, "refine": 1},
             "budget": BUDGET,
