@@ -253,7 +253,10 @@ def test_hub_errors_are_calibration_errors(hub: Hub, message: str, monkeypatch: 
 
 
 @pytest.mark.parametrize("name", ["org/data.parquet", "code.py", "../x", "~nobody-here/x", "notes.TXT"])
-def test_what_is_written_like_a_file_never_reaches_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_written_like_a_file_never_reaches_the_hub(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where there is no such file, nor beside it
     hub = Hub({"text": "x"})
     monkeypatch.setitem(sys.modules, "datasets", hub)
     with pytest.raises(CalibrationError, match="no such file or folder"):
