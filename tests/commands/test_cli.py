@@ -23,7 +23,7 @@ from in_process import run_command
 
 
 CLI = str(Path(sys.executable).parent / "optimum-cli")
-PHASES = {"load", "sensitivity", "stack", "pack", "write", "total"}
+PHASES = {"load", "sensitivity", "stack", "write", "total"}  # a streamed block is packed as it is stacked
 COMMANDS = ("plan", "quantize", "eval", "inspect")
 
 
