@@ -128,7 +128,8 @@ def _origin(config: LordConfig, windows: TokenWindows) -> dict[str, Any]:
 def _solver(config: LordConfig) -> dict[str, Any]:
     """Returns the settings that change what rounding loses."""
     gptq = {name: getattr(config.gptq, name) for name in ("sym", "desc_act", "act_group_aware", "damp_percent", "mse")}
-    return gptq | {"refine": config.joint.refine, "mean_correction": config.lowrank.mean_correction}
+    joint = {name: getattr(config.joint, name) for name in ("rotate", "refit", "order", "deflate", "refine")}
+    return gptq | joint | {"mean_correction": config.lowrank.mean_correction}
 
 
 class Planner:
@@ -236,8 +237,9 @@ class Planner:
         }
         sections = planner.patterns(allocation)
         sections["lowrank"]["mean_correction"] = self.menu.mean_correction
-        if self.in_nats:  # truncate in the metric the plan was made in
-            sections["joint"] = {"fisher_samples": self.statistics.origin["fisher_samples"]}
+        # truncate in the metric the plan was made in
+        samples = self.statistics.origin.get("fisher_samples")
+        sections["joint"] = {"fisher_samples": samples} if samples else {"fisher": False}
         return {PLANNED: about, **sections}
 
 

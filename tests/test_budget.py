@@ -164,15 +164,23 @@ def test_plans_and_statistics_of_another_model_are_refused(
         read_plan(tmp_path / "plan.yaml", changed_model)
 
 
+def unaware(config: LordConfig) -> LordConfig:
+    """A run that does not say how many windows its backward pass takes."""
+    return LordConfig.from_dict(merge(config.to_dict(), {"joint": {"fisher_samples": None}}))
+
+
 def test_statistics_of_another_solver_or_of_output_errors_are_told_apart(
     config: LordConfig, statistics: Statistics
 ) -> None:
-    other = LordConfig.from_dict(merge(config.to_dict(), {"gptq": {"sym": True}, "joint": {"refine": 2}}))
-    with pytest.raises(BudgetError, match="other settings: sym False, now True, refine 1, now 2"):
+    other = LordConfig.from_dict(merge(config.to_dict(), {"gptq": {"sym": True}, "joint": {"rotate": False, "refine": 2}}))
+    with pytest.raises(BudgetError, match="settings: sym False, now True, rotate True, now False, refine 1, now 2"):
         Planner(other, statistics, Menu())
     blind = statistics._replace(origin=statistics.origin | {"fisher_samples": 0})
     with pytest.raises(BudgetError, match="max_loss is in nats, the statistics are of output errors"):
         Planner(config, blind, Menu()).choose(BudgetConfig(max_loss=0.1))
+    planner = Planner(config, blind, Menu())
+    settings = planner.settings(planner.choose(BudgetConfig(target_bpw=2.6)))
+    assert config.joint.fisher and not apply_plan(unaware(config), settings).joint.fisher, "run in the same metric"
 
 
 def test_a_model_is_the_same_wherever_it_lies_and_however_it_is_stored(
@@ -216,7 +224,6 @@ def test_a_plan_is_run_in_the_metric_it_was_made_in(planner: Planner, config: Lo
     """As many windows in the backward pass of the run as in the sensitivity pass, unless the run says otherwise."""
     settings = planner.settings(planner.choose(BudgetConfig(target_bpw=2.6)))
     assert settings["joint"] == {"fisher_samples": 2}
-    silent = LordConfig.from_dict(merge(config.to_dict(), {"joint": {"fisher_samples": None}}))
-    assert apply_plan(silent, settings).joint.fisher_samples == 2
+    assert apply_plan(unaware(config), settings).joint.fisher_samples == 2
     spoken = LordConfig.from_dict(merge(config.to_dict(), {"joint": {"fisher_samples": 3}}))
     assert apply_plan(spoken, settings).joint.fisher_samples == 3
