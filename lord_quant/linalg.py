@@ -32,6 +32,10 @@ import torch
 from lord_quant.errors import NumericsError
 
 
+SMALL_TRIANGLE = 256
+"""Up to this size, triangular matrices are inverted at once."""
+
+
 class SymmetricEigen(NamedTuple):
     """Eigendecomposition of a symmetric positive semidefinite matrix.
 
@@ -100,6 +104,20 @@ def thin_qr(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return result.Q, result.R
 
 
+def invert_lower_(matrix: torch.Tensor) -> torch.Tensor:
+    """Inverts a lower triangular matrix in place, with shape (n, n); what stands above its diagonal must be zero.
+
+    By halves, [[A, 0], [B, C]]⁻¹ = [[A⁻¹, 0], [−C⁻¹ B A⁻¹, C⁻¹]]: products of half the size, and no second matrix.
+    """
+    half = len(matrix) // 2
+    if len(matrix) <= SMALL_TRIANGLE:
+        identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+        return matrix.copy_(torch.linalg.solve_triangular(matrix, identity, upper=False))
+    above, below = invert_lower_(matrix[:half, :half]), invert_lower_(matrix[half:, half:])
+    matrix[half:, :half] = below @ (matrix[half:, :half] @ above).neg_()
+    return matrix
+
+
 def random_orthogonal(size: int, seed: int, like: torch.Tensor) -> torch.Tensor:
     """Draws an orthogonal matrix (size, size) uniformly (Haar), in the dtype and on the device of `like`.
 
@@ -134,6 +152,7 @@ def damped_right_solve(right: torch.Tensor, matrix: torch.Tensor, fraction: floa
         damped = matrix / mean  # unit scale: squares of loud channels overflow float32 inside the factorization
         damped.diagonal().add_(fraction)
         factor, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if not failed:
             return torch.cholesky_solve(right.to(matrix).T / mean, factor).T
         fraction = max(10 * fraction, 1e-7)

@@ -76,17 +76,19 @@ class MomentAccumulator:
 
     def merge_centred(self, count: int, mean: torch.Tensor, centred: torch.Tensor) -> None:
         """Adds `count` vectors given as their mean and their deviations from it, with shape (count, n)."""
-        self._merge(count, mean, gram(centred))
+        add_gram(self.scatter, centred)
+        self._shift(count, mean)
 
     def merge(self, other: MomentAccumulator) -> None:
         """Adds everything `other` has seen; `other` is left as it was."""
         if other.num_tokens:
-            self._merge(other.num_tokens, other.mean.to(self.mean), other.scatter.to(self.scatter))
+            self.scatter += other.scatter.to(self.scatter)
+            self._shift(other.num_tokens, other.mean.to(self.mean))
 
-    def _merge(self, count: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
+    def _shift(self, count: int, mean: torch.Tensor) -> None:
+        """Counts vectors whose scatter about their own mean was added."""
         total = self.num_tokens + count
         delta = mean - self.mean
-        self.scatter += scatter
         if self.num_tokens:
             self.scatter.addr_(delta, delta, alpha=self.num_tokens * count / total)
         self.mean = self.mean + delta * (count / total)
@@ -103,18 +105,17 @@ class MomentAccumulator:
         return Moments(self.mean.clone(), self.scatter / self.num_tokens, self.num_tokens)
 
 
-def gram(rows: torch.Tensor, parts: int = 4) -> torch.Tensor:
-    """Returns XᵀX; of wide matrices only the blocks on and above the diagonal are multiplied, the others mirrored."""
+def add_gram(total: torch.Tensor, rows: torch.Tensor, parts: int = 4) -> None:
+    """Adds XᵀX in place; of wide matrices only the blocks on and above the diagonal are multiplied, the others mirrored."""
     features = rows.shape[1]
     if features < SPLIT_FEATURES:
-        return rows.T @ rows
+        total += rows.T @ rows
+        return
     edges = [features * part // parts for part in range(parts + 1)]
-    gram = rows.new_empty(features, features)
     for start, stop in itertools.pairwise(edges):
         upper = rows[:, start:stop].T @ rows[:, start:]
-        gram[start:stop, start:] = upper
-        gram[start:, start:stop] = upper.T
-    return gram
+        total[start:stop, start:] += upper
+        total[stop:, start:stop] += upper[:, stop - start :].T
 
 
 class PairedMoments(NamedTuple):

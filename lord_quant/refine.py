@@ -90,9 +90,8 @@ def refine(weight: torch.Tensor, hessian: torch.Tensor, quantized: Quantized, sw
         return quantized
     perm = torch.argsort(quantized.g_idx, stable=True)  # groups lie together, whatever the activation order
     back = torch.argsort(perm)
-    target, metric = weight[:, perm], hessian / hessian.diagonal().mean()
-    if not torch.equal(perm, back):
-        metric = metric[perm][:, perm]
+    target = weight[:, perm]
+    metric = hessian[perm[:, None], perm].div_(hessian.diagonal().mean())
     metric.diagonal().add_(DAMPING)
     groups = quantized.g_idx[perm].long()
     codes, scales, zeros = quantized.codes[:, perm].clone(), quantized.scales, quantized.zeros

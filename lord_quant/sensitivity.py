@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from lord_quant.gradients import ROWS, UNLABELLED, BlockGradients
-from lord_quant.moments import gram
+from lord_quant.moments import add_gram
 from lord_quant.residency import RESIDENT, Residency
 
 
@@ -87,8 +87,10 @@ class Sensitivity:
         sums: dict[str, torch.Tensor] = {}
         for batch in self._gradients.through(index, block, kind, names):
             for name, rows in batch.items():
-                sums[name] = sums.get(name, 0) + gram(rows.gradients.to(dtype))
-        return {name: total / self._gradients.num_labels for name, total in sums.items()}
+                gradients = rows.gradients.to(dtype)
+                features = gradients.shape[1]
+                add_gram(sums.setdefault(name, gradients.new_zeros(features, features)), gradients)
+        return {name: total.div_(self._gradients.num_labels) for name, total in sums.items()}
 
 
 class Steepness(NamedTuple):

@@ -6,7 +6,7 @@ fixed, the best values of the others are linear in what was done so far: with H�
 j to ŵ_j moves every later column k by − (w_j − ŵ_j) U_jk / U_jj, and costs ((w_j − ŵ_j) / U_jj)² for good.
 
 U comes from one factorization: reversing the order of rows and columns of H, its Cholesky factor L is, reversed back, an
-upper triangular R with H = R Rᵀ, so U = R⁻¹. H is damped; if it still has no factor, more.
+upper triangular R with H = R Rᵀ, so U = R⁻¹, which is L⁻¹ reversed. H is damped; if it still has no factor, more.
 
 Scales and zeros of a group are chosen when its turn comes, for the weights as they are then (the host's solver looks at
 them a block of 128 columns at a time, so that with smaller groups some are chosen for weights that are out of date): of a
@@ -33,7 +33,7 @@ import torch
 
 from lord_quant.config import FLOAT_BITS, GptqConfig
 from lord_quant.errors import NumericsError
-from lord_quant.linalg import require_finite
+from lord_quant.linalg import invert_lower_, require_finite
 from lord_quant.refine import Quantized
 
 
@@ -94,10 +94,9 @@ def solve(weight: torch.Tensor, hessian: torch.Tensor, *, gptq: GptqConfig, grou
     require_finite(weight, "weight to be quantized")
     require_finite(hessian, "Hessian to quantize in")
     dtype = torch.promote_types(weight.dtype, torch.float32)
+    order = _column_order(hessian.diagonal(), group_size, gptq)
     size = hessian.diagonal().double().mean()
-    metric = (hessian / size if size > 0 else torch.eye(len(hessian), device=hessian.device)).to(dtype)
-    order = _column_order(metric.diagonal(), group_size, gptq)
-    upper, damp = _inverse_factor(metric[order][:, order], gptq.damp_percent)
+    feedback, damp = Feedback.of(hessian, size, order, gptq.damp_percent, dtype)
     positions = torch.arange(len(order), device=order.device) if gptq.desc_act else order
     groups = positions.div(group_size, rounding_mode="floor")  # of columns in order
     rest = weight.detach().to(dtype).T[order]  # transposed: a column of the weight is contiguous
@@ -110,11 +109,11 @@ def solve(weight: torch.Tensor, hessian: torch.Tensor, *, gptq: GptqConfig, grou
         scales[groups[begin]], zeros[groups[begin]] = scale, zero
         for first in range(begin, end, COLUMNS):
             last = min(first + COLUMNS, end)
-            own = upper[first:last, first:last]
+            own, later = feedback.rows(first, last)
             errors = _round(rest[first:last] / scale + zero, own, codes[first:last], largest)
             errors *= scale / own.diagonal()[:, None]
             loss += float(errors.double().square().sum())
-            rest[last:].addmm_(upper[first:last, last:].T, errors, alpha=-1)
+            rest[last:].addmm_(later.T, errors, alpha=-1)
     back = torch.argsort(order)
     return Quantized(
         codes=codes[back].T.contiguous(),
@@ -142,19 +141,57 @@ def _column_order(diagonal: torch.Tensor, group_size: int, gptq: GptqConfig) -> 
     return torch.cat([columns[:cut].view(whole, group_size).gather(1, inside)[groups].flatten(), columns[cut:]])
 
 
-def _inverse_factor(metric: torch.Tensor, damp_percent: float) -> tuple[torch.Tensor, float]:
-    """Returns U with (H + λ I)⁻¹ = UᵀU, and λ; H has a mean diagonal of 1."""
-    damp = damp_percent
-    while damp < 1:
-        damped = metric.clone()
-        damped.diagonal().add_(damp)
-        factor, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if not failed:
-            return torch.linalg.solve_triangular(factor.flip(0, 1), torch.eye(len(metric)).to(metric), upper=True), damp
-        damp = 2 * damp
-    raise NumericsError(
-        f"a {tuple(metric.shape)} Hessian stayed indefinite with damp_percent {damp / 2:g}; wanted a covariance"
-    )
+class Feedback(NamedTuple):
+    """U of the text above, by rows; only its reverse is kept, L⁻¹, lower triangular.
+
+    Hessians of wide layers are the largest matrices there are: beside H there are two of its size while its factor is
+    computed, then one.
+
+    Attributes:
+        inverse: L⁻¹, with shape (n, n), where H in reversed order is L Lᵀ.
+    """
+
+    inverse: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, hessian: torch.Tensor, size: torch.Tensor, order: torch.Tensor, damp_percent: float, dtype: torch.dtype
+    ) -> tuple[Feedback, float]:
+        """Factors H.
+
+        Args:
+            hessian: H with shape (n, n).
+            size: What it is divided by, its mean diagonal; if not positive, H counts as the identity.
+            order: In which order columns are rounded.
+            damp_percent: Share of the mean diagonal added to it; doubled until there is a factor.
+            dtype: In which to work.
+
+        Returns:
+            The feedback, and the damping.
+
+        Raises:
+            NumericsError: No damping below 1 helped.
+        """
+        back = order.flip(0)
+        metric = hessian[back[:, None], back].to(dtype)
+        metric = metric.div_(size) if size > 0 else torch.eye(len(metric)).to(metric)
+        diagonal, damp = metric.diagonal().clone(), damp_percent
+        while damp < 1:
+            metric.diagonal().copy_(diagonal + damp)
+            factor, failed = torch.linalg.cholesky_ex(metric)
+            if not failed:
+                del metric
+                return cls(invert_lower_(factor)), damp
+            damp = 2 * damp
+        raise NumericsError(
+            f"a {tuple(hessian.shape)} Hessian stayed indefinite with damp_percent {damp / 2:g}; wanted a covariance"
+        )
+
+    def rows(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns U's rows from `first` to before `last`: the columns of the same numbers, and those behind them."""
+        end = len(self.inverse)
+        own = self.inverse[end - last : end - first, : end - first].flip(0, 1)
+        return own[:, : last - first], own[:, last - first :]
 
 
 def _grid(columns: torch.Tensor, largest: int, sym: bool, norm: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -200,7 +200,7 @@ def unit_metric(sensitivity: torch.Tensor) -> torch.Tensor | None:
         return None
     metric = sensitivity / mean
     metric.diagonal().add_(SENSITIVITY_DAMPING)
-    return metric / (1 + SENSITIVITY_DAMPING)
+    return metric.div_(1 + SENSITIVITY_DAMPING)
 
 
 def truncate(
@@ -258,9 +258,9 @@ def refit_up(
 def deflated(covariance: torch.Tensor, down: torch.Tensor, share: float = DEFLATED_SHARE) -> torch.Tensor:
     """Returns H_⊥ + μ H: the second moment of what the bottleneck cannot predict of its input, and a little of H."""
     seen = down @ covariance
-    predicted = seen.T @ damped_right_solve(seen.T, seen @ down.T, 1e-6).T
-    metric = covariance - (1 - share) * predicted
-    return (metric + metric.T) / 2
+    metric = seen.T @ damped_right_solve(seen.T, seen @ down.T, 1e-6).T  # in place from here on: these are large
+    metric.mul_(share - 1).add_(covariance)
+    return (metric + metric.T).div_(2)
 
 
 def stack_two_factor(

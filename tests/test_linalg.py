@@ -256,3 +256,13 @@ def test_the_larger_the_volume_the_smaller_the_amplification() -> None:
     predictor = torch.linalg.solve(basis[pivots], basis[others], left=False)
     amplification = torch.linalg.det(torch.eye(5, dtype=torch.float64) + predictor.T @ predictor)
     assert float(amplification) == pytest.approx(float(basis[pivots].det() ** -2), rel=1e-9)
+
+
+@pytest.mark.parametrize("size", [1, 7, linalg.SMALL_TRIANGLE + 1, 700])
+def test_a_lower_triangle_is_inverted_in_place(size: int) -> None:
+    torch.manual_seed(size)
+    matrix = torch.randn(size, size, dtype=torch.float64).tril() / size**0.5
+    matrix.diagonal().abs_().add_(1)
+    inverse = linalg.invert_lower_(same := matrix.clone())
+    assert inverse is same and not inverse.triu(1).any()
+    torch.testing.assert_close(inverse @ matrix, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-10)
