@@ -88,6 +88,7 @@ def _execute_streamed(job: Job, model: PreTrainedModel, residency: Streamed, pha
     }
     made = made_of(job)  # before the run adds to the model's configuration
     journal = Journal(output, made, restart=job.overwrite)
+    residency.scratch = journal.folder
     try:
         if len(fisher_windows(job.windows, config)) and plan.rank_pattern:
             with phases.measure("sensitivity"):

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lord_quant.errors import CalibrationError
-from lord_quant.residency import RESIDENT, Residency
+from lord_quant.residency import RESIDENT, Kept, Residency
 from lord_quant.stream import BlockCall, block_kinds, capture
 from lord_quant.targets import find_blocks
 
@@ -64,7 +64,7 @@ class BlockGradients:
         num_labels: Tokens that have a label.
     """
 
-    def __init__(self, stream: list[BlockCall], gradients: list[list[torch.Tensor]], num_labels: int) -> None:
+    def __init__(self, stream: list[BlockCall], gradients: list[Kept], num_labels: int) -> None:
         self._stream, self._gradients, self._next, self.num_labels = stream, gradients, 0, num_labels
 
     @classmethod
@@ -83,41 +83,41 @@ class BlockGradients:
             batches: Token windows with shape (batch, seq_len), all without padding.
             labels: What the loss takes for right.
             title: Of the progress bar.
-            residency: Which blocks have their weights.
+            residency: Which blocks have their weights, and where hidden states and gradients wait, one per block.
 
         Raises:
             CalibrationError: The model does not call every block once.
+            OutputError: They cannot be written to where they wait.
         """
         blocks = find_blocks(model).modules
         kinds = block_kinds(model, len(blocks))
         with torch.no_grad():
             stream = capture(model, blocks, kinds, batches, residency)
-        entering = [[call.hidden for call in stream]]
+        hidden = [call.hidden for call in stream]
+        entering: list[Kept] = []
         ways: list[Way] = []
         bar = tqdm(total=2 * len(blocks) - 1, desc=title, unit="block", disable=None)
         for index, block in enumerate(blocks):
+            entering.append(residency.keep(hidden))
             with residency.of(index), torch.no_grad(), _way_of(block, ways):
-                entering.append(
-                    [call.run(block, kinds[index], each.clone()) for call, each in zip(stream, entering[-1], strict=True)]
-                )
+                hidden = [call.run(block, kinds[index], each.clone()) for call, each in zip(stream, hidden, strict=True)]
             bar.update()
         ends = [
             _gradient_at_the_end(model, ways, batch, number, leaving, labels)
-            for number, (batch, leaving) in enumerate(zip(batches, entering.pop(), strict=True))
+            for number, (batch, leaving) in enumerate(zip(batches, hidden, strict=True))
         ]
-        gradients = [[gradient for gradient, _ in ends]]
+        gradient = [found for found, _ in ends]
+        gradients = [residency.keep(gradient)]
         for index in range(len(blocks) - 1, 0, -1):
-            arriving = entering.pop()
+            arriving = entering.pop().take()
             with residency.of(index):
-                gradients.append(
-                    [
-                        _back(blocks[index], kinds[index], call, hidden, gradient)
-                        for call, hidden, gradient in zip(stream, arriving, gradients[-1], strict=True)
-                    ]
-                )
+                gradient = [
+                    _back(blocks[index], kinds[index], *each) for each in zip(stream, arriving, gradient, strict=True)
+                ]
+            gradients.append(residency.keep(gradient))
             bar.update()
         bar.close()
-        return cls(stream, gradients[::-1], sum(found for _, found in ends))
+        return cls(stream, gradients[::-1], sum(count for _, count in ends))
 
     def through(self, index: int, block: nn.Module, kind: str, names: Sequence[str]) -> Iterator[dict[str, Rows]]:
         """Yields what every batch says of layers of a block, by name; layers that were not called are missing.
@@ -133,7 +133,7 @@ class BlockGradients:
         """
         if index != self._next:
             raise ValueError(f"gradients of block {index}; wanted block {self._next}: each is made once, in order")
-        for call, gradient in zip(self._stream, self._gradients[index], strict=True):
+        for call, gradient in zip(self._stream, self._gradients[index].take(), strict=True):
             with _weights_fixed(block), torch.set_grad_enabled(bool(names)), _calls(block, names) as calls:
                 leaving = call.run(block, kind, call.hidden.detach().requires_grad_(bool(names)).clone())
             live = [name for name, (_, output) in calls.items() if output.requires_grad]  # a router may cut its graph
@@ -142,7 +142,6 @@ class BlockGradients:
             parts = dict(zip(live, found, strict=True))
             call.hidden = leaving.detach()
             yield {name: _rows(entering, output, parts.get(name)) for name, (entering, output) in calls.items()}
-        self._gradients[index] = []  # not needed any more
         self._next += 1
 
 

@@ -34,7 +34,7 @@ from lord_quant.refine import Quantized
 from lord_quant.residency import RESIDENT, Residency
 from lord_quant.sensitivity import Sensitivity
 from lord_quant.solver import Solvers
-from lord_quant.stack import Stacked, stack_layer
+from lord_quant.stack import Stacked, stack_layer, unit_metric
 from lord_quant.stream import Replay, block_kinds, capture
 from lord_quant.surgery import replace_group, replace_layer, set_dense
 from lord_quant.targets import dense_bias, dense_weight, find_blocks
@@ -135,7 +135,8 @@ class JointRun:
         """
         block, kind, prefix = self.blocks.modules[index], self.kinds[index], f"{self.blocks.path}.{index}."
         layers = {name: self.planned[prefix + name] for name, _ in block.named_modules() if prefix + name in self.planned}
-        dense = copy.deepcopy(block)
+        # Other modules, the same weights: a layer's own are changed only after they were used for the last time.
+        dense = copy.deepcopy(block, {id(parameter): parameter for parameter in block.parameters()})
         minded = {}
         if self.sensitivity is not None:
             ranked = [name for name, layer in layers.items() if layer.rank is not None]
@@ -170,6 +171,7 @@ class JointRun:
         start, first = time.perf_counter(), layers[0]
         weight, bias = torch.cat([dense_weight(source) for source in dense]), _bias_of(dense)
         try:
+            metric = None if metric is None else unit_metric(metric.to(weight))
             stacked = stack_layer(
                 weight,
                 bias,
@@ -178,7 +180,7 @@ class JointRun:
                 first.form,
                 None if self.solve is None else self.solve(first),
                 self.options,
-                sensitivity=metric,
+                metric=metric,
                 mean_correction=self.plan.mean_correction,
                 seed=self.seed * len(self.plan.layers) + len(self.done.records),
             )
@@ -245,6 +247,8 @@ def _together(metrics: Sequence[torch.Tensor | None], sources: Sequence[nn.Modul
     known = [metric for metric in metrics if metric is not None]
     if not known:
         return None
+    if len(sources) == 1:
+        return known[0]
     blocks = [known[0].new_zeros(len(dense_weight(source)), len(dense_weight(source))) for source in sources]
     return torch.block_diag(*(block if metric is None else metric for metric, block in zip(metrics, blocks, strict=True)))
 

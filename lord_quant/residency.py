@@ -4,24 +4,46 @@
 A model that fits is there as a whole. One that does not is a skeleton on the meta device, whose blocks get their weights
 from the checkpoint's files when their turn comes and lose them again: `Streamed`. Whoever walks through the blocks asks for
 each before running it; what stands outside the blocks (embeddings, last norm, head) is always there.
+
+What is to be remembered of every block at once (hidden states, gradients) would grow with the model as well: beside a
+skeleton it waits in files.
 """
 
 from __future__ import annotations
 
+import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from lord_quant.errors import ModelError
+from lord_quant.errors import ModelError, OutputError
 from lord_quant.linalg import require_finite
 from lord_quant.targets import find_blocks
 
 
+class Kept:
+    """Tensors that wait to be taken back, once."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._tensors = list(tensors)
+
+    def take(self) -> list[torch.Tensor]:
+        """Returns the tensors; they are not kept any longer."""
+        tensors, self._tensors = self._tensors, []
+        return tensors
+
+
 class Residency:
     """All blocks have their weights, always."""
+
+    def keep(self, tensors: Sequence[torch.Tensor]) -> Kept:
+        """Keeps tensors until they are needed again."""
+        return Kept(tensors)
 
     @contextmanager
     def of(self, *blocks: int) -> Iterator[None]:
@@ -30,6 +52,8 @@ class Residency:
 
 
 RESIDENT = Residency()
+KEPT = ".kept.partial-"
+"""What the names of files begin with in which tensors wait; the next run in that folder removes what a killed one left."""
 
 
 class Place(NamedTuple):
@@ -37,6 +61,41 @@ class Place(NamedTuple):
 
     file: str
     key: str
+
+
+class KeptInFile(Kept):
+    """Tensors that wait in a file, which goes once they are taken, or not needed any more.
+
+    Args:
+        tensors: The tensors.
+        folder: Where the file is to lie.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor], folder: Path) -> None:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        self._devices = [tensor.device for tensor in tensors]
+        try:
+            with tempfile.NamedTemporaryFile(dir=folder, prefix=KEPT, suffix=".safetensors", delete=False) as handle:
+                self._path = Path(handle.name)
+            self._finalizer = weakref.finalize(self, self._path.unlink, missing_ok=True)
+            numbered = {str(number): tensor.detach().cpu().contiguous() for number, tensor in enumerate(tensors)}
+            save_file(numbered, self._path)
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"activations cannot be kept in {str(folder)!r}: {error}") from error
+
+    def take(self) -> list[torch.Tensor]:
+        """Returns the tensors on their devices, and removes the file."""
+        from safetensors.torch import load_file
+
+        found = load_file(self._path)
+        tensors = [found[str(number)].to(device) for number, device in enumerate(self._devices)]
+        self._finalizer()
+        return tensors
 
 
 class Streamed(Residency):
@@ -48,6 +107,9 @@ class Streamed(Residency):
         dtype: dtype of float weights in memory.
         device: Where they will be.
 
+    Attributes:
+        scratch: An existing folder for what is kept; None, at first, makes a temporary one when it is needed.
+
     Raises:
         ModelError: The files do not hold every tensor of the model by its name, or hold one in another shape.
         NumericsError: A weight holds NaN or inf.
@@ -55,6 +117,7 @@ class Streamed(Residency):
 
     def __init__(self, model: nn.Module, files: Sequence[str], dtype: torch.dtype, device: torch.device) -> None:
         self.model, self.dtype, self.device = model, dtype, device
+        self.scratch: Path | None = None
         self.blocks, self.places = find_blocks(model), places_of(model, files)
         self._fill([name for name in self.places if not name.startswith(f"{self.blocks.path}.")])
         for module in model.modules():  # what is computed, not stored
@@ -76,6 +139,17 @@ class Streamed(Residency):
         finally:
             for block in blocks:
                 _empty(self.blocks.modules[block])
+
+    def keep(self, tensors: Sequence[torch.Tensor]) -> Kept:
+        """Keeps tensors in a file.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        if self.scratch is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="lord-quant-")
+            self.scratch = Path(self._temporary.name)
+        return KeptInFile(tensors, self.scratch)
 
     def _fill(self, names: Sequence[str]) -> None:
         from accelerate.utils import set_module_tensor_to_device

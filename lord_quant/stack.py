@@ -86,6 +86,8 @@ SENSITIVITY_DAMPING = 0.05
 """Fraction of its mean diagonal added to G: of few tokens, and true for small errors only."""
 DEFLATED_SHARE = 0.1
 """μ: how much of H stays in the metric of a factor whose errors will be absorbed."""
+ENERGY_ROWS = 1024
+"""Rows of a weight whose energy is computed at a time."""
 FEEDBACK_BLOCKS = 8
 """Row blocks of a pivoted `down`; more gain little."""
 
@@ -122,7 +124,7 @@ def stack_layer(
     solve: Solver | Solvers | None,
     options: JointConfig,
     *,
-    sensitivity: torch.Tensor | None = None,
+    metric: torch.Tensor | None = None,
     mean_correction: bool = True,
     seed: int = 0,
 ) -> Stacked:
@@ -137,12 +139,12 @@ def stack_layer(
         solve: Quantizes a weight in a metric; two may be given, for `down` (or the dense layer) and for `up`. None leaves
             factors in float.
         options: Which ideas are on.
-        sensitivity: G with shape (m, m), in any unit; None or zero if all outputs count alike.
+        metric: G with shape (m, m), as `unit_metric` returns it; None if all outputs count alike.
         mean_correction: Whether factors may get a bias their layer did not have.
         seed: Of the rotation.
 
     Raises:
-        NumericsError: Weight, moments or sensitivity hold NaN or inf.
+        NumericsError: Weight or moments hold NaN or inf.
         RankError: The rank is out of range for the form.
     """
     weight = weight.to(moments.covariance)
@@ -151,12 +153,12 @@ def stack_layer(
     target = anchored_target(weight, moments) if options.anchor else weight
     quantize = None if solve is None else refined(solve, options.refine)
     quantized: dict[str, Quantized] = {}
-    factors, spectrum, coefficient, outputs = None, None, None, None
+    factors, spectrum, coefficient = None, None, None
+    outputs = None if metric is None or rank is None else metric.to(weight)
     if rank is None:
         quantized = {"": quantize.down(target, moments.covariance)} if quantize else {}
         result = quantized[""].weight() if quantized else target
     else:
-        outputs = None if sensitivity is None else unit_metric(sensitivity.to(weight))
         spectrum, factors = truncate(target, moments.covariance, rank, outputs)
         if form == "pivoted":
             factors = pivoted_factors(factors, outputs)
@@ -377,7 +379,8 @@ def relative_error(
 
     def energy(weight: torch.Tensor) -> float:
         weighted = weight if outputs is None else outputs @ weight
-        return float(((weighted @ covariance).double() * weight).sum())
+        parts = zip(weighted.split(ENERGY_ROWS), weight.split(ENERGY_ROWS), strict=True)
+        return sum(float((rows @ covariance).mul_(own).sum(dtype=torch.float64)) for rows, own in parts)
 
     whole = energy(target)
     return energy(result - target) / whole if whole > 0 else 0.0

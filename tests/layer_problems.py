@@ -13,7 +13,7 @@ from lord_quant.decompose import Factors
 from lord_quant.moments import PairedMoments
 from lord_quant.refine import Quantized
 from lord_quant.solver import Solver
-from lord_quant.stack import Stacked, stack_layer
+from lord_quant.stack import Stacked, stack_layer, unit_metric
 
 
 F64 = torch.float64
@@ -98,7 +98,9 @@ def crude(bits: int = 3, group: int = 8) -> Solver:
 
 
 def run(p: Problem, rank: int | None, form: str, solve: Solver | None, options: JointConfig, **rest: Any) -> Stacked:
-    bias = rest.pop("bias", p.bias)
+    bias, sensitivity = rest.pop("bias", p.bias), rest.pop("sensitivity", None)
+    if sensitivity is not None:
+        rest["metric"] = unit_metric(sensitivity)
     return stack_layer(p.weight, bias, p.moments, rank, form, solve, options, **rest)
 
 

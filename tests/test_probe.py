@@ -99,7 +99,7 @@ def real_loss(
 ) -> float:
     """What a real stack loses, in nats per token."""
     paired = PairedMoments(moments.mean, moments.mean, moments.covariance, moments.covariance, moments.num_tokens)
-    stacked = stack_layer(weight, None, paired, rank, form, solvers, OPTIONS, sensitivity=metric, seed=3)
+    stacked = stack_layer(weight, None, paired, rank, form, solvers, OPTIONS, metric=unit_metric(metric), seed=3)
     assert stacked.factors is not None
     return cost(stacked.factors.product() - weight, moments.covariance, metric_of(metric))
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 from families import build, edit_tensors, probe_tokens, save
 
-from lord_quant.errors import ModelError, NumericsError
-from lord_quant.residency import Streamed
+from lord_quant.errors import ModelError, NumericsError, OutputError
+from lord_quant.residency import RESIDENT, Streamed
+from lord_quant.sensitivity import Sensitivity
 from lord_quant.source import build_skeleton, inspect_source, load_model, stream_source
 
 
@@ -90,3 +92,34 @@ def test_a_weight_that_is_not_finite_is_named_when_its_turn_comes(tmp_path: Path
         pass
     with pytest.raises(NumericsError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"), residency.of(1):
         pass
+
+
+def test_what_is_kept_comes_back_once_and_leaves_no_file(tmp_path: Path) -> None:
+    _, residency = streamed(save(build("llama"), tmp_path / "model"))
+    residency.scratch = tmp_path / "scratch"
+    given = [torch.randn(2, 3, 4), torch.randn(1, 5, dtype=torch.float64), torch.randn(4, 4).to(torch.bfloat16).T]
+    with pytest.raises(OutputError, match=r"activations cannot be kept in '.*scratch'"):
+        residency.keep(given)
+    residency.scratch.mkdir()
+    kept, left = residency.keep(given), residency.keep(given)
+    assert len(list(residency.scratch.iterdir())) == 2
+    for found, wanted in zip(kept.take(), given, strict=True):
+        assert found.dtype == wanted.dtype and torch.equal(found, wanted)
+    del left
+    assert not list(residency.scratch.iterdir())
+
+
+def test_what_is_kept_of_a_model_in_memory_is_let_go_once_taken() -> None:
+    tensor = torch.ones(2)
+    kept = RESIDENT.keep([tensor])
+    assert kept.take()[0] is tensor and kept.take() == []
+
+
+def test_without_a_folder_of_its_own_a_temporary_one_is_made_and_removed(tmp_path: Path) -> None:
+    model, residency = streamed(save(build("llama"), tmp_path / "model"))
+    sensitivity = Sensitivity.measure(model, [probe_tokens()], residency=residency)
+    folder = residency.scratch
+    assert folder is not None and len(list(folder.iterdir())) == len(residency.blocks.modules)
+    del sensitivity, residency, model
+    gc.collect()
+    assert not folder.exists()
