@@ -155,7 +155,7 @@ def _pack(run: JointRun, index: int, settings: Settings) -> list[backend.GptqRec
     if settings.quantizer is not None:
         own = {name.removeprefix(prefix): item for name, item in run.done.quantized.items() if name.startswith(prefix)}
         packings = {name.removeprefix(prefix): packing for name, packing in settings.plan.packings.items()}
-        found = backend.pack_model(block, settings.quantizer, own, packings)
+        found = backend.pack_model(block, settings.quantizer, own, packings, ready=False)
         packed = [dataclasses.replace(record, name=prefix + record.name) for record in found]
         run.done.quantized.clear()
     cast_floats(block, settings.dtype)

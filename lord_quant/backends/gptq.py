@@ -97,7 +97,12 @@ def replace_by_packed(
 
 
 def pack_model(
-    model: nn.Module, quantizer: Any, quantized: Mapping[str, Quantized], packings: Mapping[str, Packing]
+    model: nn.Module,
+    quantizer: Any,
+    quantized: Mapping[str, Quantized],
+    packings: Mapping[str, Packing],
+    *,
+    ready: bool = True,
 ) -> list[GptqRecord]:
     """Replaces linear layers by packed ones that hold given codes, with the host's packer.
 
@@ -106,6 +111,7 @@ def pack_model(
         quantizer: An Optimum `GPTQQuantizer`.
         quantized: What to pack, by full module path of the linear layer (or factor).
         packings: The bits and group size it was quantized with, likewise.
+        ready: Whether packed layers are made ready to compute. What is stored does not depend on that.
 
     Returns:
         One record per packed layer, in the order of `quantized`.
@@ -132,7 +138,8 @@ def pack_model(
             for part in ("scales", "bias"):
                 if isinstance(getattr(module, part, None), torch.Tensor):
                     require_finite(getattr(module, part), f"{part} of layer {name!r} after quantization")
-        post_init(quantizer, model)
+        if ready:
+            post_init(quantizer, model)
     # What the host's own run leaves behind: transformers then refuses to cast the model, peft treats it as packed.
     from transformers.utils.quantization_config import QuantizationMethod
 
