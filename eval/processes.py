@@ -41,8 +41,8 @@ class Cost(NamedTuple):
     returned: Any
 
 
-class ProcessFailed(RuntimeError):
-    """A measured function raised, or its process died; `reason` says in a line what it raised."""
+class ProcessFailed(SystemExit):
+    """A measured function raised, or its process died; `reason` says what it raised. Ends a script that does not mind."""
 
     def __init__(self, entry: str, arguments: Sequence[str], returncode: int, reason: str, printed: str) -> None:
         self.reason = reason

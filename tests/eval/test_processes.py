@@ -61,5 +61,6 @@ def test_what_was_raised_is_told(processes: Any) -> None:
     ) as caught:
         processes.measured("chore:fail", "7")
     assert caught.value.reason == "ValueError: no such thing"
+    assert isinstance(caught.value, SystemExit)  # ends a script with its message
     with pytest.raises(processes.ProcessFailed, match="exit code 3: no message"):
         processes.measured("chore:die")
