@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Peak memory and time of a joint run as a model gets deeper, beside Optimum GPTQ of the same dense model.
 
-Models are StarCoder-shaped (GPTBigCode, one key and value head), with random weights, and differ in the number of blocks
-alone. Every run is the real command line in a process of its own, whose peak resident memory is what the system says at its
-end; subtracted is that of a dry run, which imports and checks everything and reads no weights. Optimum GPTQ is the naive
-stack without decomposition.
+Models are StarCoder-shaped with random weights and differ in the number of blocks alone. Every run is the real command line
+in a process of its own, whose peak resident memory is what the system says at its end; subtracted is that of a process that
+imports everything and does nothing. Optimum GPTQ is the naive stack without decomposition.
 
     python eval/memory.py --tokenizer DIR --calibration code.jsonl --output memory.json
     python eval/memory.py --width 2048 --blocks 12 24 ...      # StarCoder-1B's shape
@@ -18,13 +17,13 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from processes import COMMAND_LINE, IMPORTS, measured
 from provenance import revision
+from random_model import make_model
 from tables import grid
 from variants import Clock, write_json
 
@@ -33,19 +32,9 @@ SCHEMES = {
     "joint": ("--stack", "joint", "--rank-ratio", "0.5"),
     "Optimum GPTQ": ("--stack", "naive", "--rank-ratio", "1"),
 }
-STEP = 0.02
-"""Standard deviation of random weights."""
-START = """
-import resource, sys
-from optimum.commands.optimum_cli import main
-try:
-    main()
-finally:
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
-"""
 NOTE = (
-    "Memory: peak resident memory of the whole process less that of a dry run, MB. Weights: those of the dense model as it "
-    "is stored, in bfloat16. Seconds: of the run as its report has them, imports not counted."
+    "Memory: peak resident memory of the whole process less that of one that imports everything, MB. Weights: those of the "
+    "dense model as it is stored, in bfloat16. Seconds: of the run as its report has them, imports not counted."
 )
 
 
@@ -62,7 +51,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.json")
     args = parser.parse_args()
     clock, rows = Clock(), list[dict[str, Any]]()
-    settings = {name: getattr(args, name) for name in ("width", "num_samples", "seq_len")}
+    baseline = measured(IMPORTS).peak_bytes
+    settings: dict[str, Any] = {"baseline_mb": round(baseline / 1e6)}
+    settings |= {name: getattr(args, name) for name in ("width", "num_samples", "seq_len")}
     settings |= {"threads": int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1), "revision": revision()}
     for blocks in args.blocks:
         with tempfile.TemporaryDirectory() as folder:
@@ -71,7 +62,7 @@ def main() -> None:
             common = ("--dataset", args.calibration, "--num-samples", str(args.num_samples), "--seq-len", str(args.seq_len))
             for scheme in args.schemes:
                 flags = (*SCHEMES[scheme], *common, "--bits", "4", "--group-size", "128")
-                rows.append({"blocks": blocks, "scheme": scheme, "weight_bytes": size} | run(model, flags))
+                rows.append({"blocks": blocks, "scheme": scheme, "weight_bytes": size} | run(model, flags, baseline))
                 print(f"{blocks} blocks, {scheme}: {rows[-1]} ({clock})", flush=True)
                 write_json(args.output, {"settings": settings, "rows": rows})
     shown = f"{table(rows)}\n\n{NOTE}"
@@ -79,46 +70,13 @@ def main() -> None:
     print(f"\n{shown}\n\nwritten to {args.output} and {args.output.with_suffix('.md')}")
 
 
-def make_model(tokenizer: str, folder: Path, width: int, blocks: int) -> int:
-    """Writes a model with random weights; returns the bytes of its tensors."""
-    from lord_quant.silence import import_hosts
-
-    import_hosts()
-    import torch
-    from transformers import AutoTokenizer, GPTBigCodeConfig, GPTBigCodeForCausalLM
-
-    words = AutoTokenizer.from_pretrained(tokenizer)
-    torch.manual_seed(0)
-    config = GPTBigCodeConfig(
-        vocab_size=len(words), n_embd=width, n_layer=blocks, n_head=width // 128, n_inner=4 * width, n_positions=2048,
-        multi_query=True, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, initializer_range=STEP,
-        bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id,
-    )  # fmt: skip
-    model: Any = GPTBigCodeForCausalLM(config)
-    model.to(torch.bfloat16)
-    model.save_pretrained(folder)
-    words.save_pretrained(folder)
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-
-
-def run(model: Path, flags: tuple[str, ...]) -> dict[str, Any]:
-    """Compresses a model; returns megabytes above a dry run's, and seconds."""
+def run(model: Path, flags: tuple[str, ...], baseline: int) -> dict[str, Any]:
+    """Compresses a model; returns megabytes above the baseline's bytes, and seconds."""
     output = model.parent / "output"
-    command = ("quantize", "--model", str(model), "--output", str(output), *flags)
-    base, peak = measured(*command, "--dry-run"), measured(*command)
+    cost = measured(COMMAND_LINE, "lord", "quantize", "--model", str(model), "--output", str(output), *flags)
     report = json.loads((output / "lord_report.json").read_text(encoding="utf-8"))
     shutil.rmtree(output)
-    return {"memory_mb": round(peak - base), "dry_run_mb": round(base), "seconds": report["seconds"]}
-
-
-def measured(*arguments: str) -> float:
-    """Runs ``optimum-cli lord …`` and returns its peak resident memory in MB."""
-    environment = os.environ | {"TQDM_DISABLE": "1"}
-    command = [sys.executable, "-c", START, "lord", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(arguments)} failed with exit code {done.returncode}\n{done.stdout}{done.stderr}")
-    return int(done.stderr.split()[-1]) * 1024 / 1e6  # Linux counts kibibytes
+    return {"memory_mb": round((cost.peak_bytes - baseline) / 1e6), "seconds": report["seconds"]}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

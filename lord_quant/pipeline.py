@@ -31,6 +31,7 @@ from lord_quant.errors import CalibrationError, ConfigError, ModelError
 from lord_quant.estimate import Estimate, estimate
 from lord_quant.joint import StackRecord, stack_model
 from lord_quant.linalg import require_finite
+from lord_quant.operations import Workload
 from lord_quant.plan import LayerPlan, Plan, build_plan
 from lord_quant.sensitivity import Sensitivity
 from lord_quant.solver import Solvers, make_solver
@@ -163,8 +164,16 @@ def prepare(config: LordConfig, *, overwrite: bool = False, measured_on: str | N
     plan = plan_model(skeleton, config, source.dtype.itemsize)
     windows = calibrate(config, source.tokenizer, source.context)
     joint = config.stack == "joint"
-    fisher_tokens = fisher_windows(windows, config).numel() if joint and plan.rank_pattern else 0
-    guess = estimate(plan, windows.num_tokens, device, source.dtype.itemsize, joint, fisher_tokens)
+    head = skeleton.get_output_embeddings()
+    load = Workload(
+        num_tokens=windows.num_tokens,
+        itemsize=source.dtype.itemsize,
+        joint=joint,
+        seq_len=windows.input_ids.shape[1],
+        fisher_tokens=fisher_windows(windows, config).numel() if joint and plan.rank_pattern else 0,
+        head_weights=0 if head is None else head.weight.numel(),
+    )
+    guess = estimate(plan, load, device)
     cautions = run_cautions(skeleton, plan, windows, device, config.stack, measured_on)
     return Job(config, source, plan, windows, device, output, overwrite, guess, cautions)
 

@@ -19,7 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"errors", "linalg", "modules", "version", "silence", "budget_config"},
     {"config", "moments", "decompose", "refine", "corpus"},
-    {"calibration", "targets", "residency", "layer_bytes", "ranks", "plan", "solver"},
+    {"calibration", "targets", "residency", "layer_bytes", "ranks", "plan", "solver", "operations"},
     {
         "gradients",
         "sensitivity",

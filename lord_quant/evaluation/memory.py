@@ -4,6 +4,9 @@
 The operating system knows one peak per process, so two models loaded side by side cannot be told apart. A fresh process
 that loads one model and generates with it can: its peak is what a user's machine must have free, the interpreter and its
 libraries included (the same for every model).
+
+On Linux a child starts its life with the peak of its parent in `ru_maxrss`, however much of that the parent has given back;
+``VmHWM`` starts anew.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 from lord_quant.errors import EvaluationError
 
@@ -36,9 +40,19 @@ def peak_process_memory(model: str, dtype: str = "auto", *, prompt_tokens: int =
     return int(done.stdout.split()[-1])
 
 
-def _main(job: str) -> None:
+def peak_resident_bytes() -> int:
+    """Returns the peak resident memory of this process so far."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        lines = status.read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
     import resource
 
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, others kibibytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _main(job: str) -> None:
     from transformers import AutoModelForCausalLM
 
     from lord_quant.evaluation.speed import measure_speed
@@ -46,8 +60,7 @@ def _main(job: str) -> None:
     values = json.loads(job)
     model = AutoModelForCausalLM.from_pretrained(values["model"], dtype=values["dtype"]).eval()
     measure_speed(model, prompt_tokens=values["prompt_tokens"], new_tokens=values["new_tokens"], repeats=1)
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kibibytes
-    sys.stdout.write(f"\n{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}\n")
+    sys.stdout.write(f"\n{peak_resident_bytes()}\n")
 
 
 if __name__ == "__main__":

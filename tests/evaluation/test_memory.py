@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peak memory is the model's own: a larger model takes at least its additional weights more."""
+"""Peak memory is the process's own: a larger model takes at least its additional weights more, a parent's do not count."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from lord_quant.errors import EvaluationError
-from lord_quant.evaluation.memory import peak_process_memory
+from lord_quant.evaluation.memory import peak_process_memory, peak_resident_bytes
 
 
 def saved(folder: Path, vocabulary: int) -> str:
@@ -31,3 +33,14 @@ def test_peak_grows_by_the_weights(tmp_path: Path) -> None:
 def test_a_failing_process_is_named(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match=r"peak memory of .*missing"):
         peak_process_memory(str(tmp_path / "missing"))
+
+
+def test_what_a_parent_once_held_does_not_count() -> None:
+    held = bytearray(b"x") * (256 * 2**20)
+    before = peak_resident_bytes()
+    assert before > len(held)
+    del held
+    assert peak_resident_bytes() >= before  # a peak stays
+    code = "from lord_quant.evaluation.memory import peak_resident_bytes; print(peak_resident_bytes())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 5 * 2**20 < int(done.stdout) < 256 * 2**20

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Truncating one layer: what the joint stack does, against whitened SVD, on the same weight and moments.
+
+Whitened SVD as usual low-rank tools do it: Σ = L Lᵀ, W L = U S Vᵀ, up = U √S, down = √S Vᵀ L⁻¹. For the same rank both
+minimise the same output error, so that must be the same. The joint stack also truncates in the metric of the model's loss,
+which whitened SVD cannot; what that takes on top is timed by itself.
+
+Weights and moments are random: Σ and G have a diagonal that falls over three orders of magnitude and a part of low rank.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from plain import synchronise
+from tables import grid
+
+
+if TYPE_CHECKING:
+    import torch
+
+    from lord_quant.decompose import Factors
+
+STARCODER = {
+    "attn.c_attn": (6400, 6144),
+    "attn.c_proj": (6144, 6144),
+    "mlp.c_fc": (24576, 6144),
+    "mlp.c_proj": (6144, 24576),
+}
+"""(out_features, in_features) of the linear layers of a StarCoder-15B block."""
+SHAPES = {"small": {name: (m // 8, n // 8) for name, (m, n) in STARCODER.items()}, "starcoder-15b": STARCODER}
+WAYS = ("ours", "whitened", "ours_of_loss")
+STEP = 32
+"""Ranks are multiples of this."""
+
+
+class Problem(NamedTuple):
+    """A layer to truncate.
+
+    Attributes:
+        weight: W with shape (out_features, in_features).
+        covariance: Σ with shape (in_features, in_features).
+        metric: G with shape (out_features, out_features).
+        rank: How far.
+    """
+
+    weight: torch.Tensor
+    covariance: torch.Tensor
+    metric: torch.Tensor
+    rank: int
+
+
+def make_problem(shape: tuple[int, int], rank_ratio: float, seed: int, device: str) -> Problem:
+    """Draws a layer in float32."""
+    import torch
+
+    generator = torch.Generator(device=device).manual_seed(seed)
+    outputs, inputs = shape
+
+    def moment(size: int) -> torch.Tensor:
+        loud = torch.randn(size, max(1, size // 16), generator=generator, device=device)
+        found = loud @ loud.T
+        found /= found.diagonal().mean()
+        found.diagonal().add_(torch.logspace(0, -3, size, device=device))
+        return found
+
+    weight = torch.randn(shape, generator=generator, device=device) / inputs**0.5
+    rank = max(STEP, round(min(shape) * rank_ratio / STEP) * STEP)
+    return Problem(weight, moment(inputs), moment(outputs), min(rank, *shape))
+
+
+def whitened_svd(weight: torch.Tensor, covariance: torch.Tensor, rank: int) -> Factors:
+    """Returns the factors of whitened SVD."""
+    import torch
+
+    from lord_quant.decompose import Factors
+
+    lower = torch.linalg.cholesky(covariance)
+    u, s, vh = torch.linalg.svd(weight @ lower, full_matrices=False)
+    root = s[:rank].sqrt()
+    down = torch.linalg.solve_triangular(lower, root[:, None] * vh[:rank], upper=False, left=False)
+    return Factors(down, u[:, :rank] * root, None)
+
+
+def run_way(way: str, problem: Problem) -> Factors:
+    """Truncates a layer one way, an element of `WAYS`."""
+    from lord_quant.stack import truncate
+
+    weight, covariance, metric, rank = problem
+    if way == "whitened":
+        return whitened_svd(weight, covariance, rank)
+    return truncate(weight, covariance, rank, metric if way == "ours_of_loss" else None)[1]
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Returns the seconds that work took, and its result."""
+    synchronise()
+    start = time.perf_counter()
+    result = work()
+    synchronise()
+    return time.perf_counter() - start, result
+
+
+def compare(shapes: str, rank_ratio: float, repeats: int, seed: int, device: str) -> list[dict[str, Any]]:
+    """Times every layer every way, as often as asked for, each time beginning with another way.
+
+    Returns:
+        One row per layer: its shape and rank, all seconds by way, and the relative output errors of ours and of whitened
+        SVD.
+    """
+    from lord_quant.stack import relative_error
+
+    rows = []
+    for name, shape in SHAPES[shapes].items():
+        problem = make_problem(shape, rank_ratio, seed, device)
+        seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+        errors: dict[str, float] = {}
+        for repeat in range(repeats):
+            for step in range(len(WAYS)):
+                way = WAYS[(repeat + step) % len(WAYS)]
+                took, factors = timed(functools.partial(run_way, way, problem))
+                seconds[way].append(took)
+                if way not in errors:
+                    errors[way] = relative_error(factors.product(), problem.weight, problem.covariance, None)
+                del factors
+        rows.append({"layer": name, "shape": shape, "rank": problem.rank, "seconds": seconds, "errors": errors})
+        print(f"{name} {shape[0]}x{shape[1]}: {_line(rows[-1])}", flush=True)
+    return rows
+
+
+def summarise(rows: Sequence[dict[str, Any]], tolerance: float) -> list[dict[str, Any]]:
+    """Returns medians and ratios of every layer and of all together, and whether both errors agree within a share."""
+    lines = []
+    for row in rows:
+        ours, other = row["errors"]["ours"], row["errors"]["whitened"]
+        middle = {way: median(row["seconds"][way]) for way in WAYS}
+        same = abs(ours - other) <= tolerance * other
+        lines.append({"layer": row["layer"], "shape": row["shape"], "seconds": middle, "same_error": same})
+    if lines:
+        total = {way: sum(line["seconds"][way] for line in lines) for way in WAYS}
+        same = all(line["same_error"] for line in lines)
+        lines.append({"layer": "all", "shape": None, "seconds": total, "same_error": same})
+    for line in lines:
+        seconds = line["seconds"]
+        line |= {f"whitened_over_{way}": seconds["whitened"] / seconds[way] for way in ("ours", "ours_of_loss")}
+    return lines
+
+
+def markdown(lines: Sequence[dict[str, Any]]) -> str:
+    """Renders the summary."""
+    headers = ["layer", "out x in", "ours, s", "whitened SVD, s", "ratio", "same error", "ours, loss's metric, s", "ratio"]
+    cells = []
+    for line in lines:
+        ours, whitened, of_loss = (f"{line['seconds'][way]:.3g}" for way in WAYS)
+        shape = "" if line["shape"] is None else "x".join(map(str, line["shape"]))
+        same = "yes" if line["same_error"] else "NO"
+        ratios = [f"{line[f'whitened_over_{way}']:.2f}" for way in ("ours", "ours_of_loss")]
+        cells.append([line["layer"], shape, ours, whitened, ratios[0], same, of_loss, ratios[1]])
+    return grid(headers, cells)
+
+
+def _line(row: dict[str, Any]) -> str:
+    return ", ".join(f"{way} {median(row['seconds'][way]):.3g} s" for way in WAYS)

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much each phase of a run computes and moves, from shapes alone.
+
+Counted are the leading terms, one operation per multiplication and one per addition: passes through the model with
+attention and head, moments, factorizations, products with the loss's metric G, and the solvers. Left out is what is linear
+in weights or tokens: norms, activations, scales, casts. Every linear layer counts as compressed by itself and stored as two
+factors; a pivoted one differs by its choice of pivots, a grouped one by what it shares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+from lord_quant.config import FLOAT_BITS
+from lord_quant.plan import LayerPlan, Plan
+
+
+EIGEN_FLOPS = 10
+"""Operations per k³ of a symmetric eigendecomposition with vectors."""
+FISHER_PASSES = 5
+"""Of the dense model: forward once, then forward and back through every block twice; weights get no gradients."""
+HEAD_PASSES = 2
+"""Of the head: forward and back."""
+JOINT_PASSES = 3
+"""Passes of the compressed stream through a block of four stages, finished parts being replayed."""
+SWEEPS = 2
+"""Of `refine` after each solve."""
+SPLIT_FEATURES, GRAM_SHARE = 512, 10 / 16
+"""From this width on, this share of a symmetric product is multiplied (`moments.gram`)."""
+FLOAT_BYTES = 4
+"""Of a value of the algebra."""
+
+
+class Workload(NamedTuple):
+    """What a run computes on.
+
+    Attributes:
+        num_tokens: Calibration tokens.
+        itemsize: Bytes of a stored float value.
+        joint: Whether the joint stack runs, with two streams, or the naive one.
+        seq_len: Tokens per window; 0 leaves attention between them out.
+        fisher_tokens: Tokens of the joint stack's backward pass; 0 for none.
+        head_weights: Weights of the language-model head.
+    """
+
+    num_tokens: int
+    itemsize: int
+    joint: bool
+    seq_len: int = 0
+    fisher_tokens: int = 0
+    head_weights: int = 0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What something computes and moves.
+
+    Attributes:
+        passes: Operations of passes through the model, in the dtype it computes in.
+        products: Operations of matrix products, triangular solves and Cholesky and QR factorizations in float32.
+        eigen: Operations of eigendecompositions in float32.
+        solves: Operations of solvers that go column by column, in float32, polishing not counted.
+        columns: Columns such solvers go through.
+        moved: Bytes read and written in the device's memory by what is not bound by its operations.
+        files: Bytes read from and written to files.
+        packed: Weights packed on the CPU.
+        rotations: Operations of QR factorizations in float64 on the CPU.
+    """
+
+    passes: float = 0
+    products: float = 0
+    eigen: float = 0
+    solves: float = 0
+    columns: float = 0
+    moved: float = 0
+    files: float = 0
+    packed: float = 0
+    rotations: float = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(Work)))
+
+
+def count_phases(plan: Plan, load: Workload) -> dict[str, Work]:
+    """Returns the work of every phase of a run, by name, in the order in which phases begin."""
+    return _joint_phases(plan, load) if load.joint else _naive_phases(plan, load)
+
+
+def pass_flops(plan: Plan, load: Workload, weights: int) -> float:
+    """Returns the operations of one token's pass through all blocks, which have so many weights in linear layers."""
+    blocks = plan.layers[-1].block + 1
+    width = min(layer.in_features for layer in plan.layers)
+    return 2.0 * weights + 4.0 * load.seq_len * width * blocks
+
+
+def _joint_phases(plan: Plan, load: Workload) -> dict[str, Work]:
+    dense = sum(layer.dense_weights for layer in plan.layers)
+    kept = sum(layer.weights for layer in plan.layers)
+    blocks = plan.layers[-1].block + 1
+    width = min(layer.in_features for layer in plan.layers)
+    tokens, few = load.num_tokens, load.fisher_tokens
+    ranked = [layer for layer in plan.layers if layer.rank is not None]
+    packed = plan.bits != FLOAT_BITS
+    one_pass, one_kept = pass_flops(plan, load, dense), pass_flops(plan, load, kept)
+    grams = sum(gram_flops(layer.out_features, few) for layer in ranked)
+    model_bytes = dense * load.itemsize + plan.other_bytes
+    streams = 2 * tokens * width * load.itemsize * blocks
+    phases = {
+        "sensitivity": Work(
+            passes=few * (FISHER_PASSES * one_pass + HEAD_PASSES * 2.0 * load.head_weights),
+            products=grams,
+            files=2.0 * dense * load.itemsize * bool(few),
+        ),
+        "forward, both streams": Work(passes=tokens * (one_pass + JOINT_PASSES * one_kept)),
+        "moments": Work(products=sum(paired_moment_flops(layer, tokens) for layer in plan.layers)),
+        "anchor": _sum(anchor_work(layer) for layer in plan.layers if packed or layer.rank is not None),
+        "decompose": _sum(truncation_work(layer, bool(few)) for layer in ranked),
+        "quantize": _sum(stack_work(layer) for layer in plan.layers) if packed else Work(),
+        "pack": Work(packed=kept if packed else 0),
+        "files": Work(files=float(model_bytes + streams + 3 * plan.tensor_bytes)),  # shards are written, read, joined
+    }
+    return {name: work for name, work in phases.items() if work != Work()}
+
+
+def _naive_phases(plan: Plan, load: Workload) -> dict[str, Work]:
+    dense = sum(layer.dense_weights for layer in plan.layers)
+    kept = sum(layer.weights for layer in plan.layers)
+    tokens = load.num_tokens
+    ranked = [layer for layer in plan.layers if layer.rank is not None]
+    phases = {
+        "forward": Work(passes=tokens * pass_flops(plan, load, dense)),
+        "moments": Work(products=sum(gram_flops(layer.in_features, tokens) for layer in ranked)),
+        "decompose": _sum(truncation_work(layer, False) for layer in ranked),
+        "files": Work(files=float(dense * load.itemsize + plan.other_bytes + plan.tensor_bytes)),
+    }
+    if plan.bits != FLOAT_BITS:
+        shapes = [shape for layer in plan.layers for shape in layer.factor_shapes().values()]
+        turns = len(shapes) / (plan.layers[-1].block + 1) + 1  # true_sequential: a block once per layer
+        phases["quantize"] = Work(
+            passes=tokens * pass_flops(plan, load, kept) * turns,
+            products=sum(2.0 * inputs**2 * tokens for inputs, _ in shapes),
+        ) + _sum(solve_work(*shape) for shape in shapes)
+        phases["pack"] = Work(packed=kept)
+    return phases
+
+
+def _sum(parts: Iterable[Work]) -> Work:
+    return sum(parts, Work())
+
+
+def gram_flops(features: int, tokens: int) -> float:
+    """Returns the operations of XᵀX, X with shape (tokens, features)."""
+    return 2.0 * features**2 * tokens * (GRAM_SHARE if features >= SPLIT_FEATURES else 1)
+
+
+def paired_moment_flops(layer: LayerPlan, tokens: int) -> float:
+    """Returns the operations of H and C; the dense side is seen at the layer's narrower end."""
+    n, seen = layer.in_features, min(layer.in_features, layer.out_features)
+    return gram_flops(n, tokens) + 2.0 * n * seen * tokens
+
+
+def cholesky_flops(size: int) -> float:
+    """Returns the operations of a Cholesky factorization."""
+    return size**3 / 3
+
+
+def qr_flops(rows: int, columns: int) -> float:
+    """Returns the operations of a thin QR factorization and of forming Q, rows ≥ columns."""
+    return 2 * (2.0 * rows * columns**2 - 2 / 3 * columns**3)
+
+
+def anchor_work(layer: LayerPlan) -> Work:
+    """Counts T = W + W (C − H)(H + λI)⁻¹."""
+    m, n = layer.out_features, layer.in_features
+    return Work(products=2.0 * m * n**2 + cholesky_flops(n) + 2.0 * m * n**2)
+
+
+def truncation_work(layer: LayerPlan, of_loss: bool) -> Work:
+    """Counts the truncation of a layer that has a rank; `of_loss`, in the metric G of the loss (`stack.truncate`)."""
+    m, n, r = layer.out_features, layer.in_features, layer.rank or 0
+    small = min(m, n)
+    products = 2.0 * n * r * m  # down = Uᵀ T
+    if m > n:
+        products += qr_flops(m, n) + 4.0 * n**3 + 2.0 * m * n**2  # W = QR, R Σ Rᵀ, Q V
+    else:
+        products += 2.0 * m * n**2 + 2.0 * m**2 * n
+    if of_loss:
+        root = cholesky_flops(m) + 2.0 * m**2 * n  # S and S T, for the spectrum and again for the factors
+        products += 2 * root + m**2 * r + qr_flops(m, r) + 2.0 * r**2 * n
+    return Work(products=products, eigen=EIGEN_FLOPS * float(small) ** 3)
+
+
+def stack_work(layer: LayerPlan) -> Work:
+    """Counts what quantizes a layer or, with gauge, metrics and refit, its factors."""
+    m, n = layer.out_features, layer.in_features
+    solves = _sum(solve_work(*shape) + refine_work(*shape) for shape in layer.factor_shapes().values())
+    if layer.rank is None:
+        return solves
+    r = layer.rank
+    rotation = Work(products=2.0 * r**2 * (m + n), rotations=qr_flops(r, r))
+    bottleneck = 2.0 * r * n**2 + 2.0 * r**2 * n  # B H Bᵀ
+    if m < n:  # up first, then down refitted for it
+        refit = bottleneck + 2.0 * m**2 * r + 2.0 * m * n * r + 2.0 * m * r**2 + cholesky_flops(r) + 2.0 * n * r**2
+    else:  # deflated metric, down, then up refitted for it
+        deflated = bottleneck + cholesky_flops(r) + 2.0 * n * r**2 + 2.0 * r * n**2
+        refit = deflated + 2 * bottleneck + 4.0 * m * n * r + cholesky_flops(r) + 2.0 * m * r**2
+    return solves + rotation + Work(products=refit)
+
+
+def solve_work(inputs: int, outputs: int) -> Work:
+    """Counts one GPTQ solve: Cholesky factor, its inverse, columns with their feedback."""
+    return Work(
+        solves=2.0 * inputs**2 * outputs + float(inputs) ** 3,
+        columns=inputs,
+        moved=inputs**2 * outputs / 32 * FLOAT_BYTES,  # what is left is read and written once per 32 columns
+    )
+
+
+def refine_work(inputs: int, outputs: int) -> Work:
+    """Counts the polishing of a solve: scales fitted and codes revisited, sweep by sweep."""
+    products = 7.0 * inputs**2 * outputs  # scales two products, codes one and a half
+    return Work(products=SWEEPS * products, columns=SWEEPS * inputs, moved=SWEEPS * inputs**2 * outputs / 32 * FLOAT_BYTES)
