@@ -21,6 +21,7 @@ from torch import nn
 from lord_quant.errors import HostError
 from lord_quant.layer_bytes import Packing
 from lord_quant.linalg import require_finite
+from lord_quant.packing import pack_words
 from lord_quant.refine import Quantized
 from lord_quant.silence import hush, silence
 
@@ -104,7 +105,7 @@ def pack_model(
     *,
     ready: bool = True,
 ) -> list[GptqRecord]:
-    """Replaces linear layers by packed ones that hold given codes, with the host's packer.
+    """Replaces linear layers by packed ones of the host that hold given codes.
 
     Args:
         model: The model, whose layers hold the biases to keep; changed in place, left in evaluation mode.
@@ -122,22 +123,11 @@ def pack_model(
     layers = dict(model.named_modules())
     biases = {name: layers[name].bias for name in quantized}
     quantizer.format = PACKED_FORMAT
-    with _without_packing_extension(), hush("transformers"):
+    with hush("transformers"):
         wanted = {name: packings[name] for name in quantized}
         packed = replace_by_packed(model, quantizer, wanted, {"": next(model.parameters()).device}, pack=True)
         for name, solution in quantized.items():
-            module, device = packed[name], packed[name].device
-            weight = solution.weight().float().cpu()
-            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=biases[name] is not None, device="meta")
-            linear.weight = nn.Parameter(weight, requires_grad=False)
-            if biases[name] is not None:
-                linear.bias = nn.Parameter(biases[name].detach().float().cpu(), requires_grad=False)
-            module.to("cpu")
-            module.pack(linear, solution.scales.float().cpu(), solution.zeros.float().cpu(), solution.g_idx.cpu())
-            module.to(device)
-            for part in ("scales", "bias"):
-                if isinstance(getattr(module, part, None), torch.Tensor):
-                    require_finite(getattr(module, part), f"{part} of layer {name!r} after quantization")
+            _fill(packed[name], solution, biases[name], name)
         if ready:
             post_init(quantizer, model)
     # What the host's own run leaves behind: transformers then refuses to cast the model, peft treats it as packed.
@@ -147,6 +137,31 @@ def pack_model(
     marks.is_quantized, marks.quantization_method = True, QuantizationMethod.GPTQ
     model.eval()
     return [GptqRecord(name, item.loss, item.damp_percent, item.seconds) for name, item in quantized.items()]
+
+
+def _fill(module: Any, solution: Quantized, bias: torch.Tensor | None, name: str) -> None:
+    """Gives a packed layer of the host its tensors, as its own packer would: that takes a minute per 10⁹ bits of codes.
+
+    Raises:
+        HostError: The host's layer holds other tensors.
+        NumericsError: Scales or bias are not finite in float16.
+    """
+    tensors = {
+        "qweight": pack_words(solution.codes.to(torch.uint8).T.contiguous(), solution.bits),
+        "qzeros": pack_words(solution.zeros.to(torch.uint8), solution.bits).T.contiguous(),
+        "scales": solution.scales.T.half().contiguous(),
+        "g_idx": solution.g_idx.to(torch.int32),
+    }
+    if bias is not None:
+        tensors["bias"] = bias.detach().half()
+    for part, tensor in tensors.items():
+        own = getattr(module, part, None)
+        if not isinstance(own, torch.Tensor) or (own.shape, own.dtype) != (tensor.shape, tensor.dtype):
+            found = f"{own.dtype} {tuple(own.shape)}" if isinstance(own, torch.Tensor) else own
+            raise HostError(f"{part} of layer {name!r} is {found} in the host; wanted {tensor.dtype} {tuple(tensor.shape)}")
+        if tensor.is_floating_point():
+            require_finite(tensor, f"{part} of layer {name!r} after quantization")
+        setattr(module, part, tensor.to(own.device))
 
 
 def quantize_model(model: nn.Module, quantizer: Any, expected: int, run: Callable[[], Any]) -> list[GptqRecord]:

@@ -125,6 +125,29 @@ def test_the_packers_codes_are_the_given_ones() -> None:
         assert ("bias" in state) == (name == "first")
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("desc_act", [False, True])
+def test_packed_tensors_are_those_of_the_hosts_own_packer(
+    bits: int, desc_act: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPTQMODEL_DISABLE_PACK_EXT", "1")  # it would first compile one
+    model, quantized = solved_model(bits, desc_act)
+    dense = copy.deepcopy(model)
+    pack(model, quantized, bits)
+    quantizer = make_quantizer(bits=bits, dataset=None, group_size=GROUP, sym=False)
+    quantizer.format = "gptq_v2"
+    theirs = copy.deepcopy(dense)
+    layers = replace_by_packed(theirs, quantizer, dict.fromkeys(quantized, Packing(bits, GROUP)), {"": "cpu"}, pack=True)
+    for name, item in quantized.items():
+        linear = getattr(dense, name).requires_grad_(False)
+        linear.weight.copy_(item.weight())
+        layers[name].pack(linear, item.scales, item.zeros, item.g_idx)
+        wanted, found = layers[name].state_dict(), getattr(model, name).state_dict()
+        assert wanted.keys() == found.keys()
+        for part, tensor in wanted.items():
+            assert tensor.dtype == found[part].dtype and torch.equal(tensor, found[part]), part
+
+
 def test_layers_that_the_host_does_not_replace_are_noticed() -> None:
     wanted = {"first": Packing(4, 32), "second": Packing(8, 32), "nowhere": Packing(8, 32)}
     quantizer = make_quantizer(bits=4, dataset=None, group_size=GROUP, sym=False)
