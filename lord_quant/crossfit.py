@@ -68,12 +68,11 @@ def _chosen_on(weight: torch.Tensor, fitted: Half, other: Half, centred: bool) -
     if metric is None and fitted.sensitivity is not None:
         nothing = torch.zeros(min(weight.shape) + 1, dtype=torch.float64)  # the loss does not depend on it
         return nothing, nothing
-    spectrum = loss_spectrum(weight, _seen(fitted.moments, fitted.moments, centred), metric)
-    vectors = spectrum.vectors
-    if metric is None:
+    root = None if metric is None else loss_root(metric)
+    vectors = loss_spectrum(weight, _seen(fitted.moments, fitted.moments, centred), root).vectors
+    if root is None:
         left, right = vectors.double(), (vectors.T @ weight).double()
     else:
-        root = loss_root(metric)
         left = torch.linalg.solve_triangular(root, vectors, upper=True).double()
         right = (vectors.T @ root @ weight).double()
     minded = left.T @ left if other.sensitivity is None else left.T @ other.sensitivity.double() @ left

@@ -20,7 +20,7 @@ form is rounded once, at half rank and 3 bits, which tells how much noisier it i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -28,13 +28,14 @@ import torch
 
 from lord_quant.config import FLOAT_BITS, GptqConfig, JointConfig
 from lord_quant.crossfit import Half, crossed_tail
-from lord_quant.decompose import Factors, OutputSpectrum
+from lord_quant.decompose import Factors
 from lord_quant.layer_bytes import PACK_MULTIPLE
 from lord_quant.linalg import require_finite
 from lord_quant.moments import merged
 from lord_quant.solver import Solver, Solvers, exact, make_solver
 from lord_quant.stack import (
     factors_of,
+    loss_root,
     loss_spectrum,
     pivoted_factors,
     polished,
@@ -49,6 +50,8 @@ ROWS = 256
 """Rows of a weight that are solved for its noise."""
 PROBED_BITS = (2, 3, 4)
 PROBED_GROUPS = (32, 64, 128)
+PROBED_RANKS = (1 / 2, 3 / 4)
+"""Ranks at which factors are rounded, as parts of the whole; the second for the slope alone."""
 GROUP_BITS = 3
 """Bits at which group sizes are compared."""
 PIVOTED_NOISE = 2.0
@@ -177,19 +180,19 @@ def probe(
     if weight.shape[1] % 256 == 0:
         groups[256] = groups[128] * groups[128] / groups[64]
     joint = covariance if has_bias or mean_correction else seen
-    spectrum, down, up, pivoted = loss_spectrum(weight, joint, metric), None, None, PIVOTED_NOISE
+    root = None if metric is None else loss_root(metric)
+    spectrum, down, up, pivoted = loss_spectrum(weight, joint, root), None, None, PIVOTED_NOISE
     step = usual if min(weight.shape) >= usual else PACK_MULTIPLE
     if min(weight.shape) >= step:
-        half, down_shares, up_shares = _rounded(
-            weight, joint, metric, spectrum, 1 / 2, PROBED_BITS, step, solver, options, seed
+        ranks = [min(max(1, round(part * min(weight.shape) / step)) * step, min(weight.shape)) for part in PROBED_RANKS]
+        cuts = [factors_of(weight, spectrum, rank, root) for rank in ranks]
+        (down_shares, up_shares), (down_again, up_again) = (
+            _rounded(weight, joint, metric, factors, {bits: solver(bits, step) for bits in widths}, options, seed)
+            for factors, widths in zip(cuts, (PROBED_BITS, (GROUP_BITS,)), strict=True)
         )
-        more, down_again, up_again = _rounded(
-            weight, joint, metric, spectrum, 3 / 4, (GROUP_BITS,), step, solver, options, seed
-        )
-        down = FactorNoise(half, down_shares, _slope(half, down_shares[GROUP_BITS], more, down_again[GROUP_BITS]))
-        up = FactorNoise(half, up_shares, _slope(half, up_shares[GROUP_BITS], more, up_again[GROUP_BITS]))
-        factors = factors_of(weight, spectrum, half, metric)
-        pivoted = _pivoted_noise(weight, joint, metric, factors, solver(GROUP_BITS, step), options, seed)
+        down = FactorNoise(ranks[0], down_shares, _slope(ranks, down_shares[GROUP_BITS], down_again[GROUP_BITS]))
+        up = FactorNoise(ranks[0], up_shares, _slope(ranks, up_shares[GROUP_BITS], up_again[GROUP_BITS]))
+        pivoted = _pivoted_noise(weight, joint, metric, cuts[0], solver(GROUP_BITS, step), options, seed)
     values = spectrum.eigenvalues.double().cpu()
     tail = torch.cat((values.flip(0).cumsum(0).flip(0), values.new_zeros(1)))
     cut = crossed_tail(weight, halves, centred=has_bias or mean_correction)
@@ -206,22 +209,16 @@ def _rounded(
     weight: torch.Tensor,
     covariance: torch.Tensor,
     metric: torch.Tensor | None,
-    spectrum: OutputSpectrum,
-    part: float,
-    widths: Sequence[int],
-    group_size: int,
-    solver: Callable[[int, int], Solver],
+    factors: Factors,
+    solvers: Mapping[int, Solver],
     options: JointConfig,
     seed: int,
-) -> tuple[int, dict[int, float], dict[int, float]]:
-    """Rounds `down` and `up` alone at several bit widths, at a rank that is a part of the whole.
+) -> tuple[dict[int, float], dict[int, float]]:
+    """Rounds `down` and `up` alone at several bit widths.
 
     Returns:
-        The rank, and what each factor's rounding lost beyond truncation, relative to the energy kept, by bits.
+        What each factor's rounding lost beyond truncation, relative to the energy kept, by bits.
     """
-    smaller = min(weight.shape)
-    rank = min(max(1, round(part * smaller / group_size)) * group_size, smaller)
-    factors = factors_of(weight, spectrum, rank, metric)
     cut = relative_error(factors.product(), weight, covariance, metric)
 
     def lost(solvers: Solvers) -> float:
@@ -230,9 +227,8 @@ def _rounded(
         more = relative_error(product, weight, covariance, metric) - cut
         return max(more, 0.0) / (1 - cut) if cut < 1 else 0.0
 
-    solvers = {bits: solver(bits, group_size) for bits in widths}
     down = {bits: lost(Solvers(solve, exact)) for bits, solve in solvers.items()}
-    return rank, down, {bits: lost(Solvers(exact, solve)) for bits, solve in solvers.items()}
+    return down, {bits: lost(Solvers(exact, solve)) for bits, solve in solvers.items()}
 
 
 def _pivoted_noise(
@@ -260,8 +256,9 @@ def _pivoted_noise(
     return max(lost[1] / lost[0], 0.1) if lost[0] > 0 else PIVOTED_NOISE
 
 
-def _slope(rank: int, share: float, other: int, again: float) -> float:
+def _slope(ranks: Sequence[int], share: float, again: float) -> float:
     """Returns the power of the rank with which noise falls between two ranks, within reason."""
+    rank, other = ranks
     if other == rank or share <= 0 or again <= 0:
         return 1.0
     return min(max(math.log(share / again) / math.log(other / rank), SLOPES[0]), SLOPES[1])

@@ -209,23 +209,23 @@ def truncate(
     target: torch.Tensor, covariance: torch.Tensor, rank: int, outputs: torch.Tensor | None
 ) -> tuple[OutputSpectrum, Factors]:
     """Returns the best factors of T in the metric `outputs` ⊗ H, `up` orthonormal in units of √diag G."""
-    spectrum = loss_spectrum(target, covariance, outputs)
-    return spectrum, factors_of(target, spectrum, rank, outputs)
+    root = None if outputs is None else loss_root(outputs)
+    spectrum = loss_spectrum(target, covariance, root)
+    return spectrum, factors_of(target, spectrum, rank, root)
 
 
-def loss_spectrum(target: torch.Tensor, covariance: torch.Tensor, outputs: torch.Tensor | None) -> OutputSpectrum:
-    """Returns what every rank of T loses in the metric `outputs` ⊗ H; one serves all ranks."""
-    return output_spectrum(target if outputs is None else loss_root(outputs) @ target, covariance)
+def loss_spectrum(target: torch.Tensor, covariance: torch.Tensor, root: torch.Tensor | None) -> OutputSpectrum:
+    """Returns what every rank of T loses in the metric G ⊗ H, G = SᵀS with the root S; one serves all ranks."""
+    return output_spectrum(target if root is None else root @ target, covariance)
 
 
-def factors_of(target: torch.Tensor, spectrum: OutputSpectrum, rank: int, outputs: torch.Tensor | None) -> Factors:
+def factors_of(target: torch.Tensor, spectrum: OutputSpectrum, rank: int, root: torch.Tensor | None) -> Factors:
     """Returns the factors that `truncate` does, from the spectrum."""
-    if outputs is None:
+    if root is None:
         return two_factor(target, None, spectrum, rank, None)
-    root = loss_root(outputs)
     factors = two_factor(root @ target, None, spectrum, rank, None)
     up = torch.linalg.solve_triangular(root, factors.up, upper=True)
-    scale = outputs.diagonal().sqrt()[:, None]
+    scale = torch.linalg.vector_norm(root, dim=0)[:, None]
     even = _orthonormal(factors._replace(up=scale * up))
     return even._replace(up=even.up / scale)
 
