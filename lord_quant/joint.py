@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from lord_quant.config import JointConfig
 from lord_quant.errors import CalibrationError, NumericsError
+from lord_quant.linalg import is_finite
 from lord_quant.moments import PairedMoments
 from lord_quant.pairing import Inputs, Runner, gather, record_inputs
 from lord_quant.plan import LayerPlan, Plan
@@ -303,7 +304,7 @@ def _record(layer: LayerPlan, stacked: Stacked, num_tokens: int, seconds: float)
 
 
 def _require_finite(moments: PairedMoments, name: str) -> None:
-    fine = [bool(torch.isfinite(tensor).all()) for tensor in moments[:4]]
+    fine = [is_finite(tensor) for tensor in moments[:4]]
     if moments.of_outputs and fine == [False, True, True, False]:  # overflow, or a weight or bias that is not finite
         raise NumericsError(f"layer {name!r}: its outputs in the dense model hold NaN or inf, its inputs do not")
     if not all(fine):

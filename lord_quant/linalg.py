@@ -50,13 +50,16 @@ class SymmetricEigen(NamedTuple):
     remedies: tuple[str, ...]
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Tells whether a tensor holds neither NaN nor inf."""
+    # A sum is finite only if all terms are, and makes no copy; it may overflow on finite terms, hence the second look.
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
 def require_finite(tensor: torch.Tensor, name: str) -> None:
     """Raises `NumericsError` naming `name` and the number of offenders when `tensor` holds NaN or inf."""
-    # A sum is finite only if all terms are; it may overflow on finite terms, hence the exact count before raising.
-    if torch.isfinite(tensor.sum()):
-        return
-    bad = int((~torch.isfinite(tensor)).sum())
-    if bad:
+    if not is_finite(tensor):
+        bad = int((~torch.isfinite(tensor)).sum())
         raise NumericsError(f"{name}: {bad} of {tensor.numel()} values are NaN or inf; wanted finite values")
 
 
@@ -154,7 +157,8 @@ def damped_right_solve(right: torch.Tensor, matrix: torch.Tensor, fraction: floa
         factor, failed = torch.linalg.cholesky_ex(damped)
         del damped
         if not failed:
-            return torch.cholesky_solve(right.to(matrix).T / mean, factor).T
+            half = torch.linalg.solve_triangular(factor, right.to(matrix).T / mean, upper=False)
+            return torch.linalg.solve_triangular(factor.T, half, upper=True).T  # `cholesky_solve` would copy the factor
         fraction = max(10 * fraction, 1e-7)
     raise NumericsError(
         f"a {tuple(matrix.shape)} matrix stayed indefinite with its mean diagonal added; wanted a covariance"
