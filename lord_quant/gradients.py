@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from lord_quant.errors import CalibrationError
+from lord_quant.progress import Progress
 from lord_quant.residency import RESIDENT, Residency
 from lord_quant.stream import BlockCall, block_kinds, capture
 from lord_quant.targets import find_blocks
@@ -75,6 +75,7 @@ class BlockGradients:
         labels: Labels,
         title: str,
         residency: Residency = RESIDENT,
+        progress: Progress | None = None,
     ) -> BlockGradients:
         """Runs a model forth and back; it is left as it was, and weights get no gradients.
 
@@ -82,42 +83,16 @@ class BlockGradients:
             model: A causal language model in evaluation mode.
             batches: Token windows with shape (batch, seq_len), all without padding.
             labels: What the loss takes for right.
-            title: Of the progress bar.
+            title: What the pass is called.
             residency: Which blocks have their weights.
+            progress: Where it is told how far the pass is.
 
         Raises:
             CalibrationError: The model does not call every block once.
         """
-        blocks = find_blocks(model).modules
-        kinds = block_kinds(model, len(blocks))
-        with torch.no_grad():
-            stream = capture(model, blocks, kinds, batches, residency)
-        entering = [[call.hidden for call in stream]]
-        ways: list[Way] = []
-        bar = tqdm(total=2 * len(blocks) - 1, desc=title, unit="block", disable=None)
-        for index, block in enumerate(blocks):
-            with residency.of(index), torch.no_grad(), _way_of(block, ways):
-                entering.append(
-                    [call.run(block, kinds[index], each.clone()) for call, each in zip(stream, entering[-1], strict=True)]
-                )
-            bar.update()
-        ends = [
-            _gradient_at_the_end(model, ways, batch, number, leaving, labels)
-            for number, (batch, leaving) in enumerate(zip(batches, entering.pop(), strict=True))
-        ]
-        gradients = [[gradient for gradient, _ in ends]]
-        for index in range(len(blocks) - 1, 0, -1):
-            arriving = entering.pop()
-            with residency.of(index):
-                gradients.append(
-                    [
-                        _back(blocks[index], kinds[index], call, hidden, gradient)
-                        for call, hidden, gradient in zip(stream, arriving, gradients[-1], strict=True)
-                    ]
-                )
-            bar.update()
-        bar.close()
-        return cls(stream, gradients[::-1], sum(found for _, found in ends))
+        progress, count = progress or Progress(), len(find_blocks(model).modules)
+        with progress.phase(title, 2 * count - 1):
+            return cls(*_forth_and_back(model, batches, labels, residency, progress))
 
     def through(self, index: int, block: nn.Module, kind: str, names: Sequence[str]) -> Iterator[dict[str, Rows]]:
         """Yields what every batch says of layers of a block, by name; layers that were not called are missing.
@@ -144,6 +119,41 @@ class BlockGradients:
             yield {name: _rows(entering, output, parts.get(name)) for name, (entering, output) in calls.items()}
         self._gradients[index] = []  # not needed any more
         self._next += 1
+
+
+def _forth_and_back(
+    model: nn.Module, batches: Sequence[torch.Tensor], labels: Labels, residency: Residency, progress: Progress
+) -> tuple[list[BlockCall], list[list[torch.Tensor]], int]:
+    """Returns what a `BlockGradients` is made of."""
+    path, blocks = find_blocks(model)
+    kinds, last = block_kinds(model, len(blocks)), len(blocks) - 1
+    with torch.no_grad():
+        stream = capture(model, blocks, kinds, batches, residency)
+    entering = [[call.hidden for call in stream]]
+    ways: list[Way] = []
+    for index, block in enumerate(blocks):
+        # The way back begins with the last block again, and whoever asks for gradients begins with the first.
+        with residency.of(index, then=min(index + 1, last)), torch.no_grad(), _way_of(block, ways):
+            entering.append(
+                [call.run(block, kinds[index], each.clone()) for call, each in zip(stream, entering[-1], strict=True)]
+            )
+        progress.block(f"{path}.{index}")
+    ends = [
+        _gradient_at_the_end(model, ways, batch, number, leaving, labels)
+        for number, (batch, leaving) in enumerate(zip(batches, entering.pop(), strict=True))
+    ]
+    gradients = [[gradient for gradient, _ in ends]]
+    for index in range(last, 0, -1):
+        arriving = entering.pop()
+        with residency.of(index, then=index - 1):
+            gradients.append(
+                [
+                    _back(blocks[index], kinds[index], call, hidden, gradient)
+                    for call, hidden, gradient in zip(stream, arriving, gradients[-1], strict=True)
+                ]
+            )
+        progress.block(f"{path}.{index}")
+    return stream, gradients[::-1], sum(found for _, found in ends)
 
 
 def _rows(inputs: torch.Tensor, outputs: torch.Tensor, gradient: torch.Tensor | None) -> Rows:

@@ -32,6 +32,7 @@ LAYERS = [
         "planner",
         "surgery",
         "checkpoint",
+        "progress",
         "stored",
         "source",
         "estimate",
