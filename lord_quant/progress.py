@@ -100,7 +100,7 @@ class Progress:
         if kind is None:
             self._tell("finished")
         else:
-            self._tell("failed", error=f"{kind.__name__}: {error}")
+            self._tell("failed", error=f"{kind.__name__}: {error}".removesuffix(": "))
         if self._handle is not None:
             self._handle.close()
             self._handle = None

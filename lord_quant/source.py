@@ -108,6 +108,7 @@ def load_model(source: Source, device: torch.device) -> PreTrainedModel:
         ModelError: The weights are missing, incomplete or not safetensors.
         NumericsError: A weight holds NaN or inf (the first is named).
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     dtype = torch.float32 if device.type == "cpu" else source.dtype
@@ -116,7 +117,7 @@ def load_model(source: Source, device: torch.device) -> PreTrainedModel:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.path, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
             )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model {source.path!r} cannot be loaded: {_first_line(error)}") from error
     model, info = loaded
     if info["mismatched_keys"]:
