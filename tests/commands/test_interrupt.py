@@ -88,14 +88,18 @@ def ended(
         )
         processes[label] = (process, folder)
     sent = {"interrupted": signal.SIGINT, "terminated": signal.SIGTERM, "killed": signal.SIGKILL}
-    for label, number in sent.items():
-        process, folder = processes[label]
-        wait_for(lambda folder=folder: "solving" in (folder / "stderr.txt").read_text(), process)
-        os.kill(process.pid, number)
     results = {}
-    for label, (process, folder) in processes.items():
-        process.communicate(timeout=120)
-        results[label] = Ended(process.returncode, (folder / "stderr.txt").read_text(), folder)
+    try:
+        for label, number in sent.items():
+            process, folder = processes[label]
+            wait_for(lambda folder=folder: "solving" in (folder / "stderr.txt").read_text(), process)
+            os.kill(process.pid, number)
+        for label, (process, folder) in processes.items():
+            process.communicate(timeout=120)
+            results[label] = Ended(process.returncode, (folder / "stderr.txt").read_text(), folder)
+    finally:
+        for process, _ in processes.values():
+            process.kill()  # nothing to one that has ended
     return results
 
 
