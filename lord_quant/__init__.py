@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lord_quant.integrations.optimum import LordGPTQQuantizer
     from lord_quant.integrations.transformers import LordGPTQConfig
     from lord_quant.pipeline import compress_model, prepare
+    from lord_quant.progress import Progress
     from lord_quant.stored import measure
 
 _PUBLIC = {
@@ -27,6 +28,7 @@ _PUBLIC = {
     "LowrankConfig": "lord_quant.config",
     "LordGPTQConfig": "lord_quant.integrations.transformers",
     "LordGPTQQuantizer": "lord_quant.integrations.optimum",
+    "Progress": "lord_quant.progress",
     "compress_model": "lord_quant.pipeline",
     "evaluate": "lord_quant.evaluation.harness",
     "execute": "lord_quant.execution",
@@ -41,6 +43,7 @@ __all__ = [
     "LordGPTQConfig",
     "LordGPTQQuantizer",
     "LowrankConfig",
+    "Progress",
     "__version__",
     "compress_model",
     "evaluate",

@@ -20,6 +20,7 @@ from lord_quant.errors import BudgetError, ConfigError
 from lord_quant.menu import DENSE, Choice, Menu, single
 from lord_quant.pipeline import backward_batches, plan_model, prepare
 from lord_quant.planner import Allocation
+from lord_quant.progress import Progress
 from lord_quant.residency import RESIDENT, Residency
 from lord_quant.sensitivity import Sensitivity, Slope
 from lord_quant.source import build_skeleton, inspect_source, load_model, read_config, stream_source
@@ -41,7 +42,7 @@ def unplanned(config: LordConfig) -> LordConfig:
     return dataclasses.replace(config, lowrank=lowrank, gptq=gptq, budget=None)
 
 
-def statistics_of(config: LordConfig) -> Statistics:
+def statistics_of(config: LordConfig, progress: Progress | None = None) -> Statistics:
     """Reads the statistics that a run's budget names; measures them where it names none.
 
     Raises:
@@ -49,14 +50,15 @@ def statistics_of(config: LordConfig) -> Statistics:
     """
     if config.budget is not None and config.budget.statistics:
         return load_statistics(config.budget.statistics)
-    return sense(config)
+    return sense(config, progress)
 
 
-def sense(config: LordConfig) -> Statistics:
+def sense(config: LordConfig, progress: Progress | None = None) -> Statistics:
     """Runs the sensitivity pass of a model.
 
     Args:
         config: Model, calibration and solver; ranks and bits in it do not matter.
+        progress: Where it is told how far the pass is.
 
     Raises:
         LordError: Whatever is wrong with model or calibration.
@@ -64,11 +66,15 @@ def sense(config: LordConfig) -> Statistics:
     job = prepare(dataclasses.replace(unplanned(config), output=None))
     streamed = stream_source(job.source, job.device)
     model, residency = streamed or (load_model(job.source, job.device), RESIDENT)
-    return sense_model(model, job.windows, config, residency)
+    return sense_model(model, job.windows, config, residency, progress)
 
 
 def sense_model(
-    model: torch.nn.Module, windows: TokenWindows, config: LordConfig, residency: Residency = RESIDENT
+    model: torch.nn.Module,
+    windows: TokenWindows,
+    config: LordConfig,
+    residency: Residency = RESIDENT,
+    progress: Progress | None = None,
 ) -> Statistics:
     """Runs the sensitivity pass of a dense model, which is left as it was.
 
@@ -77,6 +83,7 @@ def sense_model(
         windows: Calibration tokens.
         config: Where the model came from, and the solver; ranks and bits in it do not matter.
         residency: Which blocks have their weights.
+        progress: Where it is told how far the pass is.
     """
     samples = min(config.joint.fisher_samples or SENSED_SAMPLES, len(windows.input_ids))
     config = dataclasses.replace(config, joint=dataclasses.replace(config.joint, fisher_samples=samples))
@@ -85,10 +92,10 @@ def sense_model(
         batches = backward_batches(windows, config)
         one, other = batches[::2], batches[1::2] or batches
         sensitivities = (
-            Sensitivity.measure(model, one, seed=2 * seed, residency=residency),
-            Sensitivity.measure(model, other, seed=2 * seed + 1, residency=residency),
+            Sensitivity.measure(model, one, seed=2 * seed, residency=residency, progress=progress),
+            Sensitivity.measure(model, other, seed=2 * seed + 1, residency=residency, progress=progress),
         )
-        slopes = Slope.measure(model, one, residency), Slope.measure(model, other, residency)
+        slopes = Slope.measure(model, one, residency, progress), Slope.measure(model, other, residency, progress)
     return measure_statistics(
         model,
         windows.batches(config.calibration.batch_size),
@@ -101,6 +108,7 @@ def sense_model(
         seed=seed,
         dtype=torch.float64 if config.lowrank.float64 else torch.float32,
         residency=residency,
+        progress=progress,
     )
 
 

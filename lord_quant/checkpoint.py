@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lord_quant.config import FLOAT_BITS, GptqConfig
-from lord_quant.errors import CheckpointError, FormatVersionError, OutputError
+from lord_quant.errors import CheckpointError, FormatVersionError, OutputError, reason_of
 from lord_quant.linalg import require_finite
 from lord_quant.plan import Plan
 from lord_quant.version import FORMAT_VERSION, UNIFORM_FORMAT_VERSION, __version__
@@ -296,6 +296,8 @@ def atomic_file(output: str | Path) -> Iterator[Path]:
     Raises:
         OutputError: It could not be written; nothing is left behind.
     """
+    from safetensors import SafetensorError
+
     path = Path(output).expanduser()
     staging: Path | None = None
     try:
@@ -307,8 +309,8 @@ def atomic_file(output: str | Path) -> Iterator[Path]:
         yield staging
         _sync(staging)
         staging.replace(path)
-    except OSError as error:
-        raise OutputError(f"output {str(output)!r} cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:  # the latter where a disk is full
+        raise OutputError(f"output {str(output)!r} cannot be written: {reason_of(error)}") from error
     finally:
         if staging is not None:
             staging.unlink(missing_ok=True)
@@ -322,26 +324,32 @@ def atomic_folder(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
     nothing changes; when only the rename fails, the finished folder is kept where it is.
 
     Raises:
-        OutputError: The finished folder could not be put in place, or something appeared there meanwhile; the message
-            says where it is kept.
+        OutputError: It could not be written; or the finished folder could not be put in place, or something appeared there
+            meanwhile, and the message says where it is kept.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    from safetensors import SafetensorError
+
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    except OSError as error:
+        raise OutputError(f"output {str(output)!r} cannot be written: {reason_of(error)}") from error
     try:
         staging.chmod(0o777 & ~_umask())
         yield staging
         for path in staging.rglob("*"):
             if path.is_file():
                 _sync(path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):
+            raise OutputError(f"output {str(output)!r} cannot be written: {reason_of(error)}") from error
         raise
     try:
         _put_in_place(staging, output, overwrite)
     except OSError as error:
-        reason = error.strerror or str(error)
         raise OutputError(
-            f"{str(output)!r} could not be put in place ({reason}); it is kept at {str(staging)!r}"
+            f"{str(output)!r} could not be put in place ({reason_of(error)}); it is kept at {str(staging)!r}"
         ) from error
 
 

@@ -31,6 +31,10 @@ class ModelError(LordError, ValueError):
     """The model cannot be compressed: not found, not a causal language model, already quantized, no tokenizer."""
 
 
+class LayoutError(ModelError):
+    """A model's files name its tensors otherwise than the model does, or hold them in other shapes."""
+
+
 class RankError(LordError, ValueError):
     """A rank is illegal for a layer, or no layer would be decomposed."""
 
@@ -73,6 +77,11 @@ class NumericsError(LordError, RuntimeError):
 
 class HostError(LordError, RuntimeError):
     """A host library did something other than its contract says."""
+
+
+def reason_of(error: Exception) -> str:
+    """Returns what went wrong, without the file's name where the system says it apart."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:

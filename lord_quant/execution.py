@@ -7,6 +7,7 @@ Where that cannot be, and in the naive stack, the whole model is loaded.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -26,7 +27,8 @@ from lord_quant.checkpoint import (
     write_model,
 )
 from lord_quant.config import FLOAT_BITS
-from lord_quant.journal import Journal
+from lord_quant.errors import ModelError, OutputError, reason_of
+from lord_quant.journal import Journal, folder_of
 from lord_quant.pipeline import (
     Job,
     Phases,
@@ -36,6 +38,7 @@ from lord_quant.pipeline import (
     host_arguments,
     solvers_of,
 )
+from lord_quant.progress import Progress
 from lord_quant.report import build_report, model_card, package_versions, to_json
 from lord_quant.residency import Streamed
 from lord_quant.sensitivity import Sensitivity
@@ -50,30 +53,43 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def execute(job: Job) -> dict[str, Any]:
+TO_CONTINUE = "put that right, and the same command goes on"
+
+
+def execute(job: Job, progress: Progress | None = None) -> dict[str, Any]:
     """Runs a job and writes its checkpoint; returns the report.
 
     A joint run that writes streams its blocks from file to file, and continues an unfinished one. The output folder appears
     by one rename when everything is in it.
+
+    Args:
+        job: The run.
+        progress: Where it is told how far the run is; None shows bars on a terminal and writes no log.
+
+    Raises:
+        LordError: Whatever goes wrong. A streamed run keeps the blocks that are finished.
     """
-    phases = Phases()
+    phases, progress = Phases(), progress or Progress()
     if job.config.stack == "joint" and job.output is not None:
-        with phases.measure("load"):
+        with phases.measure("load"), progress.phase("load"):
             streamed = stream_source(job.source, job.device)
         if streamed is not None:
-            return _execute_streamed(job, *streamed, phases)
-    with phases.measure("load"):
+            return _execute_streamed(job, *streamed, phases, progress)
+    with phases.measure("load"), progress.phase("load"):
         model = load_model(job.source, job.device)
-    done = compress_model(model, job.plan, job.windows, job.config)
+    done = compress_model(model, job.plan, job.windows, job.config, progress=progress)
     cast_floats(model, job.source.dtype)
     seconds = phases.seconds | done.seconds
     report = build_report(job.config, job.plan, job.windows, done.decomposed, done.quantized, seconds, job.warnings)
     if job.output is None:
         return report
-    return write_checkpoint(model, job.source.tokenizer, job.output, report, overwrite=job.overwrite)
+    with progress.phase("write"):
+        return write_checkpoint(model, job.source.tokenizer, job.output, report, overwrite=job.overwrite)
 
 
-def _execute_streamed(job: Job, model: PreTrainedModel, residency: Streamed, phases: Phases) -> dict[str, Any]:
+def _execute_streamed(
+    job: Job, model: PreTrainedModel, residency: Streamed, phases: Phases, progress: Progress
+) -> dict[str, Any]:
     config, plan, output = job.config, job.plan, job.output
     assert output is not None  # `execute` looked
     solve, quantizer, sensitivity = None, None, None
@@ -92,22 +108,33 @@ def _execute_streamed(job: Job, model: PreTrainedModel, residency: Streamed, pha
     try:
         if len(fisher_windows(job.windows, config)) and plan.rank_pattern:
             with phases.measure("sensitivity"):
-                batches = backward_batches(job.windows, config)
-                sensitivity = Sensitivity.measure(model, batches, seed=config.calibration.seed, residency=residency)
+                batches, seed = backward_batches(job.windows, config), config.calibration.seed
+                sensitivity = Sensitivity.measure(model, batches, seed=seed, residency=residency, progress=progress)
         batches = job.windows.batches(config.calibration.batch_size)
         settings = Settings(plan, batches, solve, config.joint, sensitivity, quantizer, job.source.dtype, others)
         with phases.measure("stack"):
-            done = stream_model(model, residency, journal, settings)
+            done = stream_model(model, residency, journal, settings, progress)
         model.config.quantization_config = quantization_config(plan, config.gptq, quantizer.format if quantizer else "")
         report = build_report(config, plan, job.windows, done.records, done.quantized, phases.seconds, job.warnings)
         report |= {"blocks_resumed": done.resumed, "made_of_sha256": digest(made)}
         write = functools.partial(write_weights, model, residency.blocks, journal, dtype=job.source.dtype)
-        report = write_checkpoint(model, job.source.tokenizer, output, report, overwrite=job.overwrite, write=write)
-    except BaseException:
+        with progress.phase("write"):
+            report = write_checkpoint(model, job.source.tokenizer, output, report, overwrite=job.overwrite, write=write)
+    except BaseException as error:
         journal.close(keep=bool(journal.blocks))
+        if isinstance(error, ModelError | OutputError):  # a full disk, a file that is gone: nothing that was done was wrong
+            kept = f"; {len(journal.blocks)} of {len(residency.blocks.modules)} blocks are finished and kept"
+            raise type(error)(f"{error}{kept * bool(journal.blocks)}; {TO_CONTINUE}") from error
         raise
     journal.close()
     return report
+
+
+def clear_away(job: Job, output: Path) -> None:
+    """Removes what a finished run left beside its output because it was killed before it could; not what is another's."""
+    if folder_of(output).is_dir():
+        with contextlib.suppress(OutputError):
+            Journal(output, made_of(job)).close()
 
 
 def is_finished(job: Job, output: Path) -> bool:
@@ -117,6 +144,13 @@ def is_finished(job: Job, output: Path) -> bool:
         return isinstance(report, dict) and report.get("made_of_sha256") == digest(made_of(job))
     except (OSError, ValueError):
         return False
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, output: Path) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # tokenizer backends raise whatever they like
+        raise OutputError(f"output {str(output)!r} cannot be written: {reason_of(error)}") from error
 
 
 def digest(values: Mapping[str, Any]) -> str:
@@ -158,13 +192,16 @@ def write_checkpoint(
 
     Returns:
         The report as written, with the bytes on disk and the seconds of writing.
+
+    Raises:
+        OutputError: It cannot be written; nothing is left behind.
     """
     phases = Phases()
     with atomic_folder(output, overwrite=overwrite) as folder:
         with phases.measure("write"):
             (write or functools.partial(write_model, model))(folder)
             if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
+                _save_tokenizer(tokenizer, folder, output)
         files = weight_files(folder)
         sizes = {
             "tensor_bytes_on_disk": sum(size for _, _, size in read_headers(files).values()),

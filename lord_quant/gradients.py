@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from lord_quant.errors import CalibrationError
-from lord_quant.residency import RESIDENT, Kept, Residency
+from lord_quant.kept import Kept
+from lord_quant.progress import Progress
+from lord_quant.residency import RESIDENT, Residency
 from lord_quant.stream import BlockCall, block_kinds, capture
 from lord_quant.targets import find_blocks
 
@@ -75,6 +76,7 @@ class BlockGradients:
         labels: Labels,
         title: str,
         residency: Residency = RESIDENT,
+        progress: Progress | None = None,
     ) -> BlockGradients:
         """Runs a model forth and back; it is left as it was, and weights get no gradients.
 
@@ -82,42 +84,17 @@ class BlockGradients:
             model: A causal language model in evaluation mode.
             batches: Token windows with shape (batch, seq_len), all without padding.
             labels: What the loss takes for right.
-            title: Of the progress bar.
+            title: What the pass is called.
             residency: Which blocks have their weights, and where hidden states and gradients wait, one per block.
+            progress: Where it is told how far the pass is.
 
         Raises:
             CalibrationError: The model does not call every block once.
             OutputError: They cannot be written to where they wait.
         """
-        blocks = find_blocks(model).modules
-        kinds = block_kinds(model, len(blocks))
-        with torch.no_grad():
-            stream = capture(model, blocks, kinds, batches, residency)
-        hidden = [call.hidden for call in stream]
-        entering: list[Kept] = []
-        ways: list[Way] = []
-        bar = tqdm(total=2 * len(blocks) - 1, desc=title, unit="block", disable=None)
-        for index, block in enumerate(blocks):
-            entering.append(residency.keep(hidden))
-            with residency.of(index), torch.no_grad(), _way_of(block, ways):
-                hidden = [call.run(block, kinds[index], each.clone()) for call, each in zip(stream, hidden, strict=True)]
-            bar.update()
-        ends = [
-            _gradient_at_the_end(model, ways, batch, number, leaving, labels)
-            for number, (batch, leaving) in enumerate(zip(batches, hidden, strict=True))
-        ]
-        gradient = [found for found, _ in ends]
-        gradients = [residency.keep(gradient)]
-        for index in range(len(blocks) - 1, 0, -1):
-            arriving = entering.pop().take()
-            with residency.of(index):
-                gradient = [
-                    _back(blocks[index], kinds[index], *each) for each in zip(stream, arriving, gradient, strict=True)
-                ]
-            gradients.append(residency.keep(gradient))
-            bar.update()
-        bar.close()
-        return cls(stream, gradients[::-1], sum(count for _, count in ends))
+        progress, count = progress or Progress(), len(find_blocks(model).modules)
+        with progress.phase(title, 2 * count - 1):
+            return cls(*_forth_and_back(model, batches, labels, residency, progress))
 
     def through(self, index: int, block: nn.Module, kind: str, names: Sequence[str]) -> Iterator[dict[str, Rows]]:
         """Yields what every batch says of layers of a block, by name; layers that were not called are missing.
@@ -143,6 +120,38 @@ class BlockGradients:
             call.hidden = leaving.detach()
             yield {name: _rows(entering, output, parts.get(name)) for name, (entering, output) in calls.items()}
         self._next += 1
+
+
+def _forth_and_back(
+    model: nn.Module, batches: Sequence[torch.Tensor], labels: Labels, residency: Residency, progress: Progress
+) -> tuple[list[BlockCall], list[Kept], int]:
+    """Returns what a `BlockGradients` is made of."""
+    path, blocks = find_blocks(model)
+    kinds, last = block_kinds(model, len(blocks)), len(blocks) - 1
+    with torch.no_grad():
+        stream = capture(model, blocks, kinds, batches, residency)
+    hidden = [call.hidden for call in stream]
+    entering: list[Kept] = []
+    ways: list[Way] = []
+    for index, block in enumerate(blocks):
+        entering.append(residency.keep(hidden))
+        # The way back begins with the last block again, and whoever asks for gradients begins with the first.
+        with residency.of(index, then=min(index + 1, last)), torch.no_grad(), _way_of(block, ways):
+            hidden = [call.run(block, kinds[index], each.clone()) for call, each in zip(stream, hidden, strict=True)]
+        progress.block(f"{path}.{index}")
+    ends = [
+        _gradient_at_the_end(model, ways, batch, number, leaving, labels)
+        for number, (batch, leaving) in enumerate(zip(batches, hidden, strict=True))
+    ]
+    gradient = [found for found, _ in ends]
+    gradients = [residency.keep(gradient)]
+    for index in range(last, 0, -1):
+        arriving = entering.pop().take()
+        with residency.of(index, then=index - 1):
+            gradient = [_back(blocks[index], kinds[index], *each) for each in zip(stream, arriving, gradient, strict=True)]
+        gradients.append(residency.keep(gradient))
+        progress.block(f"{path}.{index}")
+    return stream, gradients[::-1], sum(count for _, count in ends)
 
 
 def _rows(inputs: torch.Tensor, outputs: torch.Tensor, gradient: torch.Tensor | None) -> Rows:

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from lord_quant.config import JointConfig
 from lord_quant.errors import CalibrationError, NumericsError
@@ -31,6 +30,7 @@ from lord_quant.linalg import is_finite
 from lord_quant.moments import PairedMoments
 from lord_quant.pairing import Inputs, Runner, gather, record_inputs
 from lord_quant.plan import LayerPlan, Plan
+from lord_quant.progress import Progress
 from lord_quant.refine import Quantized
 from lord_quant.residency import RESIDENT, Residency
 from lord_quant.sensitivity import Sensitivity
@@ -93,6 +93,7 @@ class JointRun:
         seed: Of the rotations.
         dtype: dtype of statistics and algebra.
         residency: Which blocks have their weights.
+        progress: Where it is told how far the run is.
 
     Attributes:
         done: What was done so far.
@@ -115,10 +116,11 @@ class JointRun:
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         residency: Residency = RESIDENT,
+        progress: Progress | None = None,
     ) -> None:
         self.model, self.plan, self.solve, self.options, self.sensitivity = model, plan, solve, options, sensitivity
         self.true_sequential, self.seed, self.dtype, self.residency = true_sequential, seed, dtype, residency
-        self.done = StackedModel()
+        self.done, self.progress = StackedModel(), progress or Progress()
         self.planned = {layer.name: layer for layer in plan.layers if solve is not None or layer.rank is not None}
         self.last = max((layer.block for layer in self.planned.values()), default=-1)
         self.blocks = find_blocks(model)
@@ -154,7 +156,8 @@ class JointRun:
                 for names in groups[leader]:
                     sources = [dense.get_submodule(name) for name in names]
                     metric = _together([minded.pop(name, None) for name in names], sources)
-                    self._compress([layers[name] for name in names], sources, moments[leader], metric)
+                    with self.progress.layers(*(prefix + name for name in names)):
+                        self._compress([layers[name] for name in names], sources, moments[leader], metric)
                     open_layers.difference_update(names)
                 inputs.forget(leader)
         if index < self.last:
@@ -214,8 +217,10 @@ def stack_model(
         CalibrationError: No token reached a layer, the streams differ in tokens, or grouped layers in their input.
     """
     run = JointRun(model, plan, batches, solve, options, **settings)
-    for index in tqdm(range(run.last + 1), desc="stack", unit="block", disable=None):
-        run.step(index)
+    with run.progress.phase("stack", run.last + 1):
+        for index in range(run.last + 1):
+            run.step(index)
+            run.progress.block(f"{run.blocks.path}.{index}")
     return run.done
 
 

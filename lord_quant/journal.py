@@ -2,8 +2,8 @@
 """What survives of a run that was cut off: finished blocks, where both streams stood, and a line about each.
 
 Everything lies in a hidden folder beside the output. A block counts when its line is in the journal, and the line is
-written last: a run that is killed at any moment loses no more than the block it was at. The first line says what the run is
-made of, and a run that differs in anything does not continue it. One run at a time: a second one is refused.
+written last. The first line says what the run is made of, and a run that differs in anything does not continue it. One run
+at a time: a second one is refused.
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ JOURNAL = "journal.jsonl"
 LOCK = "lock"
 
 
+def folder_of(output: Path) -> Path:
+    """Returns where what survives of a run lies."""
+    return output.parent / f".{output.name}.unfinished"
+
+
 class Journal:
     """The journal of one run.
 
@@ -43,12 +48,12 @@ class Journal:
     """
 
     def __init__(self, output: Path, made_of: Mapping[str, Any], *, restart: bool = False) -> None:
-        self.folder = output.parent / f".{output.name}.unfinished"
+        self.folder = folder_of(output)
         self.made_of = json.loads(json.dumps(made_of))
         self.blocks: list[dict[str, Any]] = []
+        self._lock = FileLock(self.folder / LOCK)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(self.folder / LOCK)
             self._lock.acquire(timeout=0)
             lines = self._lines()
             if lines and lines[0] != self.made_of and not restart:
@@ -67,6 +72,8 @@ class Journal:
         except Timeout:
             raise OutputError(f"another run is writing {str(output)!r}; wanted one at a time") from None
         except OSError as error:
+            if self._lock.is_locked:
+                self.close(keep=bool(self.blocks))
             raise OutputError(f"{str(self.folder)!r} cannot be used: {error.strerror or error}") from error
 
     def shard(self, block: int) -> Path:
@@ -100,6 +107,10 @@ class Journal:
                 f"{str(self._file(name))!r} of an unfinished run cannot be read ({error}); --overwrite starts again"
             ) from error
 
+    def saved(self, prefix: str) -> set[str]:
+        """Returns the names of tensors that were saved and begin with a prefix."""
+        return {path.stem for path in self.folder.glob(f"{prefix}*.safetensors")}
+
     def drop(self, name: str) -> None:
         """Removes tensors that are not needed any more."""
         self._file(name).unlink(missing_ok=True)
@@ -115,6 +126,17 @@ class Journal:
         except OSError as error:
             raise OutputError(f"{str(self.folder)!r} cannot be written: {error.strerror or error}") from error
         self.blocks.append(dict(block))
+
+    def go_back(self, blocks: int) -> None:
+        """Lets only the first blocks count as finished.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        lines = [self.made_of, *self.blocks[:blocks]]
+        with atomic_file(self.folder / JOURNAL) as staging:
+            staging.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        self.blocks = self.blocks[:blocks]
 
     def close(self, *, keep: bool = False) -> None:
         """Lets other runs have the folder; removes it, unless something in it is still needed."""

@@ -33,6 +33,7 @@ from lord_quant.joint import StackRecord, stack_model
 from lord_quant.linalg import require_finite
 from lord_quant.operations import Workload
 from lord_quant.plan import LayerPlan, Plan, build_plan
+from lord_quant.progress import Progress
 from lord_quant.sensitivity import Sensitivity
 from lord_quant.solver import Solvers, make_solver
 from lord_quant.source import (
@@ -204,6 +205,7 @@ def compress_model(
     *,
     quantizer: Any = None,
     run: Callable[[], Any] | None = None,
+    progress: Progress | None = None,
 ) -> Compressed:
     """Runs a plan on a loaded dense model, in place: decompose and quantize, jointly or one after the other.
 
@@ -214,6 +216,7 @@ def compress_model(
         config: The run.
         quantizer: The host quantizer to use; None makes Optimum's own.
         run: How to start it in the naive stack; None calls its `quantize_model`.
+        progress: Where it is told how far the joint stack is.
 
     Afterwards `model.config.quantization_config` says what was done, and `save_pretrained` writes a checkpoint that
     `from_pretrained` loads. Save before the first forward pass: 4-bit CPU kernels rewrite their weights in place.
@@ -224,14 +227,20 @@ def compress_model(
     packed = plan.bits != FLOAT_BITS
     if packed and quantizer is None:
         quantizer = backend.make_quantizer(**host_arguments(config, plan, model, windows))
-    steps = _compress_jointly if config.stack == "joint" else functools.partial(_compress_naively, run=run)
+    jointly = functools.partial(_compress_jointly, progress=progress)
+    steps = jointly if config.stack == "joint" else functools.partial(_compress_naively, run=run)
     done = steps(model, plan, windows, config, quantizer)
     model.config.quantization_config = quantization_config(plan, config.gptq, quantizer.format if packed else "")
     return done
 
 
 def _compress_jointly(
-    model: PreTrainedModel, plan: Plan, windows: TokenWindows, config: LordConfig, quantizer: Any
+    model: PreTrainedModel,
+    plan: Plan,
+    windows: TokenWindows,
+    config: LordConfig,
+    quantizer: Any,
+    progress: Progress | None = None,
 ) -> Compressed:
     phases, quantized = Phases(), list[backend.GptqRecord]()
     solve = None
@@ -242,7 +251,8 @@ def _compress_jointly(
     few = fisher_windows(windows, config)
     if len(few) and plan.rank_pattern:
         with phases.measure("sensitivity"):
-            sensitivity = Sensitivity.measure(model, backward_batches(windows, config), seed=config.calibration.seed)
+            passed, seed = backward_batches(windows, config), config.calibration.seed
+            sensitivity = Sensitivity.measure(model, passed, seed=seed, progress=progress)
     with phases.measure("stack"):
         stacked = stack_model(
             model,
@@ -254,6 +264,7 @@ def _compress_jointly(
             true_sequential=config.gptq.true_sequential,
             seed=config.calibration.seed,
             dtype=dtype,
+            progress=progress,
         )
     if solve is not None:
         with phases.measure("pack"):

@@ -3,7 +3,8 @@
 
 A model that fits is there as a whole. One that does not is a skeleton on the meta device, whose blocks get their weights
 from the checkpoint's files when their turn comes and lose them again: `Streamed`. Whoever walks through the blocks asks for
-each before running it; what stands outside the blocks (embeddings, last norm, head) is always there.
+each before running it, and says which one comes then, so that it can be read meanwhile; what stands outside the blocks
+(embeddings, last norm, head) is always there.
 
 What is to be remembered of every block at once (hidden states, gradients) would grow with the model as well: beside a
 skeleton it waits in files.
@@ -12,30 +13,20 @@ skeleton it waits in files.
 from __future__ import annotations
 
 import tempfile
-import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from lord_quant.errors import ModelError, OutputError
+from lord_quant.errors import LayoutError, ModelError
+from lord_quant.kept import Kept, KeptInFile
 from lord_quant.linalg import require_finite
 from lord_quant.targets import find_blocks
-
-
-class Kept:
-    """Tensors that wait to be taken back, once."""
-
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        self._tensors = list(tensors)
-
-    def take(self) -> list[torch.Tensor]:
-        """Returns the tensors; they are not kept any longer."""
-        tensors, self._tensors = self._tensors, []
-        return tensors
 
 
 class Residency:
@@ -46,14 +37,17 @@ class Residency:
         return Kept(tensors)
 
     @contextmanager
-    def of(self, *blocks: int) -> Iterator[None]:
-        """Sees to it that blocks have their weights while the body runs."""
+    def of(self, *blocks: int, then: int | None = None) -> Iterator[None]:
+        """Sees to it that blocks have their weights while the body runs.
+
+        Args:
+            *blocks: Which ones.
+            then: Which block will probably be asked for next; None, or one that does not exist, if none will.
+        """
         yield
 
 
 RESIDENT = Residency()
-KEPT = ".kept.partial-"
-"""What the names of files begin with in which tensors wait; the next run in that folder removes what a killed one left."""
 
 
 class Place(NamedTuple):
@@ -61,41 +55,6 @@ class Place(NamedTuple):
 
     file: str
     key: str
-
-
-class KeptInFile(Kept):
-    """Tensors that wait in a file, which goes once they are taken, or not needed any more.
-
-    Args:
-        tensors: The tensors.
-        folder: Where the file is to lie.
-
-    Raises:
-        OutputError: It cannot be written.
-    """
-
-    def __init__(self, tensors: Sequence[torch.Tensor], folder: Path) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        self._devices = [tensor.device for tensor in tensors]
-        try:
-            with tempfile.NamedTemporaryFile(dir=folder, prefix=KEPT, suffix=".safetensors", delete=False) as handle:
-                self._path = Path(handle.name)
-            self._finalizer = weakref.finalize(self, self._path.unlink, missing_ok=True)
-            numbered = {str(number): tensor.detach().cpu().contiguous() for number, tensor in enumerate(tensors)}
-            save_file(numbered, self._path)
-        except (OSError, SafetensorError) as error:
-            raise OutputError(f"activations cannot be kept in {str(folder)!r}: {error}") from error
-
-    def take(self) -> list[torch.Tensor]:
-        """Returns the tensors on their devices, and removes the file."""
-        from safetensors.torch import load_file
-
-        found = load_file(self._path)
-        tensors = [found[str(number)].to(device) for number, device in enumerate(self._devices)]
-        self._finalizer()
-        return tensors
 
 
 class Streamed(Residency):
@@ -106,20 +65,33 @@ class Streamed(Residency):
         files: The checkpoint's safetensors files.
         dtype: dtype of float weights in memory.
         device: Where they will be.
+        read_ahead: Whether the block that comes next is read while one is at work, which takes the memory of a block on the
+            host; None does so unless the device is the CPU, where that memory is dear and the gain is small.
 
     Attributes:
         scratch: An existing folder for what is kept; None, at first, makes a temporary one when it is needed.
 
     Raises:
-        ModelError: The files do not hold every tensor of the model by its name, or hold one in another shape.
+        LayoutError: The files do not hold every tensor of the model by its name, or hold one in another shape.
+        ModelError: A file cannot be read.
         NumericsError: A weight holds NaN or inf.
     """
 
-    def __init__(self, model: nn.Module, files: Sequence[str], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        files: Sequence[str],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        read_ahead: bool | None = None,
+    ) -> None:
         self.model, self.dtype, self.device = model, dtype, device
         self.scratch: Path | None = None
         self.blocks, self.places = find_blocks(model), places_of(model, files)
-        self._fill([name for name in self.places if not name.startswith(f"{self.blocks.path}.")])
+        self.read_ahead = device.type != "cpu" if read_ahead is None else read_ahead
+        self._ahead: dict[int, Future[dict[str, torch.Tensor]]] = {}
+        self._fill(self._read([name for name in self.places if not name.startswith(f"{self.blocks.path}.")]))
         for module in model.modules():  # what is computed, not stored
             for name, buffer in module.named_buffers(recurse=False):
                 if buffer.device.type != "meta":
@@ -129,13 +101,19 @@ class Streamed(Residency):
             tie()
 
     @contextmanager
-    def of(self, *blocks: int) -> Iterator[None]:
-        """Fills blocks, and empties them afterwards, whatever has become of their layers meanwhile."""
-        for block in blocks:
-            prefix = f"{self.blocks.path}.{block}."
-            self._fill([name for name in self.places if name.startswith(prefix)])
+    def of(self, *blocks: int, then: int | None = None) -> Iterator[None]:
+        """Fills blocks, and empties them afterwards, whatever has become of their layers meanwhile.
+
+        Raises:
+            ModelError: A file cannot be read.
+            NumericsError: A weight holds NaN or inf. Both are raised when the block's turn comes, read ahead or not.
+        """
         try:
-            yield
+            for block in blocks:
+                self._fill(self._take(block))
+            self._ahead.clear()  # of a block that was not asked for after all
+            with self._reading(then):
+                yield
         finally:
             for block in blocks:
                 _empty(self.blocks.modules[block])
@@ -151,18 +129,56 @@ class Streamed(Residency):
             self.scratch = Path(self._temporary.name)
         return KeptInFile(tensors, self.scratch)
 
-    def _fill(self, names: Sequence[str]) -> None:
-        from accelerate.utils import set_module_tensor_to_device
-        from safetensors import safe_open
+    @contextmanager
+    def _reading(self, block: int | None) -> Iterator[None]:
+        """Reads a block in the background while the body runs; the thread ends with the body, at once if that fails."""
+        if not self.read_ahead or block is None or block >= len(self.blocks.modules):
+            yield
+            return
+        given_up = Event()
+        with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
+            ahead = pool.submit(self._read, self._names(block), given_up)
+            try:
+                yield
+            except BaseException:
+                given_up.set()
+                raise
+        self._ahead[block] = ahead
 
+    def _take(self, block: int) -> dict[str, torch.Tensor]:
+        ahead = self._ahead.pop(block, None)
+        return self._read(self._names(block)) if ahead is None else ahead.result()
+
+    def _names(self, block: int) -> list[str]:
+        return [name for name in self.places if name.startswith(f"{self.blocks.path}.{block}.")]
+
+    def _read(self, names: Sequence[str], given_up: Event | None = None) -> dict[str, torch.Tensor]:
+        """Reads tensors into host memory of their own, pinned if a GPU will fetch them; stops early when given up."""
+        from safetensors import SafetensorError, safe_open
+
+        found: dict[str, torch.Tensor] = {}
         for file in dict.fromkeys(self.places[name].file for name in names):
-            with safe_open(file, framework="pt") as handle:
-                for name in names:
-                    if self.places[name].file == file:
-                        value = handle.get_tensor(self.places[name].key)
-                        value = value.to(self.dtype) if value.is_floating_point() else value
-                        require_finite(value, f"weight {name!r}")
-                        set_module_tensor_to_device(self.model, name, self.device, value, dtype=value.dtype)
+            try:
+                with safe_open(file, framework="pt") as handle:
+                    for name in names:
+                        if given_up is not None and given_up.is_set():
+                            return found
+                        if self.places[name].file == file:
+                            value = handle.get_tensor(self.places[name].key)
+                            dtype = self.dtype if value.is_floating_point() else value.dtype
+                            # A copy: safetensors returns the file mapped into memory, and it may change.
+                            own = torch.empty(value.shape, dtype=dtype, pin_memory=self.device.type == "cuda")
+                            found[name] = own.copy_(value)
+                            require_finite(own, f"weight {name!r}")
+            except (OSError, SafetensorError) as error:
+                raise ModelError(f"the model's file {file!r} cannot be read: {error}") from error
+        return found
+
+    def _fill(self, values: Mapping[str, torch.Tensor]) -> None:
+        from accelerate.utils import set_module_tensor_to_device
+
+        for name, value in values.items():
+            set_module_tensor_to_device(self.model, name, self.device, value, dtype=value.dtype)
 
 
 def places_of(model: nn.Module, files: Sequence[str]) -> dict[str, Place]:
@@ -173,14 +189,18 @@ def places_of(model: nn.Module, files: Sequence[str]) -> dict[str, Place]:
         files: The files.
 
     Raises:
-        ModelError: Tensors are missing, or have other shapes.
+        LayoutError: Tensors are missing, or have other shapes.
+        ModelError: A file cannot be read.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     stored: dict[str, tuple[str, tuple[int, ...]]] = {}
     for file in files:
-        with safe_open(file, framework="pt") as handle:
-            stored |= {key: (file, tuple(handle.get_slice(key).get_shape())) for key in handle.keys()}  # noqa: SIM118
+        try:
+            with safe_open(file, framework="pt") as handle:
+                stored |= {key: (file, tuple(handle.get_slice(key).get_shape())) for key in handle.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"the model's file {file!r} cannot be read: {error}") from error
     base = f"{getattr(model, 'base_model_prefix', '')}."
     places: dict[str, Place] = {}
     problems: list[str] = []
@@ -196,7 +216,7 @@ def places_of(model: nn.Module, files: Sequence[str]) -> dict[str, Place]:
         places[name] = Place(file, key)
     if problems:
         more = [f"… and {len(problems) - 10} more"] if len(problems) > 10 else []
-        raise ModelError("\n  ".join(["the files do not hold the model's tensors:", *problems[:10], *more]))
+        raise LayoutError("\n  ".join(["the files do not hold the model's tensors:", *problems[:10], *more]))
     return places
 
 

@@ -28,6 +28,7 @@ from torch import nn
 
 from lord_quant.gradients import ROWS, UNLABELLED, BlockGradients
 from lord_quant.moments import add_gram
+from lord_quant.progress import Progress
 from lord_quant.residency import RESIDENT, Residency
 
 
@@ -43,7 +44,13 @@ class Sensitivity:
 
     @classmethod
     def measure(
-        cls, model: nn.Module, batches: Sequence[torch.Tensor], *, seed: int = 0, residency: Residency = RESIDENT
+        cls,
+        model: nn.Module,
+        batches: Sequence[torch.Tensor],
+        *,
+        seed: int = 0,
+        residency: Residency = RESIDENT,
+        progress: Progress | None = None,
     ) -> Sensitivity:
         """Runs a model forth and back; it is left as it was, and weights get no gradients.
 
@@ -52,6 +59,7 @@ class Sensitivity:
             batches: Token windows with shape (batch, seq_len), all without padding.
             seed: Of the labels drawn from the model's predictions.
             residency: Which blocks have their weights.
+            progress: Where it is told how far the pass is.
 
         Raises:
             CalibrationError: The model does not call every block once.
@@ -63,7 +71,7 @@ class Sensitivity:
         def drawn(number: int, logits: torch.Tensor) -> torch.Tensor:
             return _draw(logits, chances[number])
 
-        return cls(BlockGradients.measure(model, batches, drawn, "sensitivity", residency))
+        return cls(BlockGradients.measure(model, batches, drawn, "sensitivity", residency, progress))
 
     def of_block(
         self, index: int, block: nn.Module, kind: str, names: Sequence[str], dtype: torch.dtype = torch.float32
@@ -120,13 +128,19 @@ class Slope:
         self._gradients = gradients
 
     @classmethod
-    def measure(cls, model: nn.Module, batches: Sequence[torch.Tensor], residency: Residency = RESIDENT) -> Slope:
+    def measure(
+        cls,
+        model: nn.Module,
+        batches: Sequence[torch.Tensor],
+        residency: Residency = RESIDENT,
+        progress: Progress | None = None,
+    ) -> Slope:
         """Runs a model forth and back, as `Sensitivity.measure` does."""
 
         def following(number: int, logits: torch.Tensor) -> torch.Tensor:
             return _following(batches[number]).to(logits.device)
 
-        return cls(BlockGradients.measure(model, batches, following, "slope", residency))
+        return cls(BlockGradients.measure(model, batches, following, "slope", residency, progress))
 
     def of_block(
         self, index: int, block: nn.Module, kind: str, names: Sequence[str], dtype: torch.dtype = torch.float32

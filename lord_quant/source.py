@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from lord_quant.errors import CheckpointError, ModelError
+from lord_quant.errors import CheckpointError, LayoutError, ModelError
 from lord_quant.linalg import require_finite
 from lord_quant.residency import Streamed
 from lord_quant.silence import hush
@@ -108,6 +108,7 @@ def load_model(source: Source, device: torch.device) -> PreTrainedModel:
         ModelError: The weights are missing, incomplete or not safetensors.
         NumericsError: A weight holds NaN or inf (the first is named).
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     dtype = torch.float32 if device.type == "cpu" else source.dtype
@@ -116,7 +117,7 @@ def load_model(source: Source, device: torch.device) -> PreTrainedModel:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.path, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
             )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model {source.path!r} cannot be loaded: {_first_line(error)}") from error
     model, info = loaded
     if info["mismatched_keys"]:
@@ -139,13 +140,13 @@ def stream_source(source: Source, device: torch.device) -> tuple[PreTrainedModel
     Weights will be in float32 on the CPU, in the stored dtype elsewhere.
 
     Raises:
-        ModelError: There are no files.
+        ModelError: There are no files, or one cannot be read.
         NumericsError: A weight outside the blocks holds NaN or inf.
     """
     files, model = local_files(source.path), build_skeleton(source).eval()
     try:
         return model, Streamed(model, files, torch.float32 if device.type == "cpu" else source.dtype, device)
-    except ModelError as error:
+    except LayoutError as error:
         logging.getLogger(__name__).info("the whole model will be loaded: %s", error)
         return None
 

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from lord_quant.checkpoint import atomic_file
 from lord_quant.config import GptqConfig, JointConfig
@@ -25,6 +24,7 @@ from lord_quant.crossfit import Half
 from lord_quant.engine import gather
 from lord_quant.errors import CheckpointError, NumericsError
 from lord_quant.probe import FactorNoise, LayerLoss, probe
+from lord_quant.progress import Progress
 from lord_quant.residency import RESIDENT, Residency
 from lord_quant.sensitivity import Sensitivity, Slope, Steepness
 from lord_quant.stream import block_kinds, capture
@@ -76,6 +76,7 @@ def measure_statistics(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     residency: Residency = RESIDENT,
+    progress: Progress | None = None,
 ) -> Statistics:
     """Measures every linear layer of the blocks; the model is left as it was.
 
@@ -92,6 +93,7 @@ def measure_statistics(
         seed: Of the probes.
         dtype: dtype of moments and algebra.
         residency: Which blocks have their weights.
+        progress: Where it is told how far the pass is.
 
     Raises:
         NumericsError: Activations, gradients or weights hold NaN or inf; the layer is named.
@@ -103,42 +105,45 @@ def measure_statistics(
     settings: dict[str, Any] = {"mean_correction": mean_correction, "gptq": gptq, "options": options}
     losses: dict[str, LayerLoss] = {}
     groups: dict[tuple[str, ...], LayerLoss] = {}
-    for index, block in enumerate(tqdm(blocks.modules, desc="probe", unit="block", disable=None)):
-        with residency.of(index):
-            prefix = f"{blocks.path}.{index}."
-            layers = {site.name.removeprefix(prefix): site for site in sites if site.block == index}
-            minded = [each.of_block(index, block, kinds[index], list(layers), dtype) for each in sensitivities or ()]
-            steep = [each.of_block(index, block, kinds[index], list(layers), dtype) for each in slopes or ()]
-            moments = []
-            for part in (stream[::2], stream[1::2]):
-                with gather({name: block.get_submodule(name) for name in layers}, dtype) as gathered:
-                    for batch in part:
-                        batch.hidden = batch.run(block, kinds[index])
-                if part:
-                    moments.append(gathered.results(prefix))
-                    leaders = gathered.leader
-            together = [
-                [site.name.removeprefix(prefix) for site in found]
-                for found in siblings(list(layers.values()))
-                if len({leaders[site.name.removeprefix(prefix)] for site in found}) == 1
-            ]
-            for names in [*([name] for name in layers), *together]:
-                weights = {name: dense_weight(block.get_submodule(name)) for name in names}
-                weight = torch.cat(list(weights.values()))
-                metrics = [_together(each, weights) for each in minded]
-                first, second = metrics or (None, None)
-                falls = [_stacked(each, weights) for each in steep]
-                one, other = falls or (None, None)
-                halves = Half(moments[0][names[0]], first, one), Half(moments[-1][names[0]], second, other)
-                has_bias, number = all(layers[name].has_bias for name in names), len(losses) + len(groups)
-                try:
-                    loss = probe(weight, halves, has_bias=has_bias, seed=seed * 2 * len(sites) + number, **settings)
-                except NumericsError as error:
-                    raise NumericsError(f"layer {prefix + names[0]!r}: {error}") from error
-                if len(names) == 1:
-                    losses[prefix + names[0]] = loss
-                else:
-                    groups[tuple(prefix + name for name in names)] = loss
+    progress = progress or Progress()
+    with progress.phase("probe", len(blocks.modules)):
+        for index, block in enumerate(blocks.modules):
+            with residency.of(index, then=index + 1):
+                prefix = f"{blocks.path}.{index}."
+                layers = {site.name.removeprefix(prefix): site for site in sites if site.block == index}
+                minded = [each.of_block(index, block, kinds[index], list(layers), dtype) for each in sensitivities or ()]
+                steep = [each.of_block(index, block, kinds[index], list(layers), dtype) for each in slopes or ()]
+                moments = []
+                for part in (stream[::2], stream[1::2]):
+                    with gather({name: block.get_submodule(name) for name in layers}, dtype) as gathered:
+                        for batch in part:
+                            batch.hidden = batch.run(block, kinds[index])
+                    if part:
+                        moments.append(gathered.results(prefix))
+                        leaders = gathered.leader
+                together = [
+                    [site.name.removeprefix(prefix) for site in found]
+                    for found in siblings(list(layers.values()))
+                    if len({leaders[site.name.removeprefix(prefix)] for site in found}) == 1
+                ]
+                for names in [*([name] for name in layers), *together]:
+                    weights = {name: dense_weight(block.get_submodule(name)) for name in names}
+                    weight = torch.cat(list(weights.values()))
+                    metrics = [_together(each, weights) for each in minded]
+                    first, second = metrics or (None, None)
+                    falls = [_stacked(each, weights) for each in steep]
+                    one, other = falls or (None, None)
+                    halves = Half(moments[0][names[0]], first, one), Half(moments[-1][names[0]], second, other)
+                    has_bias, number = all(layers[name].has_bias for name in names), len(losses) + len(groups)
+                    try:
+                        loss = probe(weight, halves, has_bias=has_bias, seed=seed * 2 * len(sites) + number, **settings)
+                    except NumericsError as error:
+                        raise NumericsError(f"layer {prefix + names[0]!r}: {error}") from error
+                    if len(names) == 1:
+                        losses[prefix + names[0]] = loss
+                    else:
+                        groups[tuple(prefix + name for name in names)] = loss
+            progress.block(f"{blocks.path}.{index}")
     return Statistics(losses, {site.name: site for site in sites}, groups, origin)
 
 

@@ -2,18 +2,23 @@
 """A joint run of a model that need not fit in memory, and that goes on where it was cut off.
 
 Blocks are read, compressed, packed, written and dropped one after another; embeddings, norms and head are there all the
-time. After every block a journal says so (`journal.py`): the same command continues behind the last one, from where both
-streams stood then, and makes the same bytes as a run that was never cut off.
+time. After every block a journal says so (`journal.py`): the same command continues, from where both streams stood when
+they were last written, and makes the same bytes as a run that was never cut off.
+
+The streams of a large model take longer to write than its blocks. They are written after a block if a twentieth
+(`SAVING`) of the time since the last writing is as long as that took. So a run that is cut off does again what it did since
+then: about twenty times what a writing takes at most, and the block it was at. Finished blocks behind the streams are
+compressed again; merely running them would not do, since what they are stored as is rounded and packed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from tqdm.auto import tqdm
 
 from lord_quant.backends import gptq as backend
 from lord_quant.checkpoint import cast_floats
@@ -31,8 +36,14 @@ if TYPE_CHECKING:
 
     from lord_quant.config import JointConfig
     from lord_quant.plan import LayerPlan, Plan
+    from lord_quant.progress import Progress
     from lord_quant.sensitivity import Sensitivity
     from lord_quant.solver import Solvers
+
+
+STREAMS = "streams-"
+SAVING = 0.05
+"""Most of a run's time that writing streams may take."""
 
 
 class Settings(NamedTuple):
@@ -65,7 +76,7 @@ class Finished(NamedTuple):
     Attributes:
         records: One per layer.
         quantized: One per packed linear layer.
-        resumed: Blocks that an earlier run had finished.
+        resumed: Blocks that an earlier run had finished, and this one did not do again.
     """
 
     records: list[StackRecord]
@@ -73,10 +84,13 @@ class Finished(NamedTuple):
     resumed: int
 
 
-def stream_model(model: PreTrainedModel, residency: Streamed, journal: Journal, settings: Settings) -> Finished:
+def stream_model(
+    model: PreTrainedModel, residency: Streamed, journal: Journal, settings: Settings, progress: Progress
+) -> Finished:
     """Compresses a skeleton's blocks into files of the journal's folder, from the first that is not there.
 
     Raises:
+        ModelError: A file of the model cannot be read.
         NumericsError: Something holds NaN or inf; the layer is named.
         CalibrationError: No token reached a layer, or streams differ.
         OutputError: A file cannot be written; finished blocks are kept.
@@ -89,30 +103,36 @@ def stream_model(model: PreTrainedModel, residency: Streamed, journal: Journal, 
         settings.options,
         sensitivity=settings.sensitivity,
         residency=residency,
+        progress=progress,
         **settings.others,
     )
-    resumed = len(journal.blocks)
+    resumed = _restore(run, journal)
     quantized = [backend.GptqRecord(**values) for block in journal.blocks for values in block["quantized"]]
-    _restore(run, journal)
-    bar = tqdm(initial=resumed, total=len(run.blocks.modules), desc="stack", unit="block", disable=None)
-    for index in range(resumed, len(run.blocks.modules)):
-        before = len(run.done.records)
-        with residency.of(index):
-            if index <= run.last:
-                run.step(index)
-            packed = _pack(run, index, settings)
-            write_shard(run.blocks.modules[index], f"{run.blocks.path}.{index}.", journal.shard(index))
-        journal.save(_streams(index + 1), _state(run))
-        journal.finish(
-            {
-                "records": [record._asdict() for record in run.done.records[before:]],
-                "quantized": [dataclasses.asdict(record) for record in packed],
-            }
-        )
-        journal.drop(_streams(index))
-        quantized += packed
-        bar.update()
-    bar.close()
+    saved, cost = time.perf_counter(), 0.0
+    with progress.phase("stack", len(run.blocks.modules), resumed):
+        for index in range(resumed, len(run.blocks.modules)):
+            before = len(run.done.records)
+            with residency.of(index, then=index + 1):
+                if index <= run.last:
+                    run.step(index)
+                packed = _pack(run, index, settings)
+                write_shard(run.blocks.modules[index], f"{run.blocks.path}.{index}.", journal.shard(index))
+            began = time.perf_counter()
+            due = index < run.last and (began - saved) * SAVING >= cost  # behind the last planned block nobody needs them
+            if due:
+                journal.save(_streams(index + 1), _state(run))
+                saved = time.perf_counter()
+                cost = saved - began
+            journal.finish(
+                {
+                    "records": [record._asdict() for record in run.done.records[before:]],
+                    "quantized": [dataclasses.asdict(record) for record in packed],
+                }
+            )
+            if due:
+                _drop_but(journal, index + 1)
+            quantized += packed
+            progress.block(f"{run.blocks.path}.{index}")
     return Finished(run.done.records, quantized, resumed)
 
 
@@ -124,7 +144,13 @@ def write_weights(model: PreTrainedModel, blocks: Blocks, journal: Journal, fold
 
 
 def _streams(block: int) -> str:
-    return f"streams-{block:05}"
+    return f"{STREAMS}{block:05}"
+
+
+def _drop_but(journal: Journal, block: int) -> None:
+    """Removes the streams in front of all blocks but one."""
+    for name in journal.saved(STREAMS) - {_streams(block)}:
+        journal.drop(name)
 
 
 def _state(run: JointRun) -> dict[str, torch.Tensor]:
@@ -133,19 +159,28 @@ def _state(run: JointRun) -> dict[str, torch.Tensor]:
     return dense | {f"ours.{at}": hidden for at, hidden in enumerate(run.ours)}
 
 
-def _restore(run: JointRun, journal: Journal) -> None:
-    """Puts a run behind the blocks that are finished. The sensitivity pass has no state but what it computes again."""
-    if not journal.blocks:
-        return
-    state = journal.load(_streams(len(journal.blocks)))
-    for at, call in enumerate(run.stream):
-        call.hidden = state[f"dense.{at}"].to(call.hidden)
-        run.ours[at] = state[f"ours.{at}"].to(call.hidden)
+def _restore(run: JointRun, journal: Journal) -> int:
+    """Puts a run behind finished blocks, as many as it can go on from: where both streams are there, or not needed.
+
+    Returns:
+        How many; the others do not count any more. The sensitivity pass has no state but what it computes again.
+    """
+    saved, found = journal.saved(STREAMS), len(journal.blocks)
+    resumed = next(n for n in range(found, -1, -1) if n == 0 or n > run.last or _streams(n) in saved)
+    if resumed < found:
+        journal.go_back(resumed)
+    _drop_but(journal, resumed)
+    if 0 < resumed <= run.last:
+        state = journal.load(_streams(resumed))
+        for at, call in enumerate(run.stream):
+            call.hidden = state[f"dense.{at}"].to(call.hidden)
+            run.ours[at] = state[f"ours.{at}"].to(call.hidden)
     for index, block in enumerate(journal.blocks):
         run.done.records += [StackRecord(**values | {"remedies": tuple(values["remedies"])}) for values in block["records"]]
         if run.sensitivity is not None and index <= run.last:
-            with run.residency.of(index):
+            with run.residency.of(index, then=index + 1):
                 run.sensitivity.of_block(index, run.blocks.modules[index], run.kinds[index], [], run.dtype)
+    return resumed
 
 
 def _pack(run: JointRun, index: int, settings: Settings) -> list[backend.GptqRecord]:

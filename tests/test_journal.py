@@ -58,6 +58,28 @@ def test_what_a_killed_run_was_just_writing_is_removed(tmp_path: Path) -> None:
     assert not list(first.folder.glob(".*"))
 
 
+def test_going_back_leaves_the_first_blocks_and_what_was_saved(tmp_path: Path) -> None:
+    first = Journal(tmp_path / "out", MADE_OF)
+    for loss in range(3):
+        first.finish({"loss": loss})
+    for name in ("streams-1", "streams-2", "other"):
+        first.save(name, {"a": torch.ones(1)})
+    (first.folder / ".streams-3.safetensors.partial-abc").write_bytes(b"half")
+    assert first.saved("streams-") == {"streams-1", "streams-2"}
+    first.go_back(1)
+    first.finish({"loss": 7})
+    first.close(keep=True)
+    again = Journal(tmp_path / "out", MADE_OF)
+    assert again.blocks == [{"loss": 0}, {"loss": 7}] and again.saved("") == {"streams-1", "streams-2", "other"}
+    again.close()
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OutputError, match=r"file/\.out\.unfinished' cannot be used: Not a directory"):
+        Journal(tmp_path / "file" / "out", MADE_OF)
+
+
 def test_another_run_is_refused_by_what_differs_or_starts_again(tmp_path: Path) -> None:
     first = Journal(tmp_path / "out", MADE_OF)
     first.finish({})

@@ -4,16 +4,22 @@
 from __future__ import annotations
 
 import gc
+import re
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import build, edit_tensors, probe_tokens, save
+from families import build, copy_tokenizer, edit_tensors, probe_tokens, save
 
-from lord_quant.errors import ModelError, NumericsError, OutputError
+from lord_quant.checkpoint import weight_files
+from lord_quant.errors import LayoutError, ModelError, NumericsError, OutputError
+from lord_quant.gradients import BlockGradients
 from lord_quant.residency import RESIDENT, Streamed
 from lord_quant.sensitivity import Sensitivity
+from lord_quant.shards import SINGLE_FILE
 from lord_quant.source import build_skeleton, inspect_source, load_model, stream_source
 
 
@@ -79,19 +85,126 @@ def test_other_names_and_shapes_are_told(tmp_path: Path) -> None:
     error = (
         r"missing: model\.layers\.0\.self_attn\.q_proj\.weight\n.*model\.norm\.weight is \(3,\), config\.json says \(128,\)"
     )
-    with pytest.raises(ModelError, match=error):
+    with pytest.raises(LayoutError, match=error):
         Streamed(build_skeleton(source), [str(folder / "model.safetensors")], torch.float32, CPU)
     assert stream_source(source, CPU) is None
 
 
-def test_a_weight_that_is_not_finite_is_named_when_its_turn_comes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("read_ahead", [False, True])
+def test_a_weight_that_is_not_finite_is_named_when_its_turn_comes(read_ahead: bool, tmp_path: Path) -> None:
     folder = save(build("llama"), tmp_path / "model")
     edit_tensors(folder, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"][3].fill_(torch.nan))
-    _, residency = streamed(folder)
-    with residency.of(0):
+    _, residency = ahead(folder, read_ahead)
+    with residency.of(0, then=1):
         pass
     with pytest.raises(NumericsError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"), residency.of(1):
         pass
+    assert _readers() == []
+
+
+class Watched(Streamed):
+    """Notes which block was read by which thread."""
+
+    def __init__(self, *arguments: Any, **others: Any) -> None:
+        self.reads: list[tuple[str, str]] = []
+        super().__init__(*arguments, **others)
+
+    def _read(self, names: Sequence[str], *others: Any) -> dict[str, torch.Tensor]:
+        thread = threading.current_thread().name.split("_")[0]
+        self.reads += [(thread, part) for part in sorted({name.split(".")[2] for name in names if "layers" in name})]
+        return super()._read(names, *others)
+
+
+def ahead(folder: Path, read_ahead: bool = True) -> tuple[Any, Watched]:
+    source = inspect_source(str(folder))
+    model = build_skeleton(source).eval()
+    return model, Watched(model, weight_files(folder), torch.float32, CPU, read_ahead=read_ahead)
+
+
+def _readers() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
+
+
+def test_only_a_cpu_does_not_read_ahead_by_itself(tmp_path: Path) -> None:
+    folder = save(build("llama"), tmp_path / "model")
+    model, files = build_skeleton(inspect_source(str(folder))), [str(folder / SINGLE_FILE)]
+    assert not Streamed(model, files, torch.float32, CPU).read_ahead
+    assert Streamed(model, files, torch.float32, torch.device("meta")).read_ahead
+
+
+def test_blocks_are_read_ahead_there_and_back_and_gradients_are_the_same(tmp_path: Path) -> None:
+    folder = save(build("llama", num_hidden_layers=3), tmp_path / "model")
+    batches = [probe_tokens()]
+
+    def zeroes(number: int, logits: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(logits), dtype=torch.long)
+
+    loaded = load_model(inspect_source(str(folder)), CPU)
+    wanted = BlockGradients.measure(loaded, batches, zeroes, "whole")
+    model, residency = ahead(folder)
+    found = BlockGradients.measure(model, batches, zeroes, "streamed", residency)
+    for index in range(3):  # whoever goes on begins with the first block, which is there already
+        with residency.of(index, then=index + 1):
+            names = ["self_attn.q_proj", "mlp.down_proj"]
+            ours = found.through(index, residency.blocks.modules[index], "block", names)
+            theirs = wanted.through(index, loaded.model.layers[index], "block", names)
+            for mine, other in zip(ours, theirs, strict=True):
+                assert mine.keys() == set(names)
+                assert all(torch.equal(mine[name].gradients, other[name].gradients) for name in names)
+    assert residency.reads == [("MainThread", "0"), *(("read-ahead", block) for block in "1221012")]
+    assert _readers() == []
+
+
+def test_a_block_that_was_not_asked_for_after_all_does_no_harm(tmp_path: Path) -> None:
+    folder = save(build("llama", num_hidden_layers=3), tmp_path / "model")
+    loaded = load_model(inspect_source(str(folder)), CPU)
+    model, residency = ahead(folder)
+    with residency.of(0, then=1):
+        pass
+    with residency.of(0, 1, 2, then=3), torch.no_grad():
+        assert torch.equal(model(probe_tokens()).logits, loaded(probe_tokens()).logits)
+    with pytest.raises(ZeroDivisionError), residency.of(0, then=2):
+        assert len(_readers()) == 1
+        _ = 1 / 0
+    assert _readers() == []
+    with residency.of(0), residency.of(1, then=2), residency.of(2), torch.no_grad():
+        assert torch.equal(model(probe_tokens()).logits, loaded(probe_tokens()).logits)
+
+
+@pytest.mark.parametrize("read_ahead", [False, True])
+def test_a_file_that_cannot_be_read_is_named_when_the_turn_of_its_block_comes(read_ahead: bool, tmp_path: Path) -> None:
+    whole = build("llama")
+    whole.save_pretrained(tmp_path / "model", max_shard_size="700KB")
+    copy_tokenizer(tmp_path / "model")
+    model, residency = ahead(tmp_path / "model", read_ahead)
+    files = [{place.file for name, place in residency.places.items() if f".{block}." in name} for block in (0, 1)]
+    (file,) = files[1] - files[0]
+    content = Path(file).read_bytes()
+    for spoil, reason in (
+        (lambda: Path(file).write_bytes(content[:-9]), "not fully covered"),
+        (Path(file).unlink, "No such"),
+    ):
+        spoil()
+        with residency.of(0, then=1):
+            pass
+        with pytest.raises(ModelError, match=f"'{re.escape(file)}' cannot be read: .*{reason}"), residency.of(1):
+            pass
+        assert all(parameter.device.type == "meta" for parameter in residency.blocks.modules[1].parameters())
+    Path(file).write_bytes(content)
+    with residency.of(0, 1), torch.no_grad():
+        assert torch.equal(model(probe_tokens()).logits, whole(probe_tokens()).logits)
+
+
+def test_weights_are_a_copy_of_what_the_file_held(tmp_path: Path) -> None:
+    folder = save(build("llama"), tmp_path / "model")
+    loaded = load_model(inspect_source(str(folder)), CPU)
+    wanted = loaded(probe_tokens()).logits.detach()  # itself mapped from the file perhaps
+    model, residency = ahead(folder)
+    file = folder / SINGLE_FILE
+    with residency.of(0, 1), torch.no_grad():
+        with file.open("r+b") as handle:
+            handle.write(bytes(file.stat().st_size))
+        assert torch.equal(model(probe_tokens()).logits, wanted)
 
 
 def test_what_is_kept_comes_back_once_and_leaves_no_file(tmp_path: Path) -> None:

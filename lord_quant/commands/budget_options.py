@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lord_quant.budget import Planner
     from lord_quant.config import LordConfig
     from lord_quant.menu import Menu
+    from lord_quant.progress import Progress
 
 
 FRONTIER = (2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0, 4.25)
@@ -89,11 +90,11 @@ def menu_from(args: argparse.Namespace) -> Menu:
     return Menu(**restricted)
 
 
-def planner_from(args: argparse.Namespace, config: LordConfig) -> Planner:
+def planner_from(args: argparse.Namespace, config: LordConfig, progress: Progress | None = None) -> Planner:
     """Makes a planner from statistics in a file, or measured now."""
     from lord_quant.budget import Planner, statistics_of
 
-    return Planner(config, statistics_of(config), menu_from(args))
+    return Planner(config, statistics_of(config, progress), menu_from(args))
 
 
 def frontier_of(planner: Planner) -> str:

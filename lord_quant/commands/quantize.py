@@ -7,9 +7,16 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lord_quant.commands.budget_options import add_budget_flags, planner_from, run_of
 from lord_quant.commands.options import add_plan_flags, add_run_flags
+from lord_quant.commands.termination import terminable
+
+
+if TYPE_CHECKING:
+    from lord_quant.config import LordConfig
+    from lord_quant.progress import Progress
 
 
 HELP = "Decompose a model, quantize both factors, write a checkpoint that from_pretrained loads."
@@ -20,7 +27,7 @@ EXAMPLES = """examples:
   optimum-cli lord quantize --model ./my-model --output out --rank-ratio 1 --bits 4         # GPTQ only
   optimum-cli lord quantize --model ./my-model --output out --target-bpw 3.0 --dataset ./my-code
   optimum-cli lord quantize --model ./my-model --output out --plan plan.yaml --dataset ./my-code
-  optimum-cli lord quantize --config run.yaml --overwrite
+  optimum-cli lord quantize --config run.yaml --overwrite --log run.jsonl
 """
 
 
@@ -32,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", metavar="FILE", help="run a plan that `lord plan --save` wrote, perhaps edited")
     parser.add_argument("--output", default=argparse.SUPPRESS, metavar="DIR", help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace a model folder that stands at --output")
+    parser.add_argument(
+        "--log", metavar="FILE", help="add to a log: a line of JSON per phase, layer and block, with ETA and memory"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check everything, print plan and estimate, read no weights")
 
 
@@ -44,30 +54,41 @@ def run(args: argparse.Namespace) -> int:
     from lord_quant.errors import ConfigError
 
     config = run_of(args)
-    budget, measured_on = config.budget, None
-    if budget is not None and args.dry_run and not budget.statistics:
+    if config.budget is not None and args.dry_run and not config.budget.statistics:
         raise ConfigError("--dry-run reads no weights, a budget needs statistics; wanted --statistics FILE beside it")
     if config.output is None and not args.dry_run:
         raise ConfigError("output is not given; wanted a folder to write (--output DIR), or --dry-run")
     from lord_quant.silence import import_hosts
 
     import_hosts()
+    from lord_quant.progress import Progress
+
+    places = {"model": config.model, "dataset": config.calibration.dataset, "output": config.output}
+    progress = Progress(args.log, about=places, apart=places)
+    if args.dry_run:
+        return _run(args, config, progress)
+    with terminable(), progress:
+        return _run(args, config, progress)
+
+
+def _run(args: argparse.Namespace, config: LordConfig, progress: Progress) -> int:
     from lord_quant.budget import apply_plan, unplanned
     from lord_quant.checkpoint import REPORT_NAME
-    from lord_quant.execution import execute, is_finished
+    from lord_quant.execution import clear_away, execute, is_finished
     from lord_quant.pipeline import prepare
     from lord_quant.report import human_bytes, human_seconds, plan_summary, plan_table, report_table
 
-    say = sys.stdout.write
+    say, budget, measured_on = sys.stdout.write, config.budget, None
     if budget is not None:
         prepare(unplanned(config), overwrite=args.overwrite)  # refuses what is wrong before the sensitivity pass
-        planner = planner_from(args, config)
+        planner = planner_from(args, config, progress)
         allocation = planner.choose(budget)
         config = apply_plan(config, planner.settings(allocation))
         say(f"planned       {planner.bpw(allocation):.3f} bits per weight, {planner.tell(allocation)}\n")
         measured_on = planner.statistics.origin.get("calibration_sha256")
     there = config.output is not None and not args.overwrite and (Path(config.output) / REPORT_NAME).is_file()
-    if there and is_finished(prepare(dataclasses.replace(config, output=None)), Path(str(config.output))):
+    if there and is_finished(earlier := prepare(dataclasses.replace(config, output=None)), Path(str(config.output))):
+        clear_away(earlier, Path(str(config.output)).expanduser().resolve())
         say(f"finished      by an earlier run of the same command: {config.output}\n")
         return 0
     job = prepare(config, overwrite=args.overwrite, measured_on=measured_on)
@@ -84,6 +105,6 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return 0
     sys.stdout.flush()
-    report = execute(job)
+    report = execute(job, progress)
     say(f"\n{report_table(report)}\nwritten to {job.output}\n")
     return 0

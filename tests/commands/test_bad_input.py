@@ -40,6 +40,11 @@ def sharded_and_incomplete(box: Box) -> None:
     sorted(folder.glob("model-*.safetensors"))[0].unlink()
 
 
+def truncated(box: Box) -> None:
+    file = box.copy() / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
 def without_tokenizer(box: Box) -> None:
     folder = box.copy()
     for name in families.TOKENIZER_FILES:
@@ -236,6 +241,22 @@ CASES: dict[str, tuple[Spoil, str, list[str]]] = {
         lambda box: edit_tensors(box.copy(), lambda t: t.pop("transformer.h.1.mlp.c_fc.weight")),
         "ModelError",
         ["1 tensors are missing", "transformer.h.1.mlp.c_fc.weight"],
+    ),
+    "truncated weights": (truncated, "ModelError", ["model.safetensors' cannot be read", "not fully covered"]),
+    "truncated weights in the naive stack": (
+        lambda box: (truncated(box), box.flags.update({"--stack": "naive"})),
+        "ModelError",
+        ["cannot be loaded", "not fully covered"],
+    ),
+    "a log that is something else": (
+        lambda box: box.flags.update({"--log": write_file(box.root / "thesis.tex", "mine")}),
+        "OutputError",
+        ["thesis.tex' is there and no log of a run"],
+    ),
+    "a log in the output": (
+        lambda box: box.flags.update({"--log": box.output / "log"}),
+        "OutputError",
+        ["is or lies in the output itself"],
     ),
     "incomplete shards": (sharded_and_incomplete, "ModelError", ["model-00001-of-"]),
     "weights of other shapes": (

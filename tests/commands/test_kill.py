@@ -22,13 +22,19 @@ pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("LORD_QUANT_KILLS", "4"))
 """How often the run is killed in all, over as many starts as that takes."""
 START = "from optimum.commands.optimum_cli import main; main()"
+# Stands in for a kill behind the rename of the finished folder.
+DIE_WHEN_DONE = """
+import os, signal
+from lord_quant.journal import Journal
+Journal.close = lambda journal: os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
-def start(model: Path, corpus: Path, output: Path) -> subprocess.Popen[str]:
+def start(model: Path, corpus: Path, output: Path, before: str = "") -> subprocess.Popen[str]:
     flags = ["--model", model, "--dataset", corpus, "--output", output, "--rank-ratio", "0.5", "--group-size", "32"]
     flags += ["--seq-len", "64", "--num-samples", "32"]
     return subprocess.Popen(
-        [sys.executable, "-c", START, "lord", "quantize", *map(str, flags)],
+        [sys.executable, "-c", before + START, "lord", "quantize", *map(str, flags)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -73,3 +79,16 @@ def test_a_finished_run_says_so_and_does_nothing(
         assert process.returncode == 0 and expected in said, errors
         stamp = (tmp_path / "out" / "lord_report.json").stat().st_mtime_ns
     assert stamp == (tmp_path / "out" / "lord_report.json").stat().st_mtime_ns
+
+
+def test_what_a_run_killed_at_its_very_end_left_behind_is_cleared_away_by_the_next(
+    model_folder: Callable[..., Path], corpus_file: Path, tmp_path: Path
+) -> None:
+    killed = start(model_folder("llama"), corpus_file, tmp_path / "out", DIE_WHEN_DONE)
+    killed.communicate(timeout=300)
+    assert killed.returncode == -signal.SIGKILL
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.unfinished", "out"]
+    again = start(model_folder("llama"), corpus_file, tmp_path / "out")
+    said, errors = again.communicate(timeout=300)
+    assert again.returncode == 0 and "finished      by an earlier run of the same command" in said, errors
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -17,6 +17,7 @@ from lord_quant.commands import inspect as inspect_command
 from lord_quant.commands import plan as plan_command
 from lord_quant.commands import quantize as quantize_command
 from lord_quant.commands import sensitivity as sensitivity_command
+from lord_quant.commands.termination import Terminated
 
 
 def _command(name: str, module: ModuleType) -> CommandInfo:
@@ -38,7 +39,7 @@ def _command(name: str, module: ModuleType) -> CommandInfo:
 
 
 def _guarded(module: ModuleType, args: object) -> int:
-    """Runs a command; an error of ours becomes its message and exit code 2, an interruption exit code 130."""
+    """Runs a command; an error of ours becomes its message and exit code 2, an interruption 130, SIGTERM 143."""
     from lord_quant.errors import LordError
 
     try:
@@ -46,9 +47,10 @@ def _guarded(module: ModuleType, args: object) -> int:
     except LordError as error:
         sys.stderr.write(f"optimum-cli lord: {type(error).__name__}: {error}\n")
         return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("optimum-cli lord: interrupted; the same command goes on behind the last finished block\n")
-        return 130
+    except KeyboardInterrupt as end:
+        word, code = ("terminated", 143) if isinstance(end, Terminated) else ("interrupted", 130)
+        sys.stderr.write(f"optimum-cli lord: {word}; the same command goes on behind the last finished block\n")
+        return code
     except BrokenPipeError:
         return 0
 
