@@ -75,6 +75,10 @@ class HostError(LordError, RuntimeError):
     """A host library did something other than its contract says."""
 
 
+class ElsewhereError(LordError, RuntimeError):
+    """Another process of the run failed or is gone; where it failed it tells why itself."""
+
+
 def nearest_name(name: str, known: Iterable[str]) -> str:
     """Returns a hint such as ``; did you mean 'rank_ratio'?``, or an empty string when nothing is near."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

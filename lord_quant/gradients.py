@@ -75,26 +75,30 @@ class BlockGradients:
         labels: Labels,
         title: str,
         residency: Residency = RESIDENT,
+        quiet: bool | None = None,
     ) -> BlockGradients:
         """Runs a model forth and back; it is left as it was, and weights get no gradients.
 
         Args:
             model: A causal language model in evaluation mode.
-            batches: Token windows with shape (batch, seq_len), all without padding.
+            batches: Token windows with shape (batch, seq_len), all without padding; none is legal.
             labels: What the loss takes for right.
             title: Of the progress bar.
             residency: Which blocks have their weights.
+            quiet: Whether there is no bar; None leaves it to the terminal.
 
         Raises:
             CalibrationError: The model does not call every block once.
         """
         blocks = find_blocks(model).modules
         kinds = block_kinds(model, len(blocks))
+        if not batches:
+            return cls([], [[] for _ in blocks], 0)
         with torch.no_grad():
             stream = capture(model, blocks, kinds, batches, residency)
         entering = [[call.hidden for call in stream]]
         ways: list[Way] = []
-        bar = tqdm(total=2 * len(blocks) - 1, desc=title, unit="block", disable=None)
+        bar = tqdm(total=2 * len(blocks) - 1, desc=title, unit="block", disable=quiet)
         for index, block in enumerate(blocks):
             with residency.of(index), torch.no_grad(), _way_of(block, ways):
                 entering.append(

@@ -17,8 +17,9 @@ from tqdm.auto import tqdm
 
 from lord_quant.backends import gptq as backend
 from lord_quant.checkpoint import cast_floats
+from lord_quant.distributed import World
 from lord_quant.joint import JointRun, StackRecord
-from lord_quant.journal import Journal
+from lord_quant.journal import Unfinished
 from lord_quant.residency import Streamed
 from lord_quant.shards import join_shards, outside, write_shard
 from lord_quant.targets import Blocks
@@ -40,12 +41,13 @@ class Settings(NamedTuple):
 
     Attributes:
         plan: What becomes of every layer.
-        batches: Token windows with shape (batch, seq_len).
+        batches: Token windows of this process with shape (batch, seq_len).
         solve: Gives a layer's solvers, or None.
         options: Which ideas of the joint stack are on.
         sensitivity: How much the loss minds errors in outputs; used up.
-        quantizer: The host's quantizer, or None where factors stay in float.
+        quantizer: The host's quantizer, or None where factors stay in float; only the first process needs it.
         dtype: dtype in which floats are stored.
+        world: The processes of the run.
         others: Further arguments of `JointRun`.
     """
 
@@ -56,6 +58,7 @@ class Settings(NamedTuple):
     sensitivity: Sensitivity | None
     quantizer: Any
     dtype: torch.dtype
+    world: World
     others: dict[str, Any]
 
 
@@ -73,8 +76,10 @@ class Finished(NamedTuple):
     resumed: int
 
 
-def stream_model(model: PreTrainedModel, residency: Streamed, journal: Journal, settings: Settings) -> Finished:
+def stream_model(model: PreTrainedModel, residency: Streamed, journal: Unfinished, settings: Settings) -> Finished:
     """Compresses a skeleton's blocks into files of the journal's folder, from the first that is not there.
+
+    Of several processes the first packs and writes the blocks; only it knows what was packed.
 
     Raises:
         NumericsError: Something holds NaN or inf; the layer is named.
@@ -89,42 +94,46 @@ def stream_model(model: PreTrainedModel, residency: Streamed, journal: Journal, 
         settings.options,
         sensitivity=settings.sensitivity,
         residency=residency,
+        world=settings.world,
         **settings.others,
     )
-    resumed = len(journal.blocks)
+    resumed, world = len(journal.blocks), settings.world
     quantized = [backend.GptqRecord(**values) for block in journal.blocks for values in block["quantized"]]
-    _restore(run, journal)
-    bar = tqdm(initial=resumed, total=len(run.blocks.modules), desc="stack", unit="block", disable=None)
+    _restore(run, journal, _streams(resumed, world))
+    bar = tqdm(initial=resumed, total=len(run.blocks.modules), desc="stack", unit="block", disable=world.quiet)
     for index in range(resumed, len(run.blocks.modules)):
         before = len(run.done.records)
         with residency.of(index):
             if index <= run.last:
                 run.step(index)
-            packed = _pack(run, index, settings)
-            write_shard(run.blocks.modules[index], f"{run.blocks.path}.{index}.", journal.shard(index))
-        journal.save(_streams(index + 1), _state(run))
+            packed = _pack(run, index, settings) if world.first else []
+            if world.first:
+                write_shard(run.blocks.modules[index], f"{run.blocks.path}.{index}.", journal.shard(index))
+        journal.save(_streams(index + 1, world), _state(run))
+        world.wait()  # a block counts when every process can go on behind it,
         journal.finish(
             {
                 "records": [record._asdict() for record in run.done.records[before:]],
                 "quantized": [dataclasses.asdict(record) for record in packed],
             }
         )
-        journal.drop(_streams(index))
+        world.wait()  # and only then nobody needs to go back to where the streams stood before
+        journal.drop(_streams(index, world))
         quantized += packed
         bar.update()
     bar.close()
     return Finished(run.done.records, quantized, resumed)
 
 
-def write_weights(model: PreTrainedModel, blocks: Blocks, journal: Journal, folder: Path, dtype: torch.dtype) -> None:
+def write_weights(model: PreTrainedModel, blocks: Blocks, journal: Unfinished, folder: Path, dtype: torch.dtype) -> None:
     """Writes configuration and weights of a finished run into an existing folder."""
     cast = {name: tensor.to(dtype) for name, tensor in outside(model, blocks.path).items() if tensor.is_floating_point()}
     model.save_pretrained(folder, state_dict=outside(model, blocks.path) | cast)
     join_shards(folder, [journal.shard(index) for index in range(len(blocks.modules))])
 
 
-def _streams(block: int) -> str:
-    return f"streams-{block:05}"
+def _streams(block: int, world: World) -> str:
+    return f"streams-{block:05}" + (f"-{world.rank}" if world.size > 1 else "")
 
 
 def _state(run: JointRun) -> dict[str, torch.Tensor]:
@@ -133,11 +142,11 @@ def _state(run: JointRun) -> dict[str, torch.Tensor]:
     return dense | {f"ours.{at}": hidden for at, hidden in enumerate(run.ours)}
 
 
-def _restore(run: JointRun, journal: Journal) -> None:
+def _restore(run: JointRun, journal: Unfinished, streams: str) -> None:
     """Puts a run behind the blocks that are finished. The sensitivity pass has no state but what it computes again."""
     if not journal.blocks:
         return
-    state = journal.load(_streams(len(journal.blocks)))
+    state = journal.load(streams)
     for at, call in enumerate(run.stream):
         call.hidden = state[f"dense.{at}"].to(call.hidden)
         run.ours[at] = state[f"ours.{at}"].to(call.hidden)

@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several processes agree with one, end together, and go on together. Real ones, started by torchrun, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from families import VOCABULARY, different_tensors, edit_tensors, stored_tensors
+
+from lord_quant.config import LordConfig
+from lord_quant.distributed import ALONE, World, joined
+from lord_quant.errors import ConfigError, OutputError
+from lord_quant.execution import execute, refuse_several
+from lord_quant.pipeline import prepare
+
+
+START = "from optimum.commands.optimum_cli import main; main()"
+SHORT = {"num_samples": 8, "seq_len": 32, "batch_size": 2}
+BPW = 4.2
+LIMIT = 240
+"""Seconds after which a job counts as hung; it takes a tenth of that."""
+
+
+class Ended(NamedTuple):
+    """How a job ended: torchrun's exit code, and what every process wrote."""
+
+    code: int
+    stdout: list[str]
+    stderr: list[str]
+
+
+def torchrun(count: int, script: str, folder: Path, *arguments: str | Path) -> Ended:
+    folder.mkdir(exist_ok=True)
+    program = folder / "program.py"
+    program.write_text(textwrap.dedent(script))
+    launch = ["--standalone", "--nproc_per_node", str(count), "--log-dir", str(folder / "logs"), "--redirects", "3"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *launch, str(program), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"},
+    )
+    logs = [[path.read_text() for path in sorted(folder.glob(f"logs/*/*/*/{name}.log"))] for name in ("stdout", "stderr")]
+    return Ended(done.returncode, *logs)
+
+
+def quantize(count: int, script: str, model: Path, corpus: Path, output: Path, *flags: str) -> Ended:
+    own = [part for name, value in SHORT.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    arguments = ["--model", model, "--dataset", corpus, "--output", output, "--group-size", "32", *own, *flags]
+    return torchrun(count, script, output.parent / f"{output.name}-{time.monotonic_ns()}", "lord", "quantize", *arguments)
+
+
+# The pieces, without a model.
+
+COLLECTIVES = """
+    import json, sys, torch
+    from typing import NamedTuple
+    from lord_quant.distributed import joined
+    from lord_quant.errors import ElsewhereError
+    from lord_quant.moments import PairedAccumulator, pooled
+
+    class Pair(NamedTuple):
+        name: str
+        parts: dict
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 5, generator=generator, dtype=torch.float64) + 30
+    y = torch.randn(60, 7, generator=generator, dtype=torch.float64) - 20 + x[:, :1]
+    whole = PairedAccumulator(7, torch.float64, dense_features=5)
+    whole.update(x, y)
+    found = {}
+    with joined() as world:
+        own = PairedAccumulator(7, torch.float64, dense_features=5)
+        start, stop = [0, 7, 31, 60][world.rank : world.rank + 2]
+        own.update(x[start:stop], y[start:stop])
+        both = zip(pooled(own.result(), world)[:5], whole.result()[:5], strict=True)
+        found["moments"] = max(float(torch.as_tensor(a - b).abs().max()) for a, b in both)
+        sums = world.totals({"all": torch.ones(2)} | ({"one": torch.ones(3)} if world.rank == 2 else {}), "cpu")
+        found["totals"] = {name: tensor.tolist() for name, tensor in sums.items()}
+        sent = world.broadcast(Pair("sent", {"rows": torch.eye(4)[1:2]}) if world.rank == 1 else None, 1)
+        found["sent"] = [sent.name, sent.parts["rows"].tolist()]
+        tasks = [lambda number=number: (number, world.rank) for number in range(4)]
+        found["tasks"] = list(world.share_out(tasks, [1, 1, 3, 1], 1, "cpu"))
+        try:
+            with world.together():
+                if world.rank > 0:
+                    raise KeyError(f"of {world.rank}")
+                world.total(torch.ones(1))
+        except (KeyError, ElsewhereError) as error:
+            found["error"] = f"{type(error).__name__}: {error}"
+    print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_collectives_are_those_of_one_process_and_errors_reach_all(tmp_path: Path) -> None:
+    ended = torchrun(3, COLLECTIVES, tmp_path / "job")
+    assert ended.code == 0, ended.stderr
+    found = [json.loads(text) for text in ended.stdout]
+    for own in found:
+        assert own["moments"] < 1e-12
+        assert own["totals"] == {"all": [3, 3], "one": [1, 1, 1]}
+        assert own["sent"] == ["sent", [[0, 1, 0, 0]]]
+        assert own["tasks"] == [[0, 2], [1, 0], [2, 1], [3, 2]]
+    failed = "process 1 failed: KeyError: 'of 1'"
+    assert [own["error"] for own in found] == [f"ElsewhereError: {failed}", "KeyError: 'of 1'", f"ElsewhereError: {failed}"]
+
+
+def test_windows_are_shared_without_rest() -> None:
+    windows = torch.arange(22).view(11, 2)
+    batches = list(windows.split(3))
+    assert all(torch.equal(one, other) for one, other in zip(ALONE.share(batches), batches, strict=True))
+    for size in (2, 4, 16):
+        shares = [World(rank, size).share(batches) for rank in range(size)]
+        rows = [torch.cat(share) if share else windows[:0] for share in shares]
+        assert torch.equal(torch.cat(rows).sort(dim=0).values, windows)
+        assert max(map(len, rows)) - min(map(len, rows)) <= 1
+        assert all(len(batch) <= 3 for share in shares for batch in share)
+
+
+def test_work_is_dealt_to_whoever_has_least_in_turn() -> None:
+    assert World(0, 2).deal([4, 1, 1, 1]) == [0, 1, 1, 1]
+    assert World(1, 3).deal([5.0], turn=2) == World(0, 3).deal([5.0], turn=5) == [2]
+    assert sorted(World(0, 4).deal([1, 1, 1], turn=3)) == [0, 1, 3]
+
+
+def test_without_torchrun_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")  # set by schedulers as well
+    with joined() as world:
+        assert world == ALONE
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stack": "naive"}, "stack is 'naive' in 4 processes; wanted a start without torchrun, or --stack joint"),
+        ({"output": None}, "output is not given"),
+        ({"calibration": {"num_samples": 3}}, "num_samples is 3 .*nearest legal value 4"),
+        ({"device": "cuda:1"}, "device is 'cuda:1' in 4 processes"),
+    ],
+)
+def test_what_several_cannot_share_is_refused(changes: dict[str, Any], message: str) -> None:
+    config = LordConfig.from_dict({"model": "model", "output": "out", "lowrank": {"rank_ratio": 0.5}, **changes})
+    refuse_several(config, ALONE)
+    with pytest.raises(ConfigError, match=message):
+        refuse_several(config, World(1, 4))
+
+
+# Runs with a budget, by one, two and four processes.
+
+
+class Runs(NamedTuple):
+    """A model, its text, and its checkpoints by how many processes made them."""
+
+    model: Path
+    corpus: Path
+    folders: dict[int, Path]
+    ended: dict[int, Ended]
+
+
+@pytest.fixture(scope="module")
+def runs(model_folder: Callable[..., Path], corpus_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    root, model = tmp_path_factory.mktemp("runs"), model_folder("compressible")
+    folders = {count: root / f"by-{count}" for count in (1, 2, 4)}
+    flags = ["--target-bpw", str(BPW), "--bits", "4", "--fisher-samples", "3"]  # fewer windows than processes
+    ended = {count: quantize(count, START, model, corpus_file, folder, *flags) for count, folder in folders.items()}
+    for one in ended.values():
+        assert one.code == 0, one.stderr
+    return Runs(model, corpus_file, folders, ended)
+
+
+def values_of(runs: Runs, count: int, file: str) -> dict[str, Any]:
+    return json.loads((runs.folders[count] / file).read_text())
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_runs_the_same_plan(runs: Runs) -> None:
+    plans = [values_of(runs, count, "config.json")["quantization_config"] for count in (1, 2, 4)]
+    assert plans[0]["rank_pattern"] and plans[0] == plans[1] == plans[2]
+
+
+def code_share(one: Path, other: Path) -> float:
+    """Returns the share of 4-bit codes in which two checkpoints differ."""
+    left, right = stored_tensors(one), stored_tensors(other)
+    assert left.keys() == right.keys()
+    different = total = 0
+    for name in left:
+        if name.endswith("qweight"):
+            codes = [(side[name][..., None] >> torch.arange(0, 32, 4)) & 15 for side in (left, right)]
+            different += int((codes[0] != codes[1]).sum())
+            total += codes[0].numel()
+    return different / total
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_codes_and_losses_are_those_of_one_process(count: int, runs: Runs) -> None:
+    from transformers import AutoModelForCausalLM
+
+    share = code_share(runs.folders[1], runs.folders[count])
+    tokens = torch.randint(1, VOCABULARY, (4, 64), generator=torch.Generator().manual_seed(3))
+    losses = []
+    for folder in (runs.folders[1], runs.folders[count]):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        with torch.no_grad():
+            losses.append(float(model(input_ids=tokens, labels=tokens).loss))
+    print(f"{count} processes: {100 * share:.4f} % of codes differ, loss {losses[0]:.6f} and {losses[1]:.6f}")
+    assert share <= 0.005
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_report_says_what_every_process_did(count: int, runs: Runs) -> None:
+    report = values_of(runs, count, "lord_report.json")
+    assert "processes" not in values_of(runs, 1, "lord_report.json")
+    assert [own["tokens"] for own in report["processes"]] == [8 * 32 // count] * count
+    assert sum(own["layers"] for own in report["processes"]) == len(report["layers"])
+    assert all(own["layers"] > 0 and own["seconds"] > 0 for own in report["processes"])
+    spent = sum(
+        layer["decompose_seconds"] + sum(part["seconds"] for part in layer["gptq"].values()) for layer in report["layers"]
+    )
+    assert sum(own["seconds"] for own in report["processes"]) == pytest.approx(spent, abs=0.01)
+    assert report["calibration"]["num_tokens"] == 8 * 32
+
+
+@pytest.mark.slow
+def test_only_the_first_process_prints(runs: Runs) -> None:
+    for count in (2, 4):
+        first, *others = runs.ended[count].stdout
+        assert "written to" in first and f"processes     {count}" in first and not any(others)
+        assert not any("warning:" in text or "Traceback" in text for text in runs.ended[count].stderr[1:])
+
+
+# Runs that fail.
+
+KILLED = """
+    import os, signal
+    from optimum.commands.optimum_cli import main
+    from lord_quant.joint import JointRun
+
+    step = JointRun.step
+    def die(self, index):
+        if index == 1 and self.world.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        step(self, index)
+    JointRun.step = die
+    main()
+"""
+# An error of one process alone, while the other waits for it.
+SPOILT = """
+    from optimum.commands.optimum_cli import main
+    import lord_quant.joint as joint
+    from lord_quant.errors import NumericsError
+
+    compress = joint.JointRun._compress
+    def spoil(self, layers, *others):
+        if self.world.rank == 1:
+            raise NumericsError(f"layer {layers[0].name!r} is spoilt")
+        return compress(self, layers, *others)
+    joint.JointRun._compress = spoil
+    main()
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_job_and_the_same_command_goes_on(
+    model_folder: Callable[..., Path], corpus_file: Path, tmp_path: Path
+) -> None:
+    model, ranks = model_folder("llama"), ["--rank-ratio", "0.5"]
+    assert quantize(2, START, model, corpus_file, tmp_path / "whole", *ranks).code == 0
+    began = time.monotonic()
+    killed = quantize(2, KILLED, model, corpus_file, tmp_path / "out", *ranks)
+    assert killed.code != 0 and time.monotonic() - began < LIMIT / 2
+    assert not any("Traceback" in text for text in killed.stderr)
+    assert not (tmp_path / "out").exists() and (tmp_path / ".out.unfinished").is_dir()
+    config = {"model": str(model), "output": str(tmp_path / "out"), "lowrank": {"rank_ratio": 0.5}}
+    config |= {"gptq": {"group_size": 32}, "calibration": {"dataset": str(corpus_file), **SHORT}}
+    with pytest.raises(OutputError, match="processes was 2, now 1"):
+        execute(prepare(LordConfig.from_dict(config)))
+    resumed = quantize(2, START, model, corpus_file, tmp_path / "out", *ranks)
+    assert resumed.code == 0, resumed.stderr
+    assert json.loads((tmp_path / "out" / "lord_report.json").read_text())["blocks_resumed"] == 1
+    assert different_tensors(tmp_path / "whole", tmp_path / "out") == []
+    assert not (tmp_path / ".out.unfinished").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "teller", "message"),
+    [
+        (SPOILT, 1, "NumericsError: layer 'model.layers.0.self_attn.k_proj' is spoilt"),
+        (START, 0, "NumericsError: weight 'model.layers.1.mlp.up_proj.weight' holds"),
+    ],
+    ids=["of one process", "of all"],
+)
+def test_an_error_is_told_once_and_ends_the_job(
+    script: str, teller: int, message: str, model_folder: Callable[..., Path], corpus_file: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    model = shutil.copytree(model_folder("llama"), tmp_path / "model")
+    if script == START:
+        edit_tensors(model, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"][3].fill_(float("nan")))
+    ended = quantize(2, script, model, corpus_file, tmp_path / "out", "--rank-ratio", "0.5")
+    assert ended.code not in (0, -signal.SIGKILL)
+    assert message in ended.stderr[teller] and "LordError" not in ended.stderr[1 - teller]
+    assert not any("Traceback" in text for text in ended.stderr) and message not in ended.stderr[1 - teller]
+    assert not list(tmp_path.glob("*out")) and not (tmp_path / ".out.unfinished").exists()
