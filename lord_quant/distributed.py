@@ -188,6 +188,23 @@ class World:
 ALONE = World()
 
 
+def launched() -> World:
+    """Returns the processes that torchrun started, whether they have joined or not."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # schedulers set some of the others
+        return ALONE
+    return World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+
+
+def refuse_torchrun(what: str) -> None:
+    """Refuses to do in several processes what one can do alone.
+
+    Raises:
+        ConfigError: torchrun started more than one.
+    """
+    if launched().size > 1:
+        raise ConfigError(f"{what} takes one process, torchrun started {launched().size}; wanted a start without torchrun")
+
+
 @contextmanager
 def joined() -> Iterator[World]:
     """Joins the processes that torchrun started this one among, for as long as the body runs; without torchrun, alone.
@@ -195,9 +212,9 @@ def joined() -> Iterator[World]:
     Raises:
         ConfigError: There are more processes on this machine than GPUs.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
-        yield ALONE
+    world = launched()
+    if world.size == 1:
+        yield world
         return
     import torch
     import torch.distributed as dist
@@ -213,7 +230,7 @@ def joined() -> Iterator[World]:
         torch.cuda.set_device(own)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
     try:
-        yield World(dist.get_rank(), size)
+        yield world
     except ElsewhereError:
         with suppress(RuntimeError):  # torchrun ends all processes once one has ended: let the one with something to tell
             dist.barrier()

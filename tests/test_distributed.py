@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -16,18 +17,21 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from families import VOCABULARY, different_tensors, edit_tensors, stored_tensors
+from families import VOCABULARY, different_tensors, stored_tensors
 
+from lord_quant.commands import quantize as quantize_command
+from lord_quant.commands import sensitivity as sensitivity_command
 from lord_quant.config import LordConfig
 from lord_quant.distributed import ALONE, World, joined
 from lord_quant.errors import ConfigError, OutputError
-from lord_quant.execution import execute, refuse_several
-from lord_quant.pipeline import prepare
+from lord_quant.execution import refuse_several
 
 
 START = "from optimum.commands.optimum_cli import main; main()"
-SHORT = {"num_samples": 8, "seq_len": 32, "batch_size": 2}
-BPW = 4.2
+TEXT = ["--num-samples", "8", "--seq-len", "32", "--batch-size", "2", "--float64"]
+"""Sums in float64: what rounding of float32 leaves open decides about codes, and then about those of all later layers."""
+MEASURED = ["--fisher-samples", "3"]  # fewer windows than processes
+PLANNED = ["--group-size", "32", "--bits", "4", "--target-bpw", "4.2", *MEASURED]
 LIMIT = 240
 """Seconds after which a job counts as hung; it takes a tenth of that."""
 
@@ -56,10 +60,11 @@ def torchrun(count: int, script: str, folder: Path, *arguments: str | Path) -> E
     return Ended(done.returncode, *logs)
 
 
-def quantize(count: int, script: str, model: Path, corpus: Path, output: Path, *flags: str) -> Ended:
-    own = [part for name, value in SHORT.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    arguments = ["--model", model, "--dataset", corpus, "--output", output, "--group-size", "32", *own, *flags]
-    return torchrun(count, script, output.parent / f"{output.name}-{time.monotonic_ns()}", "lord", "quantize", *arguments)
+def alone(command: Any, *arguments: str | Path) -> None:
+    """Runs a command in this process."""
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    assert command.run(parser.parse_args([*map(str, arguments)])) == 0
 
 
 # The pieces, without a model.
@@ -162,23 +167,38 @@ def test_what_several_cannot_share_is_refused(changes: dict[str, Any], message: 
 
 
 class Runs(NamedTuple):
-    """A model, its text, and its checkpoints by how many processes made them."""
+    """Checkpoints of one model by how many processes made them, and how those ended.
 
-    model: Path
-    corpus: Path
+    Attributes:
+        source: Flags that name model and text.
+        statistics: Flags that name what `lord sensitivity` measured.
+        folders: The checkpoints.
+        ended: The jobs.
+    """
+
+    source: list[str | Path]
+    statistics: list[str | Path]
     folders: dict[int, Path]
     ended: dict[int, Ended]
 
 
+def quantize(count: int, script: str, output: Path, *flags: str | Path) -> Ended:
+    work = output.parent / f"job-{time.monotonic_ns()}"
+    return torchrun(count, script, work, "lord", "quantize", "--output", output, *flags)
+
+
 @pytest.fixture(scope="module")
 def runs(model_folder: Callable[..., Path], corpus_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    root, model = tmp_path_factory.mktemp("runs"), model_folder("compressible")
+    root = tmp_path_factory.mktemp("runs")
+    source = ["--model", model_folder("compressible"), "--dataset", corpus_file, *TEXT]
+    statistics = ["--statistics", root / "statistics"]
     folders = {count: root / f"by-{count}" for count in (1, 2, 4)}
-    flags = ["--target-bpw", str(BPW), "--bits", "4", "--fisher-samples", "3"]  # fewer windows than processes
-    ended = {count: quantize(count, START, model, corpus_file, folder, *flags) for count, folder in folders.items()}
+    alone(sensitivity_command, *source, *MEASURED, "--output", statistics[1])
+    alone(quantize_command, *source, *PLANNED, *statistics, "--output", folders[1])
+    ended = {count: quantize(count, START, folders[count], *source, *PLANNED, *statistics) for count in (2, 4)}
     for one in ended.values():
         assert one.code == 0, one.stderr
-    return Runs(model, corpus_file, folders, ended)
+    return Runs(source, statistics, folders, ended)
 
 
 def values_of(runs: Runs, count: int, file: str) -> dict[str, Any]:
@@ -259,63 +279,52 @@ KILLED = """
     JointRun.step = die
     main()
 """
-# An error of one process alone, while the other waits for it.
+# An error of one process alone, which the other hears of when it wants to meet.
 SPOILT = """
     from optimum.commands.optimum_cli import main
-    import lord_quant.joint as joint
+    import lord_quant.execution as execution
     from lord_quant.errors import NumericsError
 
-    compress = joint.JointRun._compress
-    def spoil(self, layers, *others):
-        if self.world.rank == 1:
-            raise NumericsError(f"layer {layers[0].name!r} is spoilt")
-        return compress(self, layers, *others)
-    joint.JointRun._compress = spoil
+    def spoil(config, world):
+        if world.rank == 1:
+            raise NumericsError("spoilt")
+    execution.refuse_several = spoil
     main()
 """
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_job_and_the_same_command_goes_on(
-    model_folder: Callable[..., Path], corpus_file: Path, tmp_path: Path
-) -> None:
-    model, ranks = model_folder("llama"), ["--rank-ratio", "0.5"]
-    assert quantize(2, START, model, corpus_file, tmp_path / "whole", *ranks).code == 0
+def test_a_killed_process_ends_the_job_and_the_same_command_goes_on(runs: Runs, tmp_path: Path) -> None:
+    output, flags = tmp_path / "out", [*runs.source, *PLANNED, *runs.statistics]
     began = time.monotonic()
-    killed = quantize(2, KILLED, model, corpus_file, tmp_path / "out", *ranks)
+    killed = quantize(2, KILLED, output, *flags)
     assert killed.code != 0 and time.monotonic() - began < LIMIT / 2
     assert not any("Traceback" in text for text in killed.stderr)
-    assert not (tmp_path / "out").exists() and (tmp_path / ".out.unfinished").is_dir()
-    config = {"model": str(model), "output": str(tmp_path / "out"), "lowrank": {"rank_ratio": 0.5}}
-    config |= {"gptq": {"group_size": 32}, "calibration": {"dataset": str(corpus_file), **SHORT}}
+    assert not output.exists() and (tmp_path / ".out.unfinished").is_dir()
     with pytest.raises(OutputError, match="processes was 2, now 1"):
-        execute(prepare(LordConfig.from_dict(config)))
-    resumed = quantize(2, START, model, corpus_file, tmp_path / "out", *ranks)
+        alone(quantize_command, *flags, "--output", output)
+    resumed = quantize(2, START, output, *flags)
     assert resumed.code == 0, resumed.stderr
-    assert json.loads((tmp_path / "out" / "lord_report.json").read_text())["blocks_resumed"] == 1
-    assert different_tensors(tmp_path / "whole", tmp_path / "out") == []
+    assert json.loads((output / "lord_report.json").read_text())["blocks_resumed"] == 1
+    assert different_tensors(runs.folders[2], output) == []
     assert not (tmp_path / ".out.unfinished").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("script", "teller", "message"),
+    ("script", "stack", "teller", "message"),
     [
-        (SPOILT, 1, "NumericsError: layer 'model.layers.0.self_attn.k_proj' is spoilt"),
-        (START, 0, "NumericsError: weight 'model.layers.1.mlp.up_proj.weight' holds"),
+        (SPOILT, "joint", 1, "optimum-cli lord: NumericsError: spoilt"),
+        (START, "naive", 0, "optimum-cli lord: ConfigError: stack is 'naive' in 2 processes; wanted a start without"),
     ],
     ids=["of one process", "of all"],
 )
 def test_an_error_is_told_once_and_ends_the_job(
-    script: str, teller: int, message: str, model_folder: Callable[..., Path], corpus_file: Path, tmp_path: Path
+    script: str, stack: str, teller: int, message: str, model_folder: Any, corpus_file: Path, tmp_path: Path
 ) -> None:
-    import shutil
-
-    model = shutil.copytree(model_folder("llama"), tmp_path / "model")
-    if script == START:
-        edit_tensors(model, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"][3].fill_(float("nan")))
-    ended = quantize(2, script, model, corpus_file, tmp_path / "out", "--rank-ratio", "0.5")
+    source = ["--model", model_folder("llama"), "--dataset", corpus_file, *TEXT, "--stack", stack]
+    ended = quantize(2, script, tmp_path / "out", *source, "--rank-ratio", "0.5", "--group-size", "32")
     assert ended.code not in (0, -signal.SIGKILL)
-    assert message in ended.stderr[teller] and "LordError" not in ended.stderr[1 - teller]
-    assert not any("Traceback" in text for text in ended.stderr) and message not in ended.stderr[1 - teller]
-    assert not list(tmp_path.glob("*out")) and not (tmp_path / ".out.unfinished").exists()
+    assert [ended.stderr[rank].count("optimum-cli lord:") for rank in (teller, 1 - teller)] == [1, 0]
+    assert message in ended.stderr[teller] and not any("Traceback" in text for text in ended.stderr)
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.unfinished").exists()

@@ -70,16 +70,16 @@ def _prepare(args: argparse.Namespace, world: World) -> Job | None:
         raise ConfigError("--dry-run reads no weights, a budget needs statistics; wanted --statistics FILE beside it")
     if config.output is None and not args.dry_run:
         raise ConfigError("output is not given; wanted a folder to write (--output DIR), or --dry-run")
+    from lord_quant.execution import is_finished, refuse_several
     from lord_quant.silence import import_hosts
 
+    refuse_several(config, world)
     import_hosts()
     from lord_quant.budget import apply_plan, unplanned
     from lord_quant.checkpoint import REPORT_NAME
-    from lord_quant.execution import is_finished, refuse_several
     from lord_quant.pipeline import prepare
     from lord_quant.report import human_bytes, human_seconds, plan_summary, plan_table
 
-    refuse_several(config, world)
     say = sys.stdout.write if world.first else str
     if budget is not None:
         prepare(unplanned(config), overwrite=args.overwrite)  # refuses what is wrong before the sensitivity pass
