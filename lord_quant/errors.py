@@ -79,6 +79,10 @@ class HostError(LordError, RuntimeError):
     """A host library did something other than its contract says."""
 
 
+class ElsewhereError(LordError, RuntimeError):
+    """Another process of the run failed or is gone; where it failed it tells why itself."""
+
+
 def reason_of(error: Exception) -> str:
     """Returns what went wrong, without the file's name where the system says it apart."""
     return getattr(error, "strerror", None) or str(error)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a job to a checkpoint folder, which appears by one rename when everything is in it.
 
-A joint run streams its blocks from the model's files to files of its own and continues an unfinished run (`streaming.py`).
-Where that cannot be, and in the naive stack, the whole model is loaded.
+A joint run streams its blocks from the model's files to files of its own and continues an unfinished run (`streaming.py`);
+several processes can do that together. Where it cannot be, and in the naive stack, the whole model is loaded.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from lord_quant.checkpoint import (
     weight_files,
     write_model,
 )
-from lord_quant.config import FLOAT_BITS
-from lord_quant.errors import ModelError, OutputError, reason_of
-from lord_quant.journal import Journal, folder_of
+from lord_quant.config import FLOAT_BITS, LordConfig
+from lord_quant.distributed import ALONE, World
+from lord_quant.errors import ConfigError, ModelError, OutputError, reason_of
+from lord_quant.journal import Journal, Unfinished, folder_of
 from lord_quant.pipeline import (
     Job,
     Phases,
@@ -44,11 +45,11 @@ from lord_quant.residency import Streamed
 from lord_quant.sensitivity import Sensitivity
 from lord_quant.source import load_model, local_files, stream_source
 from lord_quant.statistics import model_digest
-from lord_quant.streaming import Settings, stream_model, write_weights
+from lord_quant.streaming import Finished, Settings, stream_model, write_weights
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
 TO_CONTINUE = "put that right, and the same command goes on"
 
 
-def execute(job: Job, progress: Progress | None = None) -> dict[str, Any]:
+def execute(job: Job, progress: Progress | None = None, world: World = ALONE) -> dict[str, Any]:
     """Runs a job and writes its checkpoint; returns the report.
 
     A joint run that writes streams its blocks from file to file, and continues an unfinished one. The output folder appears
@@ -65,16 +66,24 @@ def execute(job: Job, progress: Progress | None = None) -> dict[str, Any]:
     Args:
         job: The run.
         progress: Where it is told how far the run is; None shows bars on a terminal and writes no log.
+        world: The processes that run it together; all of them call this with the same job.
 
     Raises:
+        ElsewhereError: Another process failed.
         LordError: Whatever goes wrong. A streamed run keeps the blocks that are finished.
     """
     phases, progress = Phases(), progress or Progress()
+    refuse_several(job.config, world)
     if job.config.stack == "joint" and job.output is not None:
-        with phases.measure("load"), progress.phase("load"):
+        with phases.measure("load"), progress.phase("load"), world.together():
             streamed = stream_source(job.source, job.device)
+            if streamed is None and world.size > 1:
+                raise ModelError(
+                    f"model {job.source.path!r} names its tensors otherwise than transformers does, so one process has "
+                    "to load all of it; wanted a start without torchrun, or the model as save_pretrained writes it"
+                )
         if streamed is not None:
-            return _execute_streamed(job, *streamed, phases, progress)
+            return _execute_streamed(job, *streamed, phases, progress, world)
     with phases.measure("load"), progress.phase("load"):
         model = load_model(job.source, job.device)
     done = compress_model(model, job.plan, job.windows, job.config, progress=progress)
@@ -87,39 +96,38 @@ def execute(job: Job, progress: Progress | None = None) -> dict[str, Any]:
         return write_checkpoint(model, job.source.tokenizer, job.output, report, overwrite=job.overwrite)
 
 
+def refuse_several(config: LordConfig, world: World) -> None:
+    """Refuses a run that several processes cannot share.
+
+    Raises:
+        ConfigError: It is one of the naive stack, writes nothing, has fewer windows than processes or names a GPU.
+    """
+    if world.size == 1:
+        return
+    own = "wanted a start without torchrun"
+    if config.stack != "joint":
+        raise ConfigError(f"stack is {config.stack!r} in {world.size} processes; {own}, or --stack joint")
+    if config.output is None:
+        raise ConfigError(f"a run in {world.size} processes writes its blocks, and output is not given; {own}, or a folder")
+    if config.calibration.num_samples < world.size:
+        raise ConfigError(
+            f"num_samples is {config.calibration.num_samples} in {world.size} processes, each with windows of its own: "
+            f"nearest legal value {world.size}"
+        )
+    if ":" in config.device:
+        raise ConfigError(f"device is {config.device!r} in {world.size} processes, each with one of its own; wanted 'auto'")
+
+
 def _execute_streamed(
-    job: Job, model: PreTrainedModel, residency: Streamed, phases: Phases, progress: Progress
+    job: Job, model: PreTrainedModel, residency: Streamed, phases: Phases, progress: Progress, world: World
 ) -> dict[str, Any]:
-    config, plan, output = job.config, job.plan, job.output
-    assert output is not None  # `execute` looked
-    solve, quantizer, sensitivity = None, None, None
-    if plan.bits != FLOAT_BITS:
-        solve = functools.partial(solvers_of, gptq=config.gptq, num_tokens=job.windows.num_tokens)
-        quantizer = backend.make_quantizer(**host_arguments(config, plan, model, job.windows))
-        quantizer.format = backend.PACKED_FORMAT
-    others = {
-        "true_sequential": config.gptq.true_sequential,
-        "seed": config.calibration.seed,
-        "dtype": torch.float64 if config.lowrank.float64 else torch.float32,
-    }
-    made = made_of(job)  # before the run adds to the model's configuration
-    journal = Journal(output, made, restart=job.overwrite)
+    made = made_of(job, world.size)  # before the run adds to the model's configuration
+    with world.together():
+        journal = _open(job, made, world)
     residency.scratch = journal.folder
     try:
-        if len(fisher_windows(job.windows, config)) and plan.rank_pattern:
-            with phases.measure("sensitivity"):
-                batches, seed = backward_batches(job.windows, config), config.calibration.seed
-                sensitivity = Sensitivity.measure(model, batches, seed=seed, residency=residency, progress=progress)
-        batches = job.windows.batches(config.calibration.batch_size)
-        settings = Settings(plan, batches, solve, config.joint, sensitivity, quantizer, job.source.dtype, others)
-        with phases.measure("stack"):
-            done = stream_model(model, residency, journal, settings, progress)
-        model.config.quantization_config = quantization_config(plan, config.gptq, quantizer.format if quantizer else "")
-        report = build_report(config, plan, job.windows, done.records, done.quantized, phases.seconds, job.warnings)
-        report |= {"blocks_resumed": done.resumed, "made_of_sha256": digest(made)}
-        write = functools.partial(write_weights, model, residency.blocks, journal, dtype=job.source.dtype)
-        with progress.phase("write"):
-            report = write_checkpoint(model, job.source.tokenizer, output, report, overwrite=job.overwrite, write=write)
+        with world.together():
+            report = _stream(job, model, residency, phases, progress, world, journal, digest(made))
     except BaseException as error:
         journal.close(keep=bool(journal.blocks))
         if isinstance(error, ModelError | OutputError):  # a full disk, a file that is gone: nothing that was done was wrong
@@ -130,18 +138,98 @@ def _execute_streamed(
     return report
 
 
-def clear_away(job: Job, output: Path) -> None:
+def clear_away(job: Job, output: Path, processes: int = 1) -> None:
     """Removes what a finished run left beside its output because it was killed before it could; not what is another's."""
     if folder_of(output).is_dir():
         with contextlib.suppress(OutputError):
-            Journal(output, made_of(job)).close()
+            Journal(output, made_of(job, processes)).close()
 
 
-def is_finished(job: Job, output: Path) -> bool:
-    """Tells whether a folder is what a streamed run of this job wrote."""
+def _open(job: Job, made: Mapping[str, Any], world: World) -> Unfinished:
+    """Opens the journal in the first process, which tells the others what is finished.
+
+    Raises:
+        ConfigError: The processes do not have the same run before them.
+        OutputError: Whatever `Journal` has to say.
+    """
+    assert job.output is not None  # `execute` looked
+    for rank, other in enumerate(world.gather(made)):
+        odd = [name for name in made if other[name] != made[name]]
+        if odd:
+            raise ConfigError(f"processes {world.rank} and {rank} differ in {', '.join(odd)}; wanted the same run in all")
+    if world.first:
+        journal = Journal(job.output, made, restart=job.overwrite)
+        world.broadcast(journal.blocks)
+        return journal
+    return Unfinished(job.output, world.broadcast([]))
+
+
+def _stream(
+    job: Job,
+    model: PreTrainedModel,
+    residency: Streamed,
+    phases: Phases,
+    progress: Progress,
+    world: World,
+    journal: Unfinished,
+    made_of_sha256: str,
+) -> dict[str, Any]:
+    """Compresses what is not finished and, in the first process, writes the checkpoint; returns the report in all."""
+    config, plan, output = job.config, job.plan, job.output
+    assert output is not None  # `execute` looked
+    solve, quantizer, sensitivity = None, None, None
+    if plan.bits != FLOAT_BITS:
+        solve = functools.partial(solvers_of, gptq=config.gptq, num_tokens=job.windows.num_tokens)
+        if world.first:
+            quantizer = backend.make_quantizer(**host_arguments(config, plan, model, job.windows))
+            quantizer.format = backend.PACKED_FORMAT
+    others = {
+        "true_sequential": config.gptq.true_sequential,
+        "seed": config.calibration.seed,
+        "dtype": torch.float64 if config.lowrank.float64 else torch.float32,
+    }
+    if len(fisher_windows(job.windows, config)) and plan.rank_pattern:
+        with phases.measure("sensitivity"):
+            batches, seed = backward_batches(job.windows, config), config.calibration.seed
+            sensitivity = Sensitivity.measure(
+                model, batches, seed=seed, residency=residency, progress=progress, world=world
+            )
+    batches = world.share(job.windows.batches(config.calibration.batch_size))
+    settings = Settings(plan, batches, solve, config.joint, sensitivity, quantizer, job.source.dtype, world, others)
+    with phases.measure("stack"):
+        done = stream_model(model, residency, journal, settings, progress)
+    tokens = world.gather(sum(batch.numel() for batch in batches))
+    report: dict[str, Any] = {}
+    if world.first:
+        model.config.quantization_config = quantization_config(plan, config.gptq, quantizer.format if quantizer else "")
+        report = build_report(config, plan, job.windows, done.records, done.quantized, phases.seconds, job.warnings)
+        report |= {"blocks_resumed": done.resumed, "made_of_sha256": made_of_sha256}
+        if world.size > 1:
+            report["processes"] = _processes(tokens, done)
+        write = functools.partial(write_weights, model, residency.blocks, journal, dtype=job.source.dtype)
+        with progress.phase("write"):
+            report = write_checkpoint(model, job.source.tokenizer, output, report, overwrite=job.overwrite, write=write)
+    return world.broadcast(report)
+
+
+def _processes(tokens: Sequence[int], done: Finished) -> list[dict[str, Any]]:
+    """Returns what every process did: calibration tokens it ran, layers it compressed and the seconds that took."""
+    owners = {record.name: record.process for record in done.records}
+    found = [{"tokens": count, "layers": 0, "seconds": 0.0} for count in tokens]
+    for record in done.records:
+        found[record.process]["layers"] += 1
+        found[record.process]["seconds"] += record.seconds
+    for part in done.quantized:
+        owner = owners.get(part.name, owners.get(part.name.rpartition(".")[0], 0))
+        found[owner]["seconds"] += part.seconds
+    return [own | {"seconds": round(own["seconds"], 4)} for own in found]
+
+
+def is_finished(job: Job, output: Path, processes: int = 1) -> bool:
+    """Tells whether a folder is what a streamed run of this job by so many processes wrote."""
     try:
         report = json.loads((output / REPORT_NAME).read_text(encoding="utf-8"))
-        return isinstance(report, dict) and report.get("made_of_sha256") == digest(made_of(job))
+        return isinstance(report, dict) and report.get("made_of_sha256") == digest(made_of(job, processes))
     except (OSError, ValueError):
         return False
 
@@ -158,7 +246,7 @@ def digest(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def made_of(job: Job) -> dict[str, Any]:
+def made_of(job: Job, processes: int) -> dict[str, Any]:
     """Returns what must be the same for a run to continue another."""
     config = {name: value for name, value in job.config.to_dict().items() if name not in ("output", "model")}
     model = model_digest(job.source.config.to_dict(), local_files(job.source.path))
@@ -166,6 +254,7 @@ def made_of(job: Job) -> dict[str, Any]:
         **config,
         "model_sha256": model,
         "calibration_sha256": job.windows.sha256,
+        "processes": processes,
         "device": str(job.device),
         "versions": package_versions(),
     }

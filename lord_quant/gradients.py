@@ -82,7 +82,7 @@ class BlockGradients:
 
         Args:
             model: A causal language model in evaluation mode.
-            batches: Token windows with shape (batch, seq_len), all without padding.
+            batches: Token windows with shape (batch, seq_len), all without padding; none is legal.
             labels: What the loss takes for right.
             title: What the pass is called.
             residency: Which blocks have their weights, and where hidden states and gradients wait, one per block.
@@ -93,6 +93,8 @@ class BlockGradients:
             OutputError: They cannot be written to where they wait.
         """
         progress, count = progress or Progress(), len(find_blocks(model).modules)
+        if not batches:
+            return cls([], [Kept(()) for _ in range(count)], 0)
         with progress.phase(title, 2 * count - 1):
             return cls(*_forth_and_back(model, batches, labels, residency, progress))
 

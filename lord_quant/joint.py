@@ -10,11 +10,15 @@ fed and one layer's moments exist at a time.
 
 Grouped layers are compressed as the one layer that all their outputs make; with sensitivities G_i its own is their block
 diagonal.
+
+Several processes hold the same model and each its own windows: they pool the moments, and layers fed the same tensor are
+dealt out among them and sent around once they are done.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -25,9 +29,11 @@ import torch
 from torch import nn
 
 from lord_quant.config import JointConfig
+from lord_quant.decompose import Factors
+from lord_quant.distributed import ALONE, World
 from lord_quant.errors import CalibrationError, NumericsError
 from lord_quant.linalg import is_finite
-from lord_quant.moments import PairedMoments
+from lord_quant.moments import PairedMoments, pooled
 from lord_quant.pairing import Inputs, Runner, gather, record_inputs
 from lord_quant.plan import LayerPlan, Plan
 from lord_quant.progress import Progress
@@ -55,6 +61,7 @@ class StackRecord(NamedTuple):
         seconds: Wall time of its algebra, without the solves, whose own is in what they return.
         remedies: What the numerics needed; empty when nothing.
         largest_coefficient: Largest magnitude in a pivoted layer's predictor, before quantization, or None.
+        process: Which process did it.
     """
 
     name: str
@@ -66,11 +73,30 @@ class StackRecord(NamedTuple):
     seconds: float
     remedies: tuple[str, ...]
     largest_coefficient: float | None
+    process: int = 0
+
+
+class Outcome(NamedTuple):
+    """What becomes of a layer, or of several compressed as one, and all that is to be known of it.
+
+    Attributes:
+        factors: As they will be read back, or None.
+        weight: Of a layer that stays dense, or None.
+        bias: With shape (out_features,), or None.
+        quantized: What is to be packed, by full module path.
+        records: One per layer.
+    """
+
+    factors: Factors | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    quantized: dict[str, Quantized]
+    records: list[StackRecord]
 
 
 @dataclass
 class StackedModel:
-    """What a run did: a record per layer, and what is to be packed, by full module path."""
+    """What a run did: a record per layer, and what the first process is to pack, by full module path."""
 
     records: list[StackRecord] = field(default_factory=list)
     quantized: dict[str, Quantized] = field(default_factory=dict)
@@ -84,7 +110,7 @@ class JointRun:
     Args:
         model: A dense model in evaluation mode; changed in place.
         plan: What becomes of every layer.
-        batches: Token windows with shape (batch, seq_len), all without padding.
+        batches: Token windows of this process with shape (batch, seq_len), all without padding.
         solve: Gives a layer's solvers, which quantize a weight in a metric; None leaves factors in float and other layers
             alone.
         options: Which ideas are on.
@@ -94,6 +120,7 @@ class JointRun:
         dtype: dtype of statistics and algebra.
         residency: Which blocks have their weights.
         progress: Where it is told how far the run is.
+        world: The processes of the run. All have the same arguments, but for their windows.
 
     Attributes:
         done: What was done so far.
@@ -117,10 +144,11 @@ class JointRun:
         dtype: torch.dtype = torch.float32,
         residency: Residency = RESIDENT,
         progress: Progress | None = None,
+        world: World = ALONE,
     ) -> None:
         self.model, self.plan, self.solve, self.options, self.sensitivity = model, plan, solve, options, sensitivity
         self.true_sequential, self.seed, self.dtype, self.residency = true_sequential, seed, dtype, residency
-        self.done, self.progress = StackedModel(), progress or Progress()
+        self.world, self.done, self.progress = world, StackedModel(), progress or Progress()
         self.planned = {layer.name: layer for layer in plan.layers if solve is not None or layer.rank is not None}
         self.last = max((layer.block for layer in self.planned.values()), default=-1)
         self.blocks = find_blocks(model)
@@ -151,15 +179,24 @@ class JointRun:
         for stage in inputs.stages(self.true_sequential):
             with run.replay.of(_finished(layers, open_layers)):
                 moments = gather(block, run, self.ours, inputs, stage, self.dtype, self.options.anchor)
+            tasks, costs, units, number = [], [], list[list[str]](), len(self.done.records)
             for leader in stage:
+                inputs.forget(leader)
+                moments[leader] = pooled(moments[leader], self.world)
                 _require_finite(moments[leader], prefix + leader)
                 for names in groups[leader]:
-                    sources = [dense.get_submodule(name) for name in names]
-                    metric = _together([minded.pop(name, None) for name in names], sources)
-                    with self.progress.layers(*(prefix + name for name in names)):
-                        self._compress([layers[name] for name in names], sources, moments[leader], metric)
+                    together = [layers[name] for name in names]
+                    own = {name: dense.get_submodule(name) for name in names}
+                    tasks.append(functools.partial(self._compress, together, own, moments[leader], minded, number))
+                    costs.append(_cost(together))
+                    units.append([prefix + name for name in names])
+                    number += len(names)
                     open_layers.difference_update(names)
-                inputs.forget(leader)
+            device = next(block.parameters()).device
+            outcomes = self.world.share_out(tasks, costs, len(self.done.records), device)
+            for names in units:
+                with self.progress.layers(*names):
+                    self._put(next(outcomes))
         if index < self.last:
             with run.replay.of(_finished(layers, inputs.of_last(self.true_sequential))):
                 self.ours = list(run(block, self.ours))
@@ -167,13 +204,24 @@ class JointRun:
     def _compress(
         self,
         layers: Sequence[LayerPlan],
-        dense: Sequence[nn.Module],
+        dense: Mapping[str, nn.Module],
         moments: PairedMoments,
-        metric: torch.Tensor | None,
-    ) -> None:
-        """Compresses one layer, or several as one, puts the result into the model and notes what was done."""
-        start, first = time.perf_counter(), layers[0]
-        weight, bias = torch.cat([dense_weight(source) for source in dense]), _bias_of(dense)
+        minded: dict[str, torch.Tensor],
+        number: int,
+    ) -> Outcome:
+        """Compresses one layer, or several as one.
+
+        Args:
+            layers: What becomes of them.
+            dense: The dense layers, likewise, by path inside the block.
+            moments: Of their input.
+            minded: Sensitivities of the block's layers; theirs are used up.
+            number: Layers of the model compressed before.
+        """
+        start, first, sources = time.perf_counter(), layers[0], list(dense.values())
+        weights, bias = [dense_weight(source) for source in sources], _bias_of(sources)
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        metric = _together([minded.pop(name, None) for name in dense], sources)
         try:
             metric = None if metric is None else unit_metric(metric.to(weight))
             stacked = stack_layer(
@@ -186,20 +234,28 @@ class JointRun:
                 self.options,
                 metric=metric,
                 mean_correction=self.plan.mean_correction,
-                seed=self.seed * len(self.plan.layers) + len(self.done.records),
+                seed=self.seed * len(self.plan.layers) + number,
             )
         except NumericsError as error:
             raise NumericsError(f"layer {first.name!r}: {error}") from error
-        if stacked.factors is not None and len(layers) > 1:
-            replace_group(self.model, [layer.name for layer in layers], stacked.factors)
-        elif stacked.factors is not None:
-            replace_layer(self.model, first.name, stacked.factors)
-        elif stacked.weight is not None:
-            set_dense(self.model, first.name, stacked.weight, stacked.bias)
-        self.done.quantized |= _parts(layers, stacked.quantized)
+        quantized = _parts(layers, stacked.quantized)
         solving = sum(item.seconds for item in stacked.quantized.values())
-        seconds = time.perf_counter() - start - solving
-        self.done.records += [_record(layer, stacked, moments.num_tokens, seconds / len(layers)) for layer in layers]
+        seconds = (time.perf_counter() - start - solving) / len(layers)
+        records = [_record(layer, stacked, moments.num_tokens, seconds, self.world.rank) for layer in layers]
+        return Outcome(stacked.factors, stacked.weight, stacked.bias, quantized, records)
+
+    def _put(self, outcome: Outcome) -> None:
+        """Puts what layers have become into the model and notes what was done."""
+        names = [record.name for record in outcome.records]
+        if outcome.factors is not None and len(names) > 1:
+            replace_group(self.model, names, outcome.factors)
+        elif outcome.factors is not None:
+            replace_layer(self.model, names[0], outcome.factors)
+        elif outcome.weight is not None:
+            set_dense(self.model, names[0], outcome.weight, outcome.bias)
+        if self.world.first:
+            self.done.quantized |= outcome.quantized
+        self.done.records += outcome.records
 
 
 def stack_model(
@@ -222,6 +278,12 @@ def stack_model(
             run.step(index)
             run.progress.block(f"{run.blocks.path}.{index}")
     return run.done
+
+
+def _cost(layers: Sequence[LayerPlan]) -> float:
+    """Returns the operations that compressing layers as one takes, up to a factor."""
+    height, width = sum(layer.out_features for layer in layers), layers[0].in_features
+    return float(height * width * (height + width))
 
 
 def _groups(layers: Mapping[str, LayerPlan], inputs: Inputs) -> dict[str, list[list[str]]]:
@@ -293,7 +355,7 @@ def _parts(layers: Sequence[LayerPlan], quantized: Mapping[str, Quantized]) -> d
     return found
 
 
-def _record(layer: LayerPlan, stacked: Stacked, num_tokens: int, seconds: float) -> StackRecord:
+def _record(layer: LayerPlan, stacked: Stacked, num_tokens: int, seconds: float, process: int) -> StackRecord:
     spectrum = stacked.spectrum
     return StackRecord(
         name=layer.name,
@@ -305,6 +367,7 @@ def _record(layer: LayerPlan, stacked: Stacked, num_tokens: int, seconds: float)
         seconds=seconds,
         remedies=() if spectrum is None else spectrum.remedies,
         largest_coefficient=stacked.largest_coefficient,
+        process=process,
     )
 
 

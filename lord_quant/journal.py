@@ -4,6 +4,8 @@
 Everything lies in a hidden folder beside the output. A block counts when its line is in the journal, and the line is
 written last. The first line says what the run is made of, and a run that differs in anything does not continue it. One run
 at a time: a second one is refused.
+
+Of several processes the first writes the journal and the blocks; each keeps there where its own streams stood.
 """
 
 from __future__ import annotations
@@ -31,50 +33,21 @@ def folder_of(output: Path) -> Path:
     return output.parent / f".{output.name}.unfinished"
 
 
-class Journal:
-    """The journal of one run.
+class Unfinished:
+    """What a run has finished, as those of its processes see it that do not write the journal.
 
     Args:
         output: The folder the run is to write.
-        made_of: What must be the same for a run to continue it: JSON values.
-        restart: Whether what another run left there is thrown away instead of refused.
+        blocks: What the journal says of every finished block, from the first.
 
     Attributes:
         folder: Where everything lies.
-        blocks: What was said of every finished block, from the first.
-
-    Raises:
-        OutputError: Another run is at work there, an unfinished one differs, and in what, or the folder cannot be used.
+        blocks: Likewise, with those finished meanwhile.
     """
 
-    def __init__(self, output: Path, made_of: Mapping[str, Any], *, restart: bool = False) -> None:
+    def __init__(self, output: Path, blocks: list[dict[str, Any]]) -> None:
         self.folder = folder_of(output)
-        self.made_of = json.loads(json.dumps(made_of))
-        self.blocks: list[dict[str, Any]] = []
-        self._lock = FileLock(self.folder / LOCK)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
-            lines = self._lines()
-            if lines and lines[0] != self.made_of and not restart:
-                raise OutputError(self._differs(lines[0]))
-            if lines and lines[0] == self.made_of:
-                self.blocks = lines[1:]
-            else:
-                for path in self.folder.iterdir():
-                    if path.name != LOCK:
-                        path.unlink()
-                self._append(self.made_of)
-            for path in self.folder.glob(".*.partial-*"):  # what a killed run was just writing
-                path.unlink()
-            for path in output.parent.glob(f".{output.name}.partial-*"):
-                shutil.rmtree(path)
-        except Timeout:
-            raise OutputError(f"another run is writing {str(output)!r}; wanted one at a time") from None
-        except OSError as error:
-            if self._lock.is_locked:
-                self.close(keep=bool(self.blocks))
-            raise OutputError(f"{str(self.folder)!r} cannot be used: {error.strerror or error}") from error
+        self.blocks = blocks
 
     def shard(self, block: int) -> Path:
         """Returns the file of a block's finished weights."""
@@ -116,6 +89,61 @@ class Journal:
         self._file(name).unlink(missing_ok=True)
 
     def finish(self, block: Mapping[str, Any]) -> None:
+        """Hears that the next block is finished."""
+        self.blocks.append(dict(block))
+
+    def go_back(self, blocks: int) -> None:
+        """Hears that only the first blocks count as finished."""
+        self.blocks = self.blocks[:blocks]
+
+    def close(self, *, keep: bool = False) -> None:
+        """Leaves everything to the process that writes the journal."""
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+
+class Journal(Unfinished):
+    """The journal of one run.
+
+    Args:
+        output: The folder the run is to write.
+        made_of: What must be the same for a run to continue it: JSON values.
+        restart: Whether what another run left there is thrown away instead of refused.
+
+    Raises:
+        OutputError: Another run is at work there, an unfinished one differs, and in what, or the folder cannot be used.
+    """
+
+    def __init__(self, output: Path, made_of: Mapping[str, Any], *, restart: bool = False) -> None:
+        super().__init__(output, [])
+        self.made_of = json.loads(json.dumps(made_of))
+        self._lock = FileLock(self.folder / LOCK)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+            lines = self._lines()
+            if lines and lines[0] != self.made_of and not restart:
+                raise OutputError(self._differs(lines[0]))
+            if lines and lines[0] == self.made_of:
+                self.blocks = lines[1:]
+            else:
+                for path in self.folder.iterdir():
+                    if path.name != LOCK:
+                        path.unlink()
+                self._append(self.made_of)
+            for path in self.folder.glob(".*.partial-*"):  # what a killed run was just writing
+                path.unlink()
+            for path in output.parent.glob(f".{output.name}.partial-*"):
+                shutil.rmtree(path)
+        except Timeout:
+            raise OutputError(f"another run is writing {str(output)!r}; wanted one at a time") from None
+        except OSError as error:
+            if self._lock.is_locked:
+                self.close(keep=bool(self.blocks))
+            raise OutputError(f"{str(self.folder)!r} cannot be used: {error.strerror or error}") from error
+
+    def finish(self, block: Mapping[str, Any]) -> None:
         """Says that the next block is finished; all that belongs to it is written already.
 
         Raises:
@@ -143,9 +171,6 @@ class Journal:
         if not keep:
             shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.release()
-
-    def _file(self, name: str) -> Path:
-        return self.folder / f"{name}.safetensors"
 
     def _lines(self) -> list[dict[str, Any]]:
         """Reads the journal up to the first line that was not written to its end."""

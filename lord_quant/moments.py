@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 
+from lord_quant.distributed import World
+
 
 SPLIT_FEATURES = 512
 """From this width on, multiplying half a symmetric product beats multiplying all of it at once."""
@@ -155,6 +157,23 @@ class PairedMoments(NamedTuple):
             covariance=self.covariance + torch.outer(self.mean, self.mean),
             cross=self.cross + torch.outer(self.dense_mean, self.mean),
         )
+
+
+def pooled(moments: PairedMoments, world: World) -> PairedMoments:
+    """Returns the moments of what all processes saw together; each gives those of its own tokens, of which it has some."""
+    if world.size == 1:
+        return moments
+    total = sum(world.gather(moments.num_tokens))
+    share = moments.num_tokens / total
+    dense_mean, mean = world.total(share * moments.dense_mean), world.total(share * moments.mean)
+    x, y = moments.dense_mean - dense_mean, moments.mean - mean
+    return moments._replace(
+        dense_mean=dense_mean,
+        mean=mean,
+        covariance=world.total(share * (moments.covariance + torch.outer(y, y))),
+        cross=world.total(share * (moments.cross + torch.outer(x, y))),
+        num_tokens=total,
+    )
 
 
 class PairedAccumulator:

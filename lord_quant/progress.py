@@ -73,6 +73,7 @@ class Progress:
         log: File that lines are added to; None writes none.
         about: What the first line says of the run: JSON values.
         apart: Folders and files by what they are, such as the model; the log may not lie in them.
+        quiet: Whether there are no bars, wherever standard error goes.
 
     Raises:
         OutputError: The log cannot be written, or the file is something else.
@@ -83,7 +84,10 @@ class Progress:
         log: str | Path | None = None,
         about: Mapping[str, Any] | None = None,
         apart: Mapping[str, str | None] | None = None,
+        *,
+        quiet: bool = False,
     ) -> None:
+        self._quiet = quiet
         self._log = None if log is None else check_log(log, apart or {})
         self._about, self._began = dict(about or {}), time.perf_counter()
         self._handle: BinaryIO | None = None
@@ -119,7 +123,7 @@ class Progress:
             total=blocks,
             desc=name,
             unit="block",
-            disable=None if blocks else True,  # None: where it is no terminal
+            disable=None if blocks and not self._quiet else True,  # None: where it is no terminal
             dynamic_ncols=True,
         )
         self._phase = Phase(name, blocks, resumed, time.perf_counter(), bar, resumed)

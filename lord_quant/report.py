@@ -220,6 +220,10 @@ def report_table(report: dict[str, Any], longest: int = 64) -> str:
         + f"\nscheme {report['scheme']}: {totals['bpw']:.3f} bits per weight all in, "
         + f"{totals['param_ratio']:.3f} of weights kept{f', {human_bytes(on_disk)} on disk' if on_disk else ''}; "
         + ", ".join(f"{name} {human_seconds(value)}" for name, value in seconds.items())
+        + "".join(
+            f"\nprocess {rank}: {own['tokens']} tokens, {own['layers']} layers in {human_seconds(own['seconds'])}"
+            for rank, own in enumerate(report.get("processes", []))
+        )
         + _remarks(report["layers"])
     )
 

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from lord_quant.distributed import ALONE, World
 from lord_quant.gradients import ROWS, UNLABELLED, BlockGradients
 from lord_quant.moments import add_gram
 from lord_quant.progress import Progress
@@ -37,10 +38,12 @@ class Sensitivity:
 
     Args:
         gradients: Of the loss of labels drawn from the model's predictions; used up.
+        world: The processes, each with gradients of its own windows.
     """
 
-    def __init__(self, gradients: BlockGradients) -> None:
-        self._gradients = gradients
+    def __init__(self, gradients: BlockGradients, world: World = ALONE) -> None:
+        self._gradients, self._world = gradients, world
+        self._num_labels = sum(world.gather(gradients.num_labels))
 
     @classmethod
     def measure(
@@ -51,15 +54,17 @@ class Sensitivity:
         seed: int = 0,
         residency: Residency = RESIDENT,
         progress: Progress | None = None,
+        world: World = ALONE,
     ) -> Sensitivity:
         """Runs a model forth and back; it is left as it was, and weights get no gradients.
 
         Args:
             model: A loaded causal language model in evaluation mode.
             batches: Token windows with shape (batch, seq_len), all without padding.
-            seed: Of the labels drawn from the model's predictions.
+            seed: Of the labels drawn from the model's predictions: the same ones for a window whichever process has it.
             residency: Which blocks have their weights.
             progress: Where it is told how far the pass is.
+            world: The processes that share the windows.
 
         Raises:
             CalibrationError: The model does not call every block once.
@@ -67,11 +72,13 @@ class Sensitivity:
         counts = [batch.numel() for batch in batches]
         generator = torch.Generator().manual_seed(seed)
         chances = torch.rand(sum(counts), generator=generator, dtype=torch.float64, device="cpu").split(counts)
+        own = world.share([chance.view(batch.shape) for chance, batch in zip(chances, batches, strict=True)])
 
         def drawn(number: int, logits: torch.Tensor) -> torch.Tensor:
-            return _draw(logits, chances[number])
+            return _draw(logits, own[number].flatten())
 
-        return cls(BlockGradients.measure(model, batches, drawn, "sensitivity", residency, progress))
+        gradients = BlockGradients.measure(model, world.share(batches), drawn, "sensitivity", residency, progress)
+        return cls(gradients, world)
 
     def of_block(
         self, index: int, block: nn.Module, kind: str, names: Sequence[str], dtype: torch.dtype = torch.float32
@@ -98,7 +105,8 @@ class Sensitivity:
                 gradients = rows.gradients.to(dtype)
                 features = gradients.shape[1]
                 add_gram(sums.setdefault(name, gradients.new_zeros(features, features)), gradients)
-        return {name: total.div_(self._gradients.num_labels) for name, total in sums.items()}
+        totals = self._world.totals(sums, next(block.parameters()).device)
+        return {name: total.div_(self._num_labels) for name, total in totals.items()}
 
 
 class Steepness(NamedTuple):

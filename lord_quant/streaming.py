@@ -22,8 +22,9 @@ import torch
 
 from lord_quant.backends import gptq as backend
 from lord_quant.checkpoint import cast_floats
+from lord_quant.distributed import World
 from lord_quant.joint import JointRun, StackRecord
-from lord_quant.journal import Journal
+from lord_quant.journal import Unfinished
 from lord_quant.residency import Streamed
 from lord_quant.shards import join_shards, outside, write_shard
 from lord_quant.targets import Blocks
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from lord_quant.solver import Solvers
 
 
-STREAMS = "streams-"
 SAVING = 0.05
 """Most of a run's time that writing streams may take."""
 
@@ -51,12 +51,13 @@ class Settings(NamedTuple):
 
     Attributes:
         plan: What becomes of every layer.
-        batches: Token windows with shape (batch, seq_len).
+        batches: Token windows of this process with shape (batch, seq_len).
         solve: Gives a layer's solvers, or None.
         options: Which ideas of the joint stack are on.
         sensitivity: How much the loss minds errors in outputs; used up.
-        quantizer: The host's quantizer, or None where factors stay in float.
+        quantizer: The host's quantizer, or None where factors stay in float; only the first process needs it.
         dtype: dtype in which floats are stored.
+        world: The processes of the run.
         others: Further arguments of `JointRun`.
     """
 
@@ -67,6 +68,7 @@ class Settings(NamedTuple):
     sensitivity: Sensitivity | None
     quantizer: Any
     dtype: torch.dtype
+    world: World
     others: dict[str, Any]
 
 
@@ -85,9 +87,11 @@ class Finished(NamedTuple):
 
 
 def stream_model(
-    model: PreTrainedModel, residency: Streamed, journal: Journal, settings: Settings, progress: Progress
+    model: PreTrainedModel, residency: Streamed, journal: Unfinished, settings: Settings, progress: Progress
 ) -> Finished:
     """Compresses a skeleton's blocks into files of the journal's folder, from the first that is not there.
+
+    Of several processes the first packs and writes the blocks; only it knows what was packed.
 
     Raises:
         ModelError: A file of the model cannot be read.
@@ -95,6 +99,7 @@ def stream_model(
         CalibrationError: No token reached a layer, or streams differ.
         OutputError: A file cannot be written; finished blocks are kept.
     """
+    world = settings.world
     run = JointRun(
         model,
         settings.plan,
@@ -104,6 +109,7 @@ def stream_model(
         sensitivity=settings.sensitivity,
         residency=residency,
         progress=progress,
+        world=world,
         **settings.others,
     )
     resumed = _restore(run, journal)
@@ -115,14 +121,18 @@ def stream_model(
             with residency.of(index, then=index + 1):
                 if index <= run.last:
                     run.step(index)
-                packed = _pack(run, index, settings)
-                write_shard(run.blocks.modules[index], f"{run.blocks.path}.{index}.", journal.shard(index))
+                packed = []
+                if world.first:
+                    packed = _pack(run, index, settings)
+                    write_shard(run.blocks.modules[index], f"{run.blocks.path}.{index}.", journal.shard(index))
             began = time.perf_counter()
-            due = index < run.last and (began - saved) * SAVING >= cost  # behind the last planned block nobody needs them
+            # Behind the last planned block nobody needs the streams.
+            due = world.broadcast(index < run.last and (began - saved) * SAVING >= cost)
             if due:
-                journal.save(_streams(index + 1), _state(run))
+                journal.save(_streams(world, index + 1), _state(run))
                 saved = time.perf_counter()
                 cost = saved - began
+            world.wait()  # a block counts when every process can go on behind it,
             journal.finish(
                 {
                     "records": [record._asdict() for record in run.done.records[before:]],
@@ -130,26 +140,28 @@ def stream_model(
                 }
             )
             if due:
-                _drop_but(journal, index + 1)
+                world.wait()  # and only then nobody needs to go back to where the streams stood before
+                _drop_but(journal, world, index + 1)
             quantized += packed
             progress.block(f"{run.blocks.path}.{index}")
     return Finished(run.done.records, quantized, resumed)
 
 
-def write_weights(model: PreTrainedModel, blocks: Blocks, journal: Journal, folder: Path, dtype: torch.dtype) -> None:
+def write_weights(model: PreTrainedModel, blocks: Blocks, journal: Unfinished, folder: Path, dtype: torch.dtype) -> None:
     """Writes configuration and weights of a finished run into an existing folder."""
     cast = {name: tensor.to(dtype) for name, tensor in outside(model, blocks.path).items() if tensor.is_floating_point()}
     model.save_pretrained(folder, state_dict=outside(model, blocks.path) | cast)
     join_shards(folder, [journal.shard(index) for index in range(len(blocks.modules))])
 
 
-def _streams(block: int) -> str:
-    return f"{STREAMS}{block:05}"
+def _streams(world: World, block: int | None = None) -> str:
+    """Names where this process's streams stood in front of a block; without one, what all such names begin with."""
+    return f"streams-{world.rank}-" + ("" if block is None else f"{block:05}")
 
 
-def _drop_but(journal: Journal, block: int) -> None:
-    """Removes the streams in front of all blocks but one."""
-    for name in journal.saved(STREAMS) - {_streams(block)}:
+def _drop_but(journal: Unfinished, world: World, block: int) -> None:
+    """Removes this process's streams in front of all blocks but one."""
+    for name in journal.saved(_streams(world)) - {_streams(world, block)}:
         journal.drop(name)
 
 
@@ -159,19 +171,21 @@ def _state(run: JointRun) -> dict[str, torch.Tensor]:
     return dense | {f"ours.{at}": hidden for at, hidden in enumerate(run.ours)}
 
 
-def _restore(run: JointRun, journal: Journal) -> int:
+def _restore(run: JointRun, journal: Unfinished) -> int:
     """Puts a run behind finished blocks, as many as it can go on from: where both streams are there, or not needed.
 
     Returns:
         How many; the others do not count any more. The sensitivity pass has no state but what it computes again.
     """
-    saved, found = journal.saved(STREAMS), len(journal.blocks)
-    resumed = next(n for n in range(found, -1, -1) if n == 0 or n > run.last or _streams(n) in saved)
+    own = journal.saved(_streams(run.world))
+    found, saved = len(journal.blocks), [n for n in range(1, len(journal.blocks) + 1) if _streams(run.world, n) in own]
+    common = set.intersection(*(set(each) for each in run.world.gather(saved)))
+    resumed = next(n for n in range(found, -1, -1) if n == 0 or n > run.last or n in common)
     if resumed < found:
         journal.go_back(resumed)
-    _drop_but(journal, resumed)
+    _drop_but(journal, run.world, resumed)
     if 0 < resumed <= run.last:
-        state = journal.load(_streams(resumed))
+        state = journal.load(_streams(run.world, resumed))
         for at, call in enumerate(run.stream):
             call.hidden = state[f"dense.{at}"].to(call.hidden)
             run.ours[at] = state[f"ours.{at}"].to(call.hidden)

@@ -10,6 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lord_quant.distributed import launched
+
 
 if TYPE_CHECKING:
     from lord_quant.evaluation.harness import EvalResult
@@ -107,6 +109,8 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         gen_kwargs=_settings(args.gen_kwargs),
     )
+    if not launched().first:  # lm-eval shares the documents of tasks out, the first process knows the results
+        return 0
     if args.output is not None:
         _write(args.output, result)
     print(format_table(result))

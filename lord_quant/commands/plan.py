@@ -9,6 +9,7 @@ import sys
 from lord_quant.commands.budget_options import add_budget_flags, frontier_of, planner_from, run_of
 from lord_quant.commands.options import add_plan_flags, add_run_flags
 from lord_quant.commands.sweep_options import add_sweep_flags, run_sweep
+from lord_quant.distributed import refuse_torchrun
 
 
 HELP = "Show what would become of every layer: form, rank, bits, bytes. Reads weights only to measure."
@@ -41,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints the plan, and for a budget what other budgets would give."""
     from lord_quant.errors import ConfigError
 
+    refuse_torchrun("planning")
     if args.sweep:
         return run_sweep(args)
     if args.heldout:

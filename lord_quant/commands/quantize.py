@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 from pathlib import Path
@@ -12,12 +13,13 @@ from typing import TYPE_CHECKING
 from lord_quant.commands.budget_options import add_budget_flags, planner_from, run_of
 from lord_quant.commands.options import add_plan_flags, add_run_flags
 from lord_quant.commands.termination import terminable
+from lord_quant.distributed import World, joined
 
 
 if TYPE_CHECKING:
     from lord_quant.config import LordConfig
+    from lord_quant.pipeline import Job
     from lord_quant.progress import Progress
-
 
 HELP = "Decompose a model, quantize both factors, write a checkpoint that from_pretrained loads."
 EXAMPLES = """examples:
@@ -28,6 +30,7 @@ EXAMPLES = """examples:
   optimum-cli lord quantize --model ./my-model --output out --target-bpw 3.0 --dataset ./my-code
   optimum-cli lord quantize --model ./my-model --output out --plan plan.yaml --dataset ./my-code
   optimum-cli lord quantize --config run.yaml --overwrite --log run.jsonl
+  torchrun --nproc_per_node 8 --no-python optimum-cli lord quantize --config run.yaml      # 8 GPUs
 """
 
 
@@ -46,11 +49,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the job and prints plan, estimate and results.
+    """Runs the job, in all processes that torchrun started if it did, and prints plan, estimate and results.
 
     Raises:
         LordError: Anything wrong, before any weight is read.
     """
+    from lord_quant.errors import ElsewhereError
+
+    try:
+        with joined() as world:
+            with world.together():
+                config, progress = _checked(args, world)
+            with terminable(), contextlib.nullcontext() if args.dry_run else progress:
+                with world.together():
+                    job = _prepare(args, config, progress, world)
+                if job is not None:
+                    _execute(job, progress, world)
+            return 0
+    except ElsewhereError:  # told by the process that failed; torchrun tells of one that is gone
+        return 2
+
+
+def _checked(args: argparse.Namespace, world: World) -> tuple[LordConfig, Progress]:
+    """Returns what is asked for, and where it is told how far that is: by the first process."""
     from lord_quant.errors import ConfigError
 
     config = run_of(args)
@@ -58,53 +79,64 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--dry-run reads no weights, a budget needs statistics; wanted --statistics FILE beside it")
     if config.output is None and not args.dry_run:
         raise ConfigError("output is not given; wanted a folder to write (--output DIR), or --dry-run")
+    from lord_quant.execution import refuse_several
     from lord_quant.silence import import_hosts
 
+    refuse_several(config, world)
     import_hosts()
     from lord_quant.progress import Progress
 
     places = {"model": config.model, "dataset": config.calibration.dataset, "output": config.output}
-    progress = Progress(args.log, about=places, apart=places)
-    if args.dry_run:
-        return _run(args, config, progress)
-    with terminable(), progress:
-        return _run(args, config, progress)
+    return config, Progress(args.log if world.first else None, about=places, apart=places, quiet=not world.first)
 
 
-def _run(args: argparse.Namespace, config: LordConfig, progress: Progress) -> int:
+def _prepare(args: argparse.Namespace, config: LordConfig, progress: Progress, world: World) -> Job | None:
+    """Plans the job and prints what is to be done; returns None if that is nothing."""
     from lord_quant.budget import apply_plan, unplanned
     from lord_quant.checkpoint import REPORT_NAME
-    from lord_quant.execution import clear_away, execute, is_finished
+    from lord_quant.execution import clear_away, is_finished
     from lord_quant.pipeline import prepare
-    from lord_quant.report import human_bytes, human_seconds, plan_summary, plan_table, report_table
+    from lord_quant.report import human_bytes, human_seconds, plan_summary, plan_table
 
-    say, budget, measured_on = sys.stdout.write, config.budget, None
+    say, budget, measured_on = sys.stdout.write if world.first else str, config.budget, None
     if budget is not None:
         prepare(unplanned(config), overwrite=args.overwrite)  # refuses what is wrong before the sensitivity pass
-        planner = planner_from(args, config, progress)
-        allocation = planner.choose(budget)
-        config = apply_plan(config, planner.settings(allocation))
-        say(f"planned       {planner.bpw(allocation):.3f} bits per weight, {planner.tell(allocation)}\n")
-        measured_on = planner.statistics.origin.get("calibration_sha256")
-    there = config.output is not None and not args.overwrite and (Path(config.output) / REPORT_NAME).is_file()
-    if there and is_finished(earlier := prepare(dataclasses.replace(config, output=None)), Path(str(config.output))):
-        clear_away(earlier, Path(str(config.output)).expanduser().resolve())
-        say(f"finished      by an earlier run of the same command: {config.output}\n")
-        return 0
+        settings = {}
+        if world.first:  # one process measures and chooses, so that all run the same plan
+            planner = planner_from(args, config, progress)
+            allocation = planner.choose(budget)
+            settings, measured_on = planner.settings(allocation), planner.statistics.origin.get("calibration_sha256")
+            say(f"planned       {planner.bpw(allocation):.3f} bits per weight, {planner.tell(allocation)}\n")
+        settings, measured_on = world.broadcast((settings, measured_on))
+        config = apply_plan(config, settings)
+    if config.output is not None and not args.overwrite and (Path(config.output) / REPORT_NAME).is_file():
+        output, earlier = Path(config.output).expanduser().resolve(), prepare(dataclasses.replace(config, output=None))
+        if is_finished(earlier, output, world.size):
+            if world.first:
+                clear_away(earlier, output, world.size)
+            say(f"finished      by an earlier run of the same command: {config.output}\n")
+            return None
     job = prepare(config, overwrite=args.overwrite, measured_on=measured_on)
     say((plan_table(job.plan) if args.dry_run else plan_summary(job.plan)) + "\n")
     windows = job.windows.input_ids.shape
     say(f"calibration   {windows[0]} x {windows[1]} tokens of {job.windows.source}, sha256 {job.windows.sha256[:12]}\n")
+    if world.size > 1:
+        say(f"processes     {world.size}, each with its share of the windows; the estimate is for one that has them all\n")
     cost = job.estimate
     say(
         f"estimate      about {human_seconds(cost.seconds)} on {job.device} (within a factor of three), "
         f"{human_bytes(cost.memory_bytes)} of memory, {human_bytes(job.plan.tensor_bytes)} on disk\n"
     )
-    for warning in job.warnings:
-        sys.stderr.write(f"warning: {warning}\n")
-    if args.dry_run:
-        return 0
+    if world.first:
+        sys.stderr.writelines(f"warning: {warning}\n" for warning in job.warnings)
     sys.stdout.flush()
-    report = execute(job, progress)
-    say(f"\n{report_table(report)}\nwritten to {job.output}\n")
-    return 0
+    return None if args.dry_run else job
+
+
+def _execute(job: Job, progress: Progress, world: World) -> None:
+    from lord_quant.execution import execute
+    from lord_quant.report import report_table
+
+    report = execute(job, progress, world)
+    if world.first:
+        sys.stdout.write(f"\n{report_table(report)}\nwritten to {job.output}\n")

@@ -8,6 +8,7 @@ import sys
 import time
 
 from lord_quant.commands.options import add_run_flags, add_source_flags, config_from
+from lord_quant.distributed import refuse_torchrun
 
 
 HELP = "Measure what every layer would lose, once; `lord plan` and `lord quantize` plan any budget from the file."
@@ -31,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         LordError: Anything wrong, before any weight is read.
     """
+    refuse_torchrun("the sensitivity pass")
     output = args.output
     del args.output  # a file, not the folder of a run
     args.rank_ratio = 1.0

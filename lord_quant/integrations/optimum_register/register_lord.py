@@ -18,6 +18,7 @@ from lord_quant.commands import plan as plan_command
 from lord_quant.commands import quantize as quantize_command
 from lord_quant.commands import sensitivity as sensitivity_command
 from lord_quant.commands.termination import Terminated
+from lord_quant.distributed import launched
 
 
 def _command(name: str, module: ModuleType) -> CommandInfo:
@@ -49,7 +50,8 @@ def _guarded(module: ModuleType, args: object) -> int:
         return 2
     except KeyboardInterrupt as end:
         word, code = ("terminated", 143) if isinstance(end, Terminated) else ("interrupted", 130)
-        sys.stderr.write(f"optimum-cli lord: {word}; the same command goes on behind the last finished block\n")
+        if launched().first:
+            sys.stderr.write(f"optimum-cli lord: {word}; the same command goes on behind the last finished block\n")
         return code
     except BrokenPipeError:
         return 0

@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several processes agree with one, end together, and go on together. Real ones, started by torchrun, on the CPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from families import VOCABULARY, different_tensors, stored_tensors
+
+from lord_quant.commands import quantize as quantize_command
+from lord_quant.commands import sensitivity as sensitivity_command
+from lord_quant.config import LordConfig
+from lord_quant.distributed import ALONE, World, joined
+from lord_quant.errors import ConfigError, OutputError
+from lord_quant.execution import refuse_several
+
+
+START = "from optimum.commands.optimum_cli import main; main()"
+TEXT = ["--num-samples", "8", "--seq-len", "32", "--batch-size", "2", "--float64"]
+"""Sums in float64: what rounding of float32 leaves open decides about codes, and then about those of all later layers."""
+MEASURED = ["--fisher-samples", "3"]  # fewer windows than processes
+PLANNED = ["--group-size", "32", "--bits", "4", "--target-bpw", "4.2", *MEASURED]
+LIMIT = 240
+"""Seconds after which a job counts as hung; it takes a tenth of that."""
+
+
+class Ended(NamedTuple):
+    """How a job ended: torchrun's exit code, and what every process wrote."""
+
+    code: int
+    stdout: list[str]
+    stderr: list[str]
+
+
+def torchrun(count: int, script: str, folder: Path, *arguments: str | Path) -> Ended:
+    folder.mkdir(exist_ok=True)
+    program = folder / "program.py"
+    program.write_text(textwrap.dedent(script))
+    launch = ["--standalone", "--nproc_per_node", str(count), "--log-dir", str(folder / "logs"), "--redirects", "3"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *launch, str(program), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"},
+    )
+    logs = [[path.read_text() for path in sorted(folder.glob(f"logs/*/*/*/{name}.log"))] for name in ("stdout", "stderr")]
+    return Ended(done.returncode, *logs)
+
+
+def alone(command: Any, *arguments: str | Path) -> None:
+    """Runs a command in this process."""
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    assert command.run(parser.parse_args([*map(str, arguments)])) == 0
+
+
+# The pieces, without a model.
+
+COLLECTIVES = """
+    import json, sys, torch
+    from typing import NamedTuple
+    from lord_quant.distributed import joined
+    from lord_quant.errors import ElsewhereError
+    from lord_quant.moments import PairedAccumulator, pooled
+
+    class Pair(NamedTuple):
+        name: str
+        parts: dict
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 5, generator=generator, dtype=torch.float64) + 30
+    y = torch.randn(60, 7, generator=generator, dtype=torch.float64) - 20 + x[:, :1]
+    whole = PairedAccumulator(7, torch.float64, dense_features=5)
+    whole.update(x, y)
+    found = {}
+    with joined() as world:
+        own = PairedAccumulator(7, torch.float64, dense_features=5)
+        start, stop = [0, 7, 31, 60][world.rank : world.rank + 2]
+        own.update(x[start:stop], y[start:stop])
+        both = zip(pooled(own.result(), world)[:5], whole.result()[:5], strict=True)
+        found["moments"] = max(float(torch.as_tensor(a - b).abs().max()) for a, b in both)
+        sums = world.totals({"all": torch.ones(2)} | ({"one": torch.ones(3)} if world.rank == 2 else {}), "cpu")
+        found["totals"] = {name: tensor.tolist() for name, tensor in sums.items()}
+        sent = world.broadcast(Pair("sent", {"rows": torch.eye(4)[1:2]}) if world.rank == 1 else None, 1)
+        found["sent"] = [sent.name, sent.parts["rows"].tolist()]
+        tasks = [lambda number=number: (number, world.rank) for number in range(4)]
+        found["tasks"] = list(world.share_out(tasks, [1, 1, 3, 1], 1, "cpu"))
+        try:
+            with world.together():
+                if world.rank > 0:
+                    raise KeyError(f"of {world.rank}")
+                world.total(torch.ones(1))
+        except (KeyError, ElsewhereError) as error:
+            found["error"] = f"{type(error).__name__}: {error}"
+    print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_collectives_are_those_of_one_process_and_errors_reach_all(tmp_path: Path) -> None:
+    ended = torchrun(3, COLLECTIVES, tmp_path / "job")
+    assert ended.code == 0, ended.stderr
+    found = [json.loads(text) for text in ended.stdout]
+    for own in found:
+        assert own["moments"] < 1e-12
+        assert own["totals"] == {"all": [3, 3], "one": [1, 1, 1]}
+        assert own["sent"] == ["sent", [[0, 1, 0, 0]]]
+        assert own["tasks"] == [[0, 2], [1, 0], [2, 1], [3, 2]]
+    failed = "process 1 failed: KeyError: 'of 1'"
+    assert [own["error"] for own in found] == [f"ElsewhereError: {failed}", "KeyError: 'of 1'", f"ElsewhereError: {failed}"]
+
+
+def test_windows_are_shared_without_rest() -> None:
+    windows = torch.arange(22).view(11, 2)
+    batches = list(windows.split(3))
+    assert all(torch.equal(one, other) for one, other in zip(ALONE.share(batches), batches, strict=True))
+    for size in (2, 4, 16):
+        shares = [World(rank, size).share(batches) for rank in range(size)]
+        rows = [torch.cat(share) if share else windows[:0] for share in shares]
+        assert torch.equal(torch.cat(rows).sort(dim=0).values, windows)
+        assert max(map(len, rows)) - min(map(len, rows)) <= 1
+        assert all(len(batch) <= 3 for share in shares for batch in share)
+
+
+def test_work_is_dealt_to_whoever_has_least_in_turn() -> None:
+    assert World(0, 2).deal([4, 1, 1, 1]) == [0, 1, 1, 1]
+    assert World(1, 3).deal([5.0], turn=2) == World(0, 3).deal([5.0], turn=5) == [2]
+    assert sorted(World(0, 4).deal([1, 1, 1], turn=3)) == [0, 1, 3]
+
+
+def test_without_torchrun_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")  # set by schedulers as well
+    with joined() as world:
+        assert world == ALONE
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stack": "naive"}, "stack is 'naive' in 4 processes; wanted a start without torchrun, or --stack joint"),
+        ({"output": None}, "output is not given"),
+        ({"calibration": {"num_samples": 3}}, "num_samples is 3 .*nearest legal value 4"),
+        ({"device": "cuda:1"}, "device is 'cuda:1' in 4 processes"),
+    ],
+)
+def test_what_several_cannot_share_is_refused(changes: dict[str, Any], message: str) -> None:
+    config = LordConfig.from_dict({"model": "model", "output": "out", "lowrank": {"rank_ratio": 0.5}, **changes})
+    refuse_several(config, ALONE)
+    with pytest.raises(ConfigError, match=message):
+        refuse_several(config, World(1, 4))
+
+
+# Runs with a budget, by one, two and four processes.
+
+
+class Runs(NamedTuple):
+    """Checkpoints of one model by how many processes made them, and how those ended.
+
+    Attributes:
+        source: Flags that name model and text.
+        statistics: Flags that name what `lord sensitivity` measured.
+        folders: The checkpoints.
+        ended: The jobs.
+    """
+
+    source: list[str | Path]
+    statistics: list[str | Path]
+    folders: dict[int, Path]
+    ended: dict[int, Ended]
+
+
+def quantize(count: int, script: str, output: Path, *flags: str | Path) -> Ended:
+    work = output.parent / f"job-{time.monotonic_ns()}"
+    return torchrun(count, script, work, "lord", "quantize", "--output", output, *flags)
+
+
+@pytest.fixture(scope="module")
+def runs(model_folder: Callable[..., Path], corpus_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    root = tmp_path_factory.mktemp("runs")
+    source = ["--model", model_folder("compressible"), "--dataset", corpus_file, *TEXT]
+    statistics = ["--statistics", root / "statistics"]
+    folders = {count: root / f"by-{count}" for count in (1, 2, 4)}
+    alone(sensitivity_command, *source, *MEASURED, "--output", statistics[1])
+    alone(quantize_command, *source, *PLANNED, *statistics, "--output", folders[1])
+    ended = {count: quantize(count, START, folders[count], *source, *PLANNED, *statistics) for count in (2, 4)}
+    for one in ended.values():
+        assert one.code == 0, one.stderr
+    return Runs(source, statistics, folders, ended)
+
+
+def values_of(runs: Runs, count: int, file: str) -> dict[str, Any]:
+    return json.loads((runs.folders[count] / file).read_text())
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_runs_the_same_plan(runs: Runs) -> None:
+    plans = [values_of(runs, count, "config.json")["quantization_config"] for count in (1, 2, 4)]
+    assert plans[0]["rank_pattern"] and plans[0] == plans[1] == plans[2]
+
+
+def code_share(one: Path, other: Path) -> float:
+    """Returns the share of 4-bit codes in which two checkpoints differ."""
+    left, right = stored_tensors(one), stored_tensors(other)
+    assert left.keys() == right.keys()
+    different = total = 0
+    for name in left:
+        if name.endswith("qweight"):
+            codes = [(side[name][..., None] >> torch.arange(0, 32, 4)) & 15 for side in (left, right)]
+            different += int((codes[0] != codes[1]).sum())
+            total += codes[0].numel()
+    return different / total
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_codes_and_losses_are_those_of_one_process(count: int, runs: Runs) -> None:
+    from transformers import AutoModelForCausalLM
+
+    share = code_share(runs.folders[1], runs.folders[count])
+    tokens = torch.randint(1, VOCABULARY, (4, 64), generator=torch.Generator().manual_seed(3))
+    losses = []
+    for folder in (runs.folders[1], runs.folders[count]):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        with torch.no_grad():
+            losses.append(float(model(input_ids=tokens, labels=tokens).loss))
+    print(f"{count} processes: {100 * share:.4f} % of codes differ, loss {losses[0]:.6f} and {losses[1]:.6f}")
+    assert share <= 0.005
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_report_says_what_every_process_did(count: int, runs: Runs) -> None:
+    report = values_of(runs, count, "lord_report.json")
+    assert "processes" not in values_of(runs, 1, "lord_report.json")
+    assert [own["tokens"] for own in report["processes"]] == [8 * 32 // count] * count
+    assert sum(own["layers"] for own in report["processes"]) == len(report["layers"])
+    assert all(own["layers"] > 0 and own["seconds"] > 0 for own in report["processes"])
+    spent = sum(
+        layer["decompose_seconds"] + sum(part["seconds"] for part in layer["gptq"].values()) for layer in report["layers"]
+    )
+    assert sum(own["seconds"] for own in report["processes"]) == pytest.approx(spent, abs=0.01)
+    assert report["calibration"]["num_tokens"] == 8 * 32
+
+
+@pytest.mark.slow
+def test_only_the_first_process_prints(runs: Runs) -> None:
+    for count in (2, 4):
+        first, *others = runs.ended[count].stdout
+        assert "written to" in first and f"processes     {count}" in first and not any(others)
+        assert not any("warning:" in text or "Traceback" in text for text in runs.ended[count].stderr[1:])
+
+
+# Runs that fail.
+
+KILLED = """
+    import os, signal
+    from optimum.commands.optimum_cli import main
+    from lord_quant.joint import JointRun
+
+    step = JointRun.step
+    def die(self, index):
+        if index == 1 and self.world.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        step(self, index)
+    JointRun.step = die
+    main()
+"""
+# An error of one process alone, which the other hears of when it wants to meet.
+SPOILT = """
+    from optimum.commands.optimum_cli import main
+    import lord_quant.execution as execution
+    from lord_quant.errors import NumericsError
+
+    def spoil(config, world):
+        if world.rank == 1:
+            raise NumericsError("spoilt")
+    execution.refuse_several = spoil
+    main()
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_job_and_the_same_command_goes_on(runs: Runs, tmp_path: Path) -> None:
+    output, flags = tmp_path / "out", [*runs.source, *PLANNED, *runs.statistics]
+    began = time.monotonic()
+    killed = quantize(2, KILLED, output, *flags)
+    assert killed.code != 0 and time.monotonic() - began < LIMIT / 2
+    assert not any("Traceback" in text for text in killed.stderr)
+    assert not output.exists() and (tmp_path / ".out.unfinished").is_dir()
+    with pytest.raises(OutputError, match="processes was 2, now 1"):
+        alone(quantize_command, *flags, "--output", output)
+    resumed = quantize(2, START, output, *flags)
+    assert resumed.code == 0, resumed.stderr
+    assert json.loads((output / "lord_report.json").read_text())["blocks_resumed"] == 1
+    assert different_tensors(runs.folders[2], output) == []
+    assert not (tmp_path / ".out.unfinished").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "stack", "teller", "message"),
+    [
+        (SPOILT, "joint", 1, "optimum-cli lord: NumericsError: spoilt"),
+        (START, "naive", 0, "optimum-cli lord: ConfigError: stack is 'naive' in 2 processes; wanted a start without"),
+    ],
+    ids=["of one process", "of all"],
+)
+def test_an_error_is_told_once_and_ends_the_job(
+    script: str, stack: str, teller: int, message: str, model_folder: Any, corpus_file: Path, tmp_path: Path
+) -> None:
+    source = ["--model", model_folder("llama"), "--dataset", corpus_file, *TEXT, "--stack", stack]
+    ended = quantize(2, script, tmp_path / "out", *source, "--rank-ratio", "0.5", "--group-size", "32")
+    assert ended.code not in (0, -signal.SIGKILL)
+    assert [ended.stderr[rank].count("optimum-cli lord:") for rank in (teller, 1 - teller)] == [1, 0]
+    assert message in ended.stderr[teller] and not any("Traceback" in text for text in ended.stderr)
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.unfinished").exists()
