@@ -187,8 +187,8 @@ def truncation_work(layer: LayerPlan, of_loss: bool) -> Work:
     else:
         products += 2.0 * m * n**2 + 2.0 * m**2 * n
     if of_loss:
-        root = cholesky_flops(m) + 2.0 * m**2 * n  # S and S T, for the spectrum and again for the factors
-        products += 2 * root + m**2 * r + qr_flops(m, r) + 2.0 * r**2 * n
+        products += cholesky_flops(m) + 4.0 * m**2 * n  # S, and S T for the spectrum and again for the factors
+        products += m**2 * r + qr_flops(m, r) + 2.0 * r**2 * n
     return Work(products=products, eigen=EIGEN_FLOPS * float(small) ** 3)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lord_quant.checkpoint import atomic_folder, check_output
-from lord_quant.errors import ConfigError, OutputError
+from lord_quant.errors import ConfigError
 from lord_quant.plot_data import Fate, PlotData
 from lord_quant.report import bits_text, to_json
 
@@ -64,14 +64,11 @@ def write_plots(data: PlotData, output: Path, *, overwrite: bool = False) -> Non
     Raises:
         OutputError: It cannot be written.
     """
-    try:
-        with atomic_folder(output, overwrite=overwrite) as staging:
-            numbers = {MARK: VERSION, **dataclasses.asdict(data)}
-            (staging / NUMBERS).write_text(to_json(numbers), encoding="utf-8")
-            for name, draw in PICTURES.items():
-                draw(data).savefig(staging / f"{name}.png", dpi=DPI)
-    except OSError as error:
-        raise OutputError(f"plots {str(output)!r} cannot be written: {error.strerror or error}") from error
+    with atomic_folder(output, overwrite=overwrite) as staging:
+        numbers = {MARK: VERSION, **dataclasses.asdict(data)}
+        (staging / NUMBERS).write_text(to_json(numbers), encoding="utf-8")
+        for name, draw in PICTURES.items():
+            draw(data).savefig(staging / f"{name}.png", dpi=DPI)
 
 
 def _is_plots_folder(path: Path) -> bool:

@@ -161,7 +161,7 @@ def test_what_cannot_be_finished_leaves_nothing_behind(data: PlotData, tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
     assert sorted(path.name for path in ours.iterdir()) == ["plots.json", "types.png"]
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match=r"plots '.*file/out' cannot be written"):
+    with pytest.raises(OutputError, match=r"output '.*file/out' cannot be written"):
         write_plots(data, tmp_path / "file" / "out")
 
 
