@@ -223,7 +223,7 @@ class JointRun:
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         metric = _together([minded.pop(name, None) for name in dense], sources)
         try:
-            metric = None if metric is None else unit_metric(metric.to(weight))
+            metric = None if metric is None else unit_metric(metric.to(moments.covariance))
             stacked = stack_layer(
                 weight,
                 bias,

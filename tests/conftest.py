@@ -21,7 +21,15 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 pytest.register_assert_rewrite("families", "model_runs")  # helpers whose assertions tests rely on
 
+LONGEST = ("test_readme.py", "test_distributed.py", "test_reload.py", "test_kill.py", "test_bench_compress.py")
+"""Modules that go first, so that no worker is left alone with one of them."""
 CALIBRATION_FILES = ("textwrap.py", "bisect.py", "heapq.py", "shlex.py", "string.py", "fnmatch.py", "glob.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sorts the longest modules to the front; otherwise order stays."""
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @pytest.fixture(scope="session")

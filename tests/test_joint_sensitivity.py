@@ -14,12 +14,14 @@ from model_runs import BATCHES, plan_of, run_joint
 from models import VOCABULARY, random_tokens, tiny_model
 from torch import nn
 
+from lord_quant import joint
 from lord_quant.calibration import TokenWindows, sample_windows
 from lord_quant.config import CalibrationConfig, GptqConfig, JointConfig, LordConfig, LowrankConfig
 from lord_quant.corpus import load_corpus
 from lord_quant.pipeline import compress_model
 from lord_quant.plan import build_plan
 from lord_quant.sensitivity import Sensitivity
+from lord_quant.stack import unit_metric
 from lord_quant.targets import find_linears
 
 
@@ -34,6 +36,16 @@ class OfSomeLayers(Sensitivity):
     def of_block(self, index: int, block: nn.Module, kind: str, names: Sequence[str], dtype: Any = torch.float32) -> Any:
         inside = [name for name in names if any(kept.endswith(f".{index}.{name}") for kept in self.kept)]
         return super().of_block(index, block, kind, inside, dtype)
+
+
+def test_sensitivities_keep_their_precision_where_weights_have_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16 a sensitivity of a few tokens would be indefinite."""
+    seen: list[torch.dtype] = []
+    monkeypatch.setattr(joint, "unit_metric", lambda metric: (seen.append(metric.dtype), unit_metric(metric))[1])
+    model = tiny_model("llama", torch.bfloat16)
+    sensitivity = Sensitivity.measure(model, BATCHES)
+    done = run_joint(model, plan_of(model), sensitivity=sensitivity, dtype=torch.float32)
+    assert len(seen) == len(done.records) and set(seen) == {torch.float32}
 
 
 @pytest.mark.parametrize("family", ["bigcode", "codegen", "llama"])
