@@ -61,7 +61,7 @@ def measured(entry: str, *arguments: str, environment: Mapping[str, str] | None 
         ProcessFailed: The function raised, or the process died; what it printed last is in the message.
     """
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "cost.json"
+        path = Path(folder) / "measured.json"
         command = [sys.executable, __file__, str(path), entry, *arguments]
         variables = os.environ | {"TQDM_DISABLE": "1"} | dict(environment or {})
         start = time.perf_counter()
