@@ -53,10 +53,25 @@ class OutputSpectrum(NamedTuple):
     effective_rank: int
     remedies: tuple[str, ...]
 
+    def total(self) -> float:
+        """Returns the output variance, that of all outputs together."""
+        return float(self.eigenvalues.sum())
+
     def discarded_share(self, rank: int) -> float:
         """Returns the share of output variance lost at `rank`, which is the relative output error, in [0, 1]."""
-        total = self.eigenvalues.sum()
-        return float(self.eigenvalues[rank:].sum() / total) if total > 0 else 0.0
+        total = self.total()
+        return float(self.eigenvalues[rank:].sum()) / total if total > 0 else 0.0
+
+    def leading(self, rank: int) -> torch.Tensor:
+        """Returns the eigenvectors of the `rank` largest eigenvalues, with shape (out_features, rank).
+
+        Raises:
+            RankError: There are not so many, or none is wanted.
+        """
+        outputs, limit = self.vectors.shape
+        if not 1 <= rank <= limit:
+            raise RankError(f"rank {rank} is illegal for a weight of {outputs} outputs; wanted 1 to {limit}")
+        return self.vectors[:, :rank].contiguous()
 
 
 class Factors(NamedTuple):
@@ -161,11 +176,8 @@ def two_factor(
     Raises:
         RankError: The rank is out of range.
     """
-    limit = spectrum.vectors.shape[1]
-    if not 1 <= rank <= limit:
-        raise RankError(f"rank {rank} is illegal for a {tuple(weight.shape)} weight; wanted 1 to {limit}")
-    weight = weight.to(spectrum.vectors)
-    up = spectrum.vectors[:, :rank].contiguous()
+    up = spectrum.leading(rank)
+    weight = weight.to(up)
     down = up.T @ weight
     corrected = None if bias is None else bias.to(weight)
     if mean is not None:

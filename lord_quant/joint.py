@@ -174,6 +174,7 @@ class JointRun:
             minded = self.sensitivity.of_block(index, dense, kind, ranked, self.dtype)
         run = Runner(self.stream, kind, Replay(block))
         inputs = record_inputs(dense, run, list(layers), prefix, outputs=self.options.anchor)
+        run.replay.endings = inputs.endings
         groups = _groups(layers, inputs)
         open_layers = set(layers)
         for stage in inputs.stages(self.true_sequential):

@@ -23,8 +23,8 @@ FISHER_PASSES = 5
 """Of the dense model: forward once, then forward and back through every block twice; weights get no gradients."""
 HEAD_PASSES = 2
 """Of the head: forward and back."""
-JOINT_PASSES = 3
-"""Passes of the compressed stream through a block of four stages, finished parts being replayed."""
+JOINT_PASSES = 1
+"""Passes of the compressed stream: a block is left where a layer is compressed and entered there again."""
 SWEEPS = 2
 """Of `refine` after each solve."""
 SPLIT_FEATURES, GRAM_SHARE = 512, 10 / 16
@@ -181,13 +181,13 @@ def truncation_work(layer: LayerPlan, of_loss: bool) -> Work:
     """Counts the truncation of a layer that has a rank; `of_loss`, in the metric G of the loss (`stack.truncate`)."""
     m, n, r = layer.out_features, layer.in_features, layer.rank or 0
     small = min(m, n)
-    products = 2.0 * n * r * m  # down = Uᵀ T
+    products = 2.0 * m * n * r  # down = Uᵀ T
     if m > n:
         products += qr_flops(m, n) + 4.0 * n**3 + 2.0 * m * n**2  # W = QR, R Σ Rᵀ, Q V
     else:
         products += 2.0 * m * n**2 + 2.0 * m**2 * n
     if of_loss:
-        products += cholesky_flops(m) + 4.0 * m**2 * n  # S, and S T for the spectrum and again for the factors
+        products += cholesky_flops(m) + 2.0 * m**2 * n + 2.0 * m**2 * r  # S, S T for the spectrum, Uᵀ S for the factors
         products += m**2 * r + qr_flops(m, r) + 2.0 * r**2 * n
     return Work(products=products, eigen=EIGEN_FLOPS * float(small) ** 3)
 
@@ -220,5 +220,6 @@ def solve_work(inputs: int, outputs: int) -> Work:
 
 def refine_work(inputs: int, outputs: int) -> Work:
     """Counts the polishing of a solve: scales fitted and codes revisited, sweep by sweep."""
-    products = 7.0 * inputs**2 * outputs  # scales two products, codes one and a half
-    return Work(products=SWEEPS * products, columns=SWEEPS * inputs, moved=SWEEPS * inputs**2 * outputs / 32 * FLOAT_BYTES)
+    product = 2.0 * inputs**2 * outputs
+    products = (SWEEPS * 2 + 1) * product  # the target's pull once; scales half a product a sweep, codes one and a half
+    return Work(products=products, columns=SWEEPS * inputs, moved=SWEEPS * inputs**2 * outputs / 32 * FLOAT_BYTES)

@@ -14,7 +14,7 @@ from torch import nn
 
 from lord_quant.errors import CalibrationError
 from lord_quant.moments import PairedAccumulator, PairedMoments
-from lord_quant.stream import BlockCall, Replay, StopForward
+from lord_quant.stream import BlockCall, Ending, Replay, StopForward, first_of
 from lord_quant.targets import dense_bias, dense_weight
 
 
@@ -49,6 +49,7 @@ class Inputs:
         self.leader: dict[str, str] = {}
         self.batches: dict[str, list[torch.Tensor]] = {}
         self.as_outputs: set[str] = set()
+        self.endings: dict[str, Ending] = {}
 
     def members(self, leader: str) -> list[str]:
         """Returns the layers fed the same tensor as `leader`."""
@@ -90,6 +91,8 @@ def record_inputs(dense: nn.Module, run: Runner, layers: Sequence[str], prefix: 
     leaving: dict[str, torch.Tensor] = {}
     calls: Counter[str] = Counter()
     parted: set[str] = set()
+    endings: dict[str, Ending | None] = {}
+    start = run.stream[0].hidden if run.stream else None
 
     def observe(name: str, x: torch.Tensor) -> None:
         leader = inputs.leader.setdefault(name, next((other for other, seen in entering.items() if seen is x), name))
@@ -101,7 +104,7 @@ def record_inputs(dense: nn.Module, run: Runner, layers: Sequence[str], prefix: 
             parted.add(name)
 
     narrowing = [name for name in layers if outputs and operator.lt(*dense_weight(dense.get_submodule(name)).shape)]
-    with _watch(dense, layers, observe), _products(dense, narrowing, leaving):
+    with _watch(dense, layers, observe), _products(dense, narrowing, leaving), _endings(dense, layers, endings):
         for count, batch in enumerate(run.stream, start=1):
             batch.hidden = batch.run(dense, run.kind)
             inputs.as_outputs = {name for name in narrowing if inputs.members(name) == [name]}
@@ -119,6 +122,9 @@ def record_inputs(dense: nn.Module, run: Runner, layers: Sequence[str], prefix: 
             f"{', '.join(odd)}: not called once per forward pass with the same input, so the two streams cannot be paired; "
             "use --stack naive"
         )
+    for part, ending in endings.items():
+        if ending and ending.layer in inputs.batches and (ending.whole or _suffices(dense, part, ending, run, start)):
+            inputs.endings[part] = ending
     return inputs
 
 
@@ -160,6 +166,7 @@ def gather(
             accumulators[name] = PairedAccumulator(x.shape[-1], dtype, x.device, dense.shape[-1])
         accumulators[name].update(dense if paired else x, x)
         counts[name] += 1
+        run.replay.leave(name, x)
         if name == stage[-1]:
             raise StopForward
 
@@ -186,6 +193,56 @@ def _products(block: nn.Module, layers: Sequence[str], kept: dict[str, torch.Ten
         for name in layers:
             layer = block.get_submodule(name)
             hooks.callback(layer.register_forward_hook(hook(name, dense_bias(layer))).remove)
+        yield
+
+
+def _suffices(block: nn.Module, part: str, ending: Ending, run: Runner, start: torch.Tensor | None) -> bool:
+    """Tells whether a block that was just run comes to the same without the tensors that `ending` leaves out.
+
+    Attention that returns its probabilities too is common, and blocks that do not look at them.
+    """
+
+    def bare(module: nn.Module, args: Any, output: Any) -> Any:
+        return ending.around(first_of(output))
+
+    handle = block.get_submodule(part).register_forward_hook(bare)
+    try:
+        return torch.equal(run.stream[0].run(block, run.kind, start), run.stream[0].hidden)
+    except (AttributeError, TypeError):  # it does look at them
+        return False
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _endings(block: nn.Module, layers: Sequence[str], found: dict[str, Ending | None]) -> Iterator[None]:
+    """Notes which parts of the block return what one of their layers does, as it is; None of those that do not always."""
+    latest: dict[str, tuple[torch.Tensor, int]] = {}
+
+    def leaving(layer: str) -> Any:
+        def note(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            latest[layer] = output, output._version
+
+        return note
+
+    def closing(part: str, own: Sequence[str]) -> Any:
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            first, ending = first_of(output), None
+            for layer in own if type(output) in (tuple, torch.Tensor) else ():
+                tensor, version = latest.get(layer, (None, 0))
+                if first is tensor and first._version == version:
+                    ending = Ending.of(layer, output)
+            found[part] = ending if found.get(part, ending) == ending else None
+
+        return note
+
+    with ExitStack() as hooks:
+        for name in layers:
+            hooks.callback(block.get_submodule(name).register_forward_hook(leaving(name)).remove)
+        for part, module in block.named_modules():
+            own = [name for name in layers if part and name.startswith(part + ".")]
+            if own:
+                hooks.callback(module.register_forward_hook(closing(part, own)).remove)
         yield
 
 

@@ -182,17 +182,18 @@ def probe(
     joint = covariance if has_bias or mean_correction else seen
     root = None if metric is None else loss_root(metric)
     spectrum, down, up, pivoted = loss_spectrum(weight, joint, root), None, None, PIVOTED_NOISE
+    whole = spectrum.total()
     step = usual if min(weight.shape) >= usual else PACK_MULTIPLE
     if min(weight.shape) >= step:
         ranks = [min(max(1, round(part * min(weight.shape) / step)) * step, min(weight.shape)) for part in PROBED_RANKS]
         cuts = [factors_of(weight, spectrum, rank, root) for rank in ranks]
         (down_shares, up_shares), (down_again, up_again) = (
-            _rounded(weight, joint, metric, factors, {bits: solver(bits, step) for bits in widths}, options, seed)
+            _rounded(weight, joint, metric, factors, whole, {bits: solver(bits, step) for bits in widths}, options, seed)
             for factors, widths in zip(cuts, (PROBED_BITS, (GROUP_BITS,)), strict=True)
         )
         down = FactorNoise(ranks[0], down_shares, _slope(ranks, down_shares[GROUP_BITS], down_again[GROUP_BITS]))
         up = FactorNoise(ranks[0], up_shares, _slope(ranks, up_shares[GROUP_BITS], up_again[GROUP_BITS]))
-        pivoted = _pivoted_noise(weight, joint, metric, cuts[0], solver(GROUP_BITS, step), options, seed)
+        pivoted = _pivoted_noise(weight, joint, metric, cuts[0], whole, solver(GROUP_BITS, step), options, seed)
     values = spectrum.eigenvalues.double().cpu()
     tail = torch.cat((values.flip(0).cumsum(0).flip(0), values.new_zeros(1)))
     cut = crossed_tail(weight, halves, centred=has_bias or mean_correction)
@@ -210,6 +211,7 @@ def _rounded(
     covariance: torch.Tensor,
     metric: torch.Tensor | None,
     factors: Factors,
+    whole: float,
     solvers: Mapping[int, Solver],
     options: JointConfig,
     seed: int,
@@ -219,12 +221,12 @@ def _rounded(
     Returns:
         What each factor's rounding lost beyond truncation, relative to the energy kept, by bits.
     """
-    cut = relative_error(factors.product(), weight, covariance, metric)
+    cut = relative_error(factors.product(), weight, covariance, metric, whole)
 
     def lost(solvers: Solvers) -> float:
         stacked = stack_two_factor(weight, covariance, metric, factors, solvers, options, seed)
         product = stacked[".up"].weight() @ stacked[".down"].weight()
-        more = relative_error(product, weight, covariance, metric) - cut
+        more = relative_error(product, weight, covariance, metric, whole) - cut
         return max(more, 0.0) / (1 - cut) if cut < 1 else 0.0
 
     down = {bits: lost(Solvers(solve, exact)) for bits, solve in solvers.items()}
@@ -236,6 +238,7 @@ def _pivoted_noise(
     covariance: torch.Tensor,
     metric: torch.Tensor | None,
     factors: Factors,
+    whole: float,
     solve: Solver,
     options: JointConfig,
     seed: int,
@@ -244,7 +247,7 @@ def _pivoted_noise(
     rank = len(factors.down)
     if weight.numel() > PIVOTED_SIZE or rank >= len(weight):
         return PIVOTED_NOISE
-    cut, both = relative_error(factors.product(), weight, covariance, metric), Solvers(solve, solve)
+    cut, both = relative_error(factors.product(), weight, covariance, metric, whole), Solvers(solve, solve)
     other = pivoted_factors(factors, metric)
     lost = []
     for form, quantized in (
@@ -252,7 +255,7 @@ def _pivoted_noise(
         (other, stack_pivoted(weight, covariance, metric, other, both, options)),
     ):
         made = form._replace(down=quantized[".down"].weight(), up=quantized[".up"].weight())
-        lost.append(relative_error(made.product(), weight, covariance, metric) - cut)
+        lost.append(relative_error(made.product(), weight, covariance, metric, whole) - cut)
     return max(lost[1] / lost[0], 0.1) if lost[0] > 0 else PIVOTED_NOISE
 
 

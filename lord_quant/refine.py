@@ -95,21 +95,23 @@ def refine(weight: torch.Tensor, hessian: torch.Tensor, quantized: Quantized, sw
     metric.diagonal().add_(DAMPING)
     groups = quantized.g_idx[perm].long()
     codes, scales, zeros = quantized.codes[:, perm].clone(), quantized.scales, quantized.zeros
+    pull = target @ metric
     for _ in range(sweeps):
-        scales = _fit_scales(target, metric, codes - zeros[:, groups], scales, groups)
+        scales = _fit_scales(pull, metric, codes - zeros[:, groups], scales, groups)
         codes = _descend(target, metric, codes, scales, zeros, groups, 2**quantized.bits - 1)
     return quantized._replace(codes=codes[:, back], scales=scales)
 
 
 def _fit_scales(
-    target: torch.Tensor, metric: torch.Tensor, steps: torch.Tensor, scales: torch.Tensor, groups: torch.Tensor
+    pull: torch.Tensor, metric: torch.Tensor, steps: torch.Tensor, scales: torch.Tensor, groups: torch.Tensor
 ) -> torch.Tensor:
     count = scales.shape[1]
     member = torch.nn.functional.one_hot(groups, count).to(steps)
-    system = torch.stack(
-        [((steps[:, groups == g] @ metric[groups == g]) * steps) @ member for g in range(count)], dim=1
-    ).double()
-    right = (((target @ metric) * steps) @ member).double()
+    system = steps.new_zeros(len(steps), count, count)
+    for group, (start, stop) in _ranges(groups.tolist()):  # M is symmetric: what a group shares with itself and later ones
+        shared = (steps[:, start:stop] @ metric[start:stop, start:]).mul_(steps[:, start:]) @ member[start:, group:]
+        system[:, group, group:], system[:, group:, group] = shared, shared
+    system, right = system.double(), ((pull * steps) @ member).double()
     ridge = 1e-6 * system.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(1e-30)
     system = system + ridge[:, None, None] * torch.eye(count, dtype=system.dtype, device=system.device)
     fitted = torch.linalg.solve(system, right + ridge[:, None] * scales.double())
@@ -149,9 +151,15 @@ def _descend(
 
 def _spans(groups: list[int]) -> Iterator[tuple[int, int]]:
     """Yields ranges of at most `COLUMNS` columns of one group each."""
-    start = 0
-    for _, members in itertools.groupby(groups):
-        end = start + len(list(members))
+    for _, (start, end) in _ranges(groups):
         for first in range(start, end, COLUMNS):
             yield first, min(first + COLUMNS, end)
+
+
+def _ranges(groups: list[int]) -> Iterator[tuple[int, tuple[int, int]]]:
+    """Yields every group and its columns, which lie together."""
+    start = 0
+    for group, members in itertools.groupby(groups):
+        end = start + len(list(members))
+        yield group, (start, end)
         start = end

@@ -180,7 +180,7 @@ def stack_layer(
         bias=shifted,
         quantized=quantized,
         spectrum=spectrum,
-        error=relative_error(result, target, moments.covariance, outputs),
+        error=relative_error(result, target, moments.covariance, outputs, spectrum.total() if spectrum else None),
         largest_coefficient=coefficient,
     )
 
@@ -223,10 +223,11 @@ def factors_of(target: torch.Tensor, spectrum: OutputSpectrum, rank: int, root: 
     """Returns the factors that `truncate` does, from the spectrum."""
     if root is None:
         return two_factor(target, None, spectrum, rank, None)
-    factors = two_factor(root @ target, None, spectrum, rank, None)
-    up = torch.linalg.solve_triangular(root, factors.up, upper=True)
+    basis = spectrum.leading(rank)
+    down = (basis.T @ root) @ target  # in this order: rank is the smallest size
+    up = torch.linalg.solve_triangular(root, basis, upper=True)
     scale = torch.linalg.vector_norm(root, dim=0)[:, None]
-    even = _orthonormal(factors._replace(up=scale * up))
+    even = _orthonormal(Factors(down, scale * up, None))
     return even._replace(up=even.up / scale)
 
 
@@ -373,14 +374,18 @@ def polished(solve: Solver, sweeps: int) -> Solver:
 
 
 def relative_error(
-    result: torch.Tensor, target: torch.Tensor, covariance: torch.Tensor, outputs: torch.Tensor | None
+    result: torch.Tensor,
+    target: torch.Tensor,
+    covariance: torch.Tensor,
+    outputs: torch.Tensor | None,
+    whole: float | None = None,
 ) -> float:
-    """Returns ‖Ŵ − T‖² / ‖T‖² in the metric `outputs` ⊗ `covariance`."""
+    """Returns ‖Ŵ − T‖² / ‖T‖² in the metric `outputs` ⊗ `covariance`; `whole` is ‖T‖² where a spectrum has told it."""
 
     def energy(weight: torch.Tensor) -> float:
         weighted = weight if outputs is None else outputs @ weight
         parts = zip(weighted.split(ENERGY_ROWS), weight.split(ENERGY_ROWS), strict=True)
         return sum(float((rows @ covariance).mul_(own).sum(dtype=torch.float64)) for rows, own in parts)
 
-    whole = energy(target)
+    whole = energy(target) if whole is None else whole
     return energy(result - target) / whole if whole > 0 else 0.0

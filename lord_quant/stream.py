@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lord_quant.residency import RESIDENT, Residency
 
@@ -82,18 +83,52 @@ def first_of(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple | list) else output
 
 
+class Ending(NamedTuple):
+    """How a part of a block ends: it returns what one of its layers does, as it is.
+
+    Attributes:
+        layer: The layer, by path inside the block.
+        others: What else the part returns, None in place of tensors; None if it returns the one tensor alone.
+        whole: Whether nothing is left out, as there are no other tensors.
+    """
+
+    layer: str
+    others: tuple[Any, ...] | None
+    whole: bool = True
+
+    @classmethod
+    def of(cls, layer: str, output: Any) -> Ending:
+        """Describes what a part returned that ends in a layer."""
+        if not isinstance(output, tuple):
+            return cls(layer, None)
+        others = tree_map_only(torch.Tensor, lambda _: None, output[1:])
+        return cls(layer, others, not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(output[1:])))
+
+    def around(self, tensor: torch.Tensor) -> Any:
+        """Returns what the part does, given what its layer returns."""
+        return tensor if self.others is None else (tensor, *self.others)
+
+
 class Replay:
     """Remembers what parts of a block return for every batch, so that they run once and not again.
 
     For modules whose output cannot change any more: the block's inputs are fixed, and so is everything that comes before
     them in it. A module that is called more than once per batch is never replayed.
 
+    A part that ends in a layer (attention, MLP) is left where that layer's input is known, and entered there again once
+    the layer is compressed: nothing in front of it runs twice.
+
     Args:
         block: The block whose parts are meant.
+
+    Attributes:
+        endings: Which parts end in which layer, by path inside the block.
     """
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
+        self.endings: dict[str, Ending] = {}
+        self.entered: dict[str, dict[int, torch.Tensor]] = {}
         self.kept: dict[str, dict[int, Any]] = {}
         self.called_again: set[str] = set()
         self.calls: set[str] = set()
@@ -103,6 +138,13 @@ class Replay:
         """Says which batch comes next."""
         self.position = position
         self.calls.clear()
+
+    def leave(self, layer: str, x: torch.Tensor) -> None:
+        """Says that the batch went as far as a layer's input and will go no further before the layer is compressed."""
+        for part, ending in self.endings.items():
+            if ending.layer == layer:
+                self.entered.setdefault(part, {})[self.position] = x
+                self._forget_inside(part)
 
     @contextmanager
     def of(self, modules: Iterable[str]) -> Iterator[None]:
@@ -134,13 +176,20 @@ class Replay:
             if name in self.called_again:
                 return forward(*args, **kwargs)
             if self.position not in kept:
-                kept[self.position] = forward(*args, **kwargs)
-                for other, inner in self.kept.items():
-                    if other.startswith(name + "."):
-                        inner.pop(self.position, None)
+                x = self.entered.get(name, {}).pop(self.position, None)
+                kept[self.position] = forward(*args, **kwargs) if x is None else self._end(self.endings[name], x)
+                self._forget_inside(name)
             return _copied(kept[self.position])  # a caller may add into it
 
         return remembered
+
+    def _end(self, ending: Ending, x: torch.Tensor) -> Any:
+        return ending.around(self.block.get_submodule(ending.layer)(x))
+
+    def _forget_inside(self, name: str) -> None:
+        for other in (other for other in (*self.kept, *self.entered) if other.startswith(name + ".")):
+            self.kept.get(other, {}).pop(self.position, None)
+            self.entered.get(other, {}).pop(self.position, None)
 
 
 def _copied(output: Any) -> Any:

@@ -22,11 +22,13 @@ from lord_quant.modules import LowRankLinear, PivotedLinear
 from lord_quant.moments import PairedAccumulator, PairedMoments
 from lord_quant.plan import LayerPlan, Plan
 from lord_quant.stack import Stacked, stack_layer
+from lord_quant.stream import block_kinds
 from lord_quant.targets import dense_weight, find_blocks, find_linears
 
 
 FAMILIES = ["gpt2", "bigcode", "codegen", "llama", "qwen2", "gemma2"]
 SLIDING = ["qwen2", "gemma2"]
+EAGER_ONLY = ["codegen", "gemma2"]
 FORMS = {"two_factor": LowRankLinear, "pivoted": PivotedLinear}
 
 
@@ -269,6 +271,32 @@ def test_replaying_finished_parts_changes_nothing(
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert calls[0] < calls[1] if true_sequential else calls[0] == calls[1]
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [*((family, "eager") for family in FAMILIES), *((family, "sdpa") for family in FAMILIES if family not in EAGER_ONLY)],
+)
+def test_no_part_of_a_block_runs_twice(family: str, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention runs once per batch and stream: what goes on after a layer starts at that layer's kept input."""
+    model, calls = tiny_model(family), 0
+    model.set_attn_implementation(attention)
+    name = "softmax" if attention == "eager" else "scaled_dot_product_attention"
+    real = getattr(torch.nn.functional, name)
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return real(*args, **kwargs)
+
+    plan = plan_of(model)
+    monkeypatch.setattr(torch.nn.functional, name, counted)
+    run_joint(model, plan)
+    blocks = len(find_blocks(model).modules)
+    # Once more where attention returns its probabilities too, to see that nothing minds if they are left out; and on the
+    # way to the first block of another kind, to see what it is called with.
+    kinds = set(block_kinds(model, blocks))
+    assert calls == blocks * (2 * len(BATCHES) + (attention == "eager")) + (len(kinds) - 1) * len(BATCHES)
 
 
 def test_batching_changes_nothing_but_rounding_and_one_token_is_enough() -> None:

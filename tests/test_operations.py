@@ -115,7 +115,7 @@ def test_gauge_and_refit_are_counted_as_torch_does(shape: tuple[int, int]) -> No
 
     own = stacked(exact) - stacked(None)
     shapes = layer.factor_shapes().values()
-    solves = sum(14 * inputs**2 * outputs for inputs, outputs in shapes)  # polishing, two sweeps
+    solves = sum(10 * inputs**2 * outputs for inputs, outputs in shapes)  # polishing, two sweeps
     solved_by_lapack = cholesky_flops(r) + 2 * r**2 * (n if m < n else m)
     if m >= n:
         solved_by_lapack += cholesky_flops(r) + 2 * r**2 * n  # of the deflated metric

@@ -149,7 +149,7 @@ def fitted_scales(weight: torch.Tensor, hessian: torch.Tensor, start: Quantized)
 
     metric = damped(hessian).float()
     groups = start.g_idx.long()
-    return module._fit_scales(weight, metric, start.codes - start.zeros[:, groups], start.scales, groups)
+    return module._fit_scales(weight @ metric, metric, start.codes - start.zeros[:, groups], start.scales, groups)
 
 
 @pytest.mark.parametrize("seed", range(6))

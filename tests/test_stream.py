@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lord_quant.stream import Replay
+from lord_quant.stream import Ending, Replay
 
 
 class Child(nn.Module):
@@ -133,3 +133,33 @@ def test_an_exception_leaves_nothing_half_remembered() -> None:
         run(replay, block, ["first"])
     handle.remove()
     assert torch.equal(run(replay, block, ["first"])[1], 4 * batch(1))
+
+
+@pytest.mark.parametrize("others", [None, (None, ("kept",))])
+def test_a_part_left_at_a_layer_is_entered_there_again(others: tuple[Any, ...] | None) -> None:
+    block = Block()
+    replay = Replay(block)
+    replay.endings = {"first": Ending("first.layer", others)}
+    replay.at(0)
+    replay.leave("first.layer", batch(4))
+    with replay.of(["first"]):
+        for position, entered, calls in ((0, batch(4), 0), (0, batch(4), 0), (1, 2 * batch(1), 1)):
+            replay.at(position)
+            output = block.first(batch(position))
+            if not position and others is not None:
+                output, *rest = output
+                assert tuple(rest) == others
+            assert torch.equal(output, entered)
+            assert block.first.calls == calls
+    assert not replay.entered["first"]
+
+
+def test_leaving_a_part_forgets_what_was_remembered_inside_it() -> None:
+    block = Block()
+    replay = Replay(block)
+    replay.endings = {"first": Ending("first.layer", None)}
+    run(replay, block, ["first.layer"])
+    assert set(replay.kept["first.layer"]) == {0, 1}
+    replay.at(1)
+    replay.leave("first.layer", batch(4))
+    assert set(replay.kept["first.layer"]) == {0}
