@@ -129,10 +129,10 @@ def output_spectrum(weight: torch.Tensor, covariance: torch.Tensor) -> OutputSpe
     weight_scale, deviation_scale = _one_for_zero(weight.abs().max()), deviation.max()
     loud = (weight / weight_scale) * (deviation / deviation_scale)
     loud_scale = _one_for_zero(loud.abs().max())
-    correlation = (covariance / deviation[:, None]).div_(deviation)
     tall = weight.shape[0] > weight.shape[1]
     basis, core = thin_qr(loud / loud_scale) if tall else (None, loud / loud_scale)
-    eigen = symmetric_eigen(core @ correlation @ core.T)
+    gram = core @ (covariance / deviation[:, None]).div_(deviation) @ core.T
+    eigen = symmetric_eigen(gram)
     vectors = eigen.vectors if basis is None else basis @ eigen.vectors
     noise = eigen.values.max() * len(eigen.values) * torch.finfo(eigen.values.dtype).eps
     return OutputSpectrum(

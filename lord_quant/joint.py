@@ -176,6 +176,8 @@ class JointRun:
         inputs = record_inputs(dense, run, list(layers), prefix, outputs=self.options.anchor)
         run.replay.endings = inputs.endings
         groups = _groups(layers, inputs)
+        sources = {name: dense.get_submodule(name) for name in layers}  # each is let go once it was compressed
+        del dense
         open_layers = set(layers)
         for stage in inputs.stages(self.true_sequential):
             with run.replay.of(_finished(layers, open_layers)):
@@ -187,7 +189,7 @@ class JointRun:
                 _require_finite(moments[leader], prefix + leader)
                 for names in groups[leader]:
                     together = [layers[name] for name in names]
-                    own = {name: dense.get_submodule(name) for name in names}
+                    own = {name: sources.pop(name) for name in names}
                     tasks.append(functools.partial(self._compress, together, own, moments[leader], minded, number))
                     costs.append(_cost(together))
                     units.append([prefix + name for name in names])

@@ -107,6 +107,23 @@ def thin_qr(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return result.Q, result.R
 
 
+def cholesky_(matrix: torch.Tensor, *, upper: bool = False) -> tuple[torch.Tensor, bool]:
+    """Factors a symmetric matrix in place, M = L Lᵀ, or UᵀU if `upper`; no second matrix is made.
+
+    LAPACK works on columns, so it is given the transpose, which is the same matrix.
+
+    Args:
+        matrix: M with shape (n, n), contiguous; afterwards the factor's transpose, or rubbish if there is no factor.
+        upper: Which factor is wanted.
+
+    Returns:
+        The factor with zeros in its other half, which shares the memory of `matrix`, and whether it exists.
+    """
+    failed = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(matrix.mT, upper=upper, out=(matrix.mT, failed))
+    return matrix.mT, not failed
+
+
 def invert_lower_(matrix: torch.Tensor) -> torch.Tensor:
     """Inverts a lower triangular matrix in place, with shape (n, n); what stands above its diagonal must be zero.
 
@@ -154,9 +171,8 @@ def damped_right_solve(right: torch.Tensor, matrix: torch.Tensor, fraction: floa
     while fraction <= 1:
         damped = matrix / mean  # unit scale: squares of loud channels overflow float32 inside the factorization
         damped.diagonal().add_(fraction)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        del damped
-        if not failed:
+        factor, exists = cholesky_(damped)
+        if exists:
             half = torch.linalg.solve_triangular(factor, right.to(matrix).T / mean, upper=False)
             return torch.linalg.solve_triangular(factor.T, half, upper=True).T  # `cholesky_solve` would copy the factor
         fraction = max(10 * fraction, 1e-7)

@@ -33,7 +33,7 @@ import torch
 
 from lord_quant.config import FLOAT_BITS, GptqConfig
 from lord_quant.errors import NumericsError
-from lord_quant.linalg import invert_lower_, require_finite
+from lord_quant.linalg import cholesky_, invert_lower_, require_finite
 from lord_quant.refine import Quantized
 
 
@@ -144,8 +144,8 @@ def _column_order(diagonal: torch.Tensor, group_size: int, gptq: GptqConfig) -> 
 class Feedback(NamedTuple):
     """U of the text above, by rows; only its reverse is kept, L⁻¹, lower triangular.
 
-    Hessians of wide layers are the largest matrices there are: beside H there are two of its size while its factor is
-    computed, then one.
+    Hessians of wide layers are the largest matrices there are: beside H there is one more of its size, in which the factor
+    is computed and inverted.
 
     Attributes:
         inverse: L⁻¹, with shape (n, n), where H in reversed order is L Lᵀ.
@@ -172,15 +172,13 @@ class Feedback(NamedTuple):
         Raises:
             NumericsError: No damping below 1 helped.
         """
-        back = order.flip(0)
-        metric = hessian[back[:, None], back].to(dtype)
-        metric = metric.div_(size) if size > 0 else torch.eye(len(metric)).to(metric)
-        diagonal, damp = metric.diagonal().clone(), damp_percent
+        back, damp = order.flip(0), damp_percent
         while damp < 1:
-            metric.diagonal().copy_(diagonal + damp)
-            factor, failed = torch.linalg.cholesky_ex(metric)
-            if not failed:
-                del metric
+            metric = hessian[back[:, None], back].to(dtype)
+            metric = metric.div_(size) if size > 0 else torch.eye(len(metric)).to(metric)
+            metric.diagonal().add_(damp)
+            factor, exists = cholesky_(metric)
+            if exists:
                 return cls(invert_lower_(factor)), damp
             damp = 2 * damp
         raise NumericsError(

@@ -74,7 +74,7 @@ import torch
 from lord_quant.config import JointConfig
 from lord_quant.decompose import Factors, OutputSpectrum, output_spectrum, pivoted, two_factor
 from lord_quant.errors import NumericsError
-from lord_quant.linalg import damped_right_solve, random_orthogonal, require_finite, thin_qr
+from lord_quant.linalg import cholesky_, damped_right_solve, random_orthogonal, require_finite, thin_qr
 from lord_quant.moments import PairedMoments
 from lord_quant.refine import Quantized, refine
 from lord_quant.solver import Solver, Solvers
@@ -238,8 +238,8 @@ def pivoted_factors(factors: Factors, outputs: torch.Tensor | None) -> Factors:
 
 def loss_root(outputs: torch.Tensor) -> torch.Tensor:
     """Returns S with G = SᵀS."""
-    root, failed = torch.linalg.cholesky_ex(outputs, upper=True)
-    if failed:
+    root, exists = cholesky_(outputs.clone(), upper=True)
+    if not exists:
         raise NumericsError("the output sensitivity stayed indefinite with damping; --no-fisher does without")
     return root
 

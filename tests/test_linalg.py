@@ -258,6 +258,17 @@ def test_the_larger_the_volume_the_smaller_the_amplification() -> None:
     assert float(amplification) == pytest.approx(float(basis[pivots].det() ** -2), rel=1e-9)
 
 
+@pytest.mark.parametrize("upper", [False, True])
+@pytest.mark.parametrize("size", [1, 7, 150])
+def test_a_cholesky_factor_in_place_is_the_one_of_numpy(size: int, upper: bool) -> None:
+    matrix = positive_semidefinite(size, size + 3)
+    factor, exists = linalg.cholesky_(same := matrix.clone(), upper=upper)
+    expected = np.linalg.cholesky(matrix.numpy())
+    assert exists and factor.data_ptr() == same.data_ptr()
+    np.testing.assert_allclose(factor.numpy(), expected.T if upper else expected, atol=1e-10 * size)
+    assert not linalg.cholesky_(-matrix, upper=upper)[1]
+
+
 @pytest.mark.parametrize("size", [1, 7, linalg.SMALL_TRIANGLE + 1, 700])
 def test_a_lower_triangle_is_inverted_in_place(size: int) -> None:
     torch.manual_seed(size)
