@@ -15,11 +15,14 @@ import torch
 
 from lord_quant.operations import Workload, count_phases
 from lord_quant.plan import Plan
+from lord_quant.residency import WAITING_BYTES
 
 
 EIGEN_EFFICIENCY = 0.15
 SOLVER_EFFICIENCY = 0.02
 """The solver works column by column."""
+TOKENS_AT_WORK = 8192
+"""Tokens of a batch, about; what belongs to others waits, in files if it is much."""
 
 
 class Estimate(NamedTuple):
@@ -58,9 +61,9 @@ def memory_bytes(plan: Plan, load: Workload, device: torch.device) -> int:
     activations = 3 * load.num_tokens * width * held
     if load.joint:
         inside = [layer for layer in plan.layers if layer.block == plan.layers[0].block]
-        activations += load.num_tokens * held * sum(layer.in_features for layer in inside)
-        # every block's output gradients, one block's graph, and one block's matrices
-        activations += load.fisher_tokens * held * (2 * blocks * width + sum(layer.out_features for layer in inside))
+        per_token = held * sum(layer.in_features + layer.out_features for layer in inside)
+        waiting = activations + load.num_tokens * per_token + load.fisher_tokens * held * 2 * blocks * width
+        activations = min(waiting, WAITING_BYTES) + min(load.num_tokens, TOKENS_AT_WORK) * per_token
         squares = sum(layer.out_features**2 for layer in inside if layer.rank is not None)
         activations += 4 * squares * bool(load.fisher_tokens)
     return int(weights + activations + 4 * 4 * widest**2)

@@ -32,6 +32,7 @@ from lord_quant.config import JointConfig
 from lord_quant.decompose import Factors
 from lord_quant.distributed import ALONE, World
 from lord_quant.errors import CalibrationError, NumericsError
+from lord_quant.kept import Batches
 from lord_quant.linalg import is_finite
 from lord_quant.moments import PairedMoments, pooled
 from lord_quant.pairing import Inputs, Runner, gather, record_inputs
@@ -154,7 +155,7 @@ class JointRun:
         self.blocks = find_blocks(model)
         self.kinds = block_kinds(model, len(self.blocks.modules))
         self.stream = capture(model, self.blocks.modules, self.kinds, batches, residency) if self.planned else []
-        self.ours = [batch.hidden for batch in self.stream]
+        self.ours = Batches(residency.keep, (batch.hidden for batch in self.stream))
 
     @torch.no_grad()
     def step(self, index: int) -> None:
@@ -172,7 +173,8 @@ class JointRun:
         if self.sensitivity is not None:
             ranked = [name for name, layer in layers.items() if layer.rank is not None]
             minded = self.sensitivity.of_block(index, dense, kind, ranked, self.dtype)
-        run = Runner(self.stream, kind, Replay(block))
+        keep = self.residency.keep
+        run = Runner(self.stream, kind, Replay(block, keep), keep)
         inputs = record_inputs(dense, run, list(layers), prefix, outputs=self.options.anchor)
         run.replay.endings = inputs.endings
         groups = _groups(layers, inputs)
@@ -202,7 +204,8 @@ class JointRun:
                     self._put(next(outcomes))
         if index < self.last:
             with run.replay.of(_finished(layers, inputs.of_last(self.true_sequential))):
-                self.ours = list(run(block, self.ours))
+                for batch, leaving in enumerate(run(block, self.ours)):
+                    self.ours[batch] = leaving
 
     def _compress(
         self,

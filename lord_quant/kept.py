@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,15 +19,23 @@ KEPT = ".kept.partial-"
 
 
 class Kept:
-    """Tensors that wait to be taken back, once."""
+    """Tensors that wait until they are needed again."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._tensors = list(tensors)
+
+    def get(self) -> list[torch.Tensor]:
+        """Returns the tensors, perhaps the very ones that are kept: not to be written into."""
+        return list(self._tensors)
 
     def take(self) -> list[torch.Tensor]:
         """Returns the tensors; they are not kept any longer."""
         tensors, self._tensors = self._tensors, []
         return tensors
+
+
+Keep = Callable[[Sequence[torch.Tensor]], Kept]
+"""Keeps tensors."""
 
 
 class KeptInFile(Kept):
@@ -54,11 +63,41 @@ class KeptInFile(Kept):
         except (OSError, SafetensorError) as error:
             raise OutputError(f"activations cannot be kept in {str(folder)!r}: {error}") from error
 
-    def take(self) -> list[torch.Tensor]:
-        """Returns the tensors on their devices, and removes the file."""
+    def get(self) -> list[torch.Tensor]:
+        """Returns the tensors on their devices."""
         from safetensors.torch import load_file
 
         found = load_file(self._path)
-        tensors = [found[str(number)].to(device) for number, device in enumerate(self._devices)]
+        return [found[str(number)].to(device) for number, device in enumerate(self._devices)]
+
+    def take(self) -> list[torch.Tensor]:
+        """Returns the tensors on their devices, and removes the file."""
+        tensors = self.get()
         self._finalizer()
         return tensors
+
+
+class Batches(Sequence[torch.Tensor]):
+    """A tensor per batch, of which one is at work and the others wait.
+
+    Args:
+        keep: Keeps them.
+        tensors: The first ones.
+    """
+
+    def __init__(self, keep: Keep, tensors: Iterable[torch.Tensor] = ()) -> None:
+        self._keep = keep
+        self._kept = [keep([tensor]) for tensor in tensors]
+
+    def append(self, tensor: torch.Tensor) -> None:
+        """Adds the tensor of another batch."""
+        self._kept.append(self._keep([tensor]))
+
+    def __setitem__(self, position: int, tensor: torch.Tensor) -> None:
+        self._kept[position] = self._keep([tensor])
+
+    def __getitem__(self, position: Any) -> Any:
+        return self._kept[position].get()[0]
+
+    def __len__(self) -> int:
+        return len(self._kept)

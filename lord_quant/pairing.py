@@ -13,17 +13,19 @@ import torch
 from torch import nn
 
 from lord_quant.errors import CalibrationError
+from lord_quant.kept import Batches, Keep, Kept
 from lord_quant.moments import PairedAccumulator, PairedMoments
 from lord_quant.stream import BlockCall, Ending, Replay, StopForward, first_of
 from lord_quant.targets import dense_bias, dense_weight
 
 
 class Runner(NamedTuple):
-    """Runs one block on every batch of a stream; parts of it may be replayed."""
+    """Runs one block on every batch of a stream; parts of it may be replayed, and what batches leave behind is kept."""
 
     stream: Sequence[BlockCall]
     kind: str
     replay: Replay
+    keep: Keep = Kept
 
     def __call__(self, block: nn.Module, hidden: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
         for position, (batch, states) in enumerate(zip(self.stream, hidden, strict=True)):
@@ -42,12 +44,14 @@ class Inputs:
 
     Args:
         prefix: Path of the block and a dot; completes layer names in errors.
+        keep: Keeps what is left of one batch while others are at work.
     """
 
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix
+    def __init__(self, prefix: str, keep: Keep = Kept) -> None:
+        self.prefix, self.keep = prefix, keep
         self.leader: dict[str, str] = {}
-        self.batches: dict[str, list[torch.Tensor]] = {}
+        self.batches: dict[str, Batches] = {}
+        self.num_values: Counter[str] = Counter()
         self.as_outputs: set[str] = set()
         self.endings: dict[str, Ending] = {}
 
@@ -55,9 +59,10 @@ class Inputs:
         """Returns the layers fed the same tensor as `leader`."""
         return [name for name, first in self.leader.items() if first == leader]
 
-    def num_values(self, layer: str) -> int:
-        """Counts the values kept for a layer."""
-        return sum(batch.numel() for batch in self.batches.get(self.leader.get(layer, ""), []))
+    def add(self, leader: str, left: torch.Tensor) -> None:
+        """Adds what the dense stream leaves behind of one more batch."""
+        self.batches[leader].append(left)
+        self.num_values[leader] += left.numel()
 
     def stages(self, true_sequential: bool) -> list[list[str]]:
         """Returns which inputs are handled at once."""
@@ -70,7 +75,7 @@ class Inputs:
 
     def forget(self, leader: str) -> None:
         """Frees what is not needed any more."""
-        self.batches[leader] = []
+        self.batches[leader] = Batches(self.keep)
 
 
 def record_inputs(dense: nn.Module, run: Runner, layers: Sequence[str], prefix: str, *, outputs: bool) -> Inputs:
@@ -86,7 +91,7 @@ def record_inputs(dense: nn.Module, run: Runner, layers: Sequence[str], prefix: 
     Raises:
         CalibrationError: No token reached a layer, or one was not called once per batch with the same input.
     """
-    inputs = Inputs(prefix)
+    inputs = Inputs(prefix, run.keep)
     entering: dict[str, torch.Tensor] = {}  # inputs of leaders in one forward pass, held so that identity means sameness
     leaving: dict[str, torch.Tensor] = {}
     calls: Counter[str] = Counter()
@@ -99,7 +104,7 @@ def record_inputs(dense: nn.Module, run: Runner, layers: Sequence[str], prefix: 
         calls[name] += 1
         if leader == name:
             entering[name] = x
-            inputs.batches.setdefault(name, [])
+            inputs.batches.setdefault(name, Batches(run.keep))
         elif entering.get(leader) is not x:
             parted.add(name)
 
@@ -109,11 +114,11 @@ def record_inputs(dense: nn.Module, run: Runner, layers: Sequence[str], prefix: 
             batch.hidden = batch.run(dense, run.kind)
             inputs.as_outputs = {name for name in narrowing if inputs.members(name) == [name]}
             for name, x in entering.items():
-                inputs.batches[name].append(leaving[name] if name in inputs.as_outputs else x)
+                inputs.add(name, leaving[name] if name in inputs.as_outputs else x)
             parted |= {name for name in inputs.leader if calls[name] != count}
             entering.clear()
             leaving.clear()
-    unseen = [prefix + name for name in layers if not inputs.num_values(name)]
+    unseen = [prefix + name for name in layers if not inputs.num_values[inputs.leader.get(name, name)]]
     if unseen:
         raise CalibrationError(f"no calibration token reached {', '.join(unseen)}; use more text, or --ignore them")
     odd = [prefix + name for name in inputs.leader if name in parted]

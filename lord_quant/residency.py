@@ -6,13 +6,14 @@ from the checkpoint's files when their turn comes and lose them again: `Streamed
 each before running it, and says which one comes then, so that it can be read meanwhile; what stands outside the blocks
 (embeddings, last norm, head) is always there.
 
-What is to be remembered of every block at once (hidden states, gradients) would grow with the model as well: beside a
-skeleton it waits in files.
+What waits until it is needed again (hidden states of all batches, gradients of all blocks) would grow with the text and
+the model as well: beside a skeleton only a little of it stays in memory, the rest waits in files.
 """
 
 from __future__ import annotations
 
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,6 +28,10 @@ from lord_quant.errors import LayoutError, ModelError
 from lord_quant.kept import Kept, KeptInFile
 from lord_quant.linalg import require_finite
 from lord_quant.targets import find_blocks
+
+
+WAITING_BYTES = 2**27
+"""How much of what waits stays in memory beside a skeleton."""
 
 
 class Residency:
@@ -91,6 +96,7 @@ class Streamed(Residency):
         self.blocks, self.places = find_blocks(model), places_of(model, files)
         self.read_ahead = device.type != "cpu" if read_ahead is None else read_ahead
         self._ahead: dict[int, Future[dict[str, torch.Tensor]]] = {}
+        self._waiting = 0
         self._fill(self._read([name for name in self.places if not name.startswith(f"{self.blocks.path}.")]))
         for module in model.modules():  # what is computed, not stored
             for name, buffer in module.named_buffers(recurse=False):
@@ -119,15 +125,24 @@ class Streamed(Residency):
                 _empty(self.blocks.modules[block])
 
     def keep(self, tensors: Sequence[torch.Tensor]) -> Kept:
-        """Keeps tensors in a file.
+        """Keeps tensors in memory if not much waits there already, else in a file.
 
         Raises:
             OutputError: It cannot be written.
         """
+        size = sum(tensor.nbytes for tensor in tensors)
+        if self._waiting + size <= WAITING_BYTES:
+            kept = Kept(tensors)
+            self._waiting += size
+            weakref.finalize(kept, self._let_go, size)
+            return kept
         if self.scratch is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="lord-quant-")
             self.scratch = Path(self._temporary.name)
         return KeptInFile(tensors, self.scratch)
+
+    def _let_go(self, size: int) -> None:
+        self._waiting -= size
 
     @contextmanager
     def _reading(self, block: int | None) -> Iterator[None]:

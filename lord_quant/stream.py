@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
+from lord_quant.kept import Keep, Kept
 from lord_quant.residency import RESIDENT, Residency
 
 
@@ -19,12 +19,27 @@ class StopForward(Exception):
     """Ends a forward pass once the blocks' inputs are known. Not a ValueError: hosts swallow those."""
 
 
-@dataclass
 class BlockCall:
-    """One batch on its way through the blocks: the hidden states and what else each kind of block is called with."""
+    """One batch on its way through the blocks: the hidden states and what else each kind of block is called with.
 
-    hidden: torch.Tensor
-    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]]
+    Args:
+        hidden: The hidden states, with shape (batch, seq_len, features).
+        keep: Keeps them while other batches are at work.
+    """
+
+    def __init__(self, hidden: torch.Tensor, keep: Keep) -> None:
+        self._keep = keep
+        self.hidden = hidden
+        self.calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """The hidden states in front of the next block; not to be written into."""
+        return self._hidden.get()[0]
+
+    @hidden.setter
+    def hidden(self, states: torch.Tensor) -> None:
+        self._hidden = self._keep([states])
 
     def run(self, block: nn.Module, kind: str, hidden: torch.Tensor | None = None) -> torch.Tensor:
         """Runs a block on `hidden`, or on the batch's own hidden states, and returns the hidden states that leave it."""
@@ -49,7 +64,7 @@ def capture(
             others = {key: value for key, value in kwargs.items() if key != "hidden_states"}
             hidden, args = (args[0], args[1:]) if args else (kwargs["hidden_states"], args)
             if index == 0:
-                captured.append(BlockCall(hidden, {}))
+                captured.append(BlockCall(hidden, residency.keep))
             captured[-1].calls[kind] = (args, others)
             if index == max(first_of_kind.values()):
                 raise StopForward
@@ -109,6 +124,36 @@ class Ending(NamedTuple):
         return tensor if self.others is None else (tensor, *self.others)
 
 
+class Remembered(NamedTuple):
+    """What a module returned.
+
+    Attributes:
+        tensors: The tensors in it.
+        leaves: Whatever it holds, None in place of tensors.
+        places: Where among the leaves the tensors belong.
+        structure: How the leaves hang together.
+    """
+
+    tensors: Kept
+    leaves: list[Any]
+    places: list[int]
+    structure: TreeSpec
+
+    @classmethod
+    def of(cls, output: Any, keep: Keep) -> Remembered:
+        """Remembers an output."""
+        leaves, structure = tree_flatten(output)
+        found = {place: leaf for place, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
+        others = [None if place in found else leaf for place, leaf in enumerate(leaves)]
+        return cls(keep(list(found.values())), others, list(found), structure)
+
+    def again(self) -> Any:
+        """Returns the same again; a caller may write into it."""
+        tensors = dict(zip(self.places, self.tensors.get(), strict=True))
+        leaves = [tensors[place].clone() if place in tensors else leaf for place, leaf in enumerate(self.leaves)]
+        return tree_unflatten(leaves, self.structure)
+
+
 class Replay:
     """Remembers what parts of a block return for every batch, so that they run once and not again.
 
@@ -120,16 +165,17 @@ class Replay:
 
     Args:
         block: The block whose parts are meant.
+        keep: Keeps what is remembered of one batch while others are at work.
 
     Attributes:
         endings: Which parts end in which layer, by path inside the block.
     """
 
-    def __init__(self, block: nn.Module) -> None:
-        self.block = block
+    def __init__(self, block: nn.Module, keep: Keep = Kept) -> None:
+        self.block, self.keep = block, keep
         self.endings: dict[str, Ending] = {}
-        self.entered: dict[str, dict[int, torch.Tensor]] = {}
-        self.kept: dict[str, dict[int, Any]] = {}
+        self.entered: dict[str, dict[int, Kept]] = {}
+        self.kept: dict[str, dict[int, Remembered]] = {}
         self.called_again: set[str] = set()
         self.calls: set[str] = set()
         self.position = 0
@@ -143,7 +189,7 @@ class Replay:
         """Says that the batch went as far as a layer's input and will go no further before the layer is compressed."""
         for part, ending in self.endings.items():
             if ending.layer == layer:
-                self.entered.setdefault(part, {})[self.position] = x
+                self.entered.setdefault(part, {})[self.position] = self.keep([x])
                 self._forget_inside(part)
 
     @contextmanager
@@ -175,11 +221,13 @@ class Replay:
             self.calls.add(name)
             if name in self.called_again:
                 return forward(*args, **kwargs)
-            if self.position not in kept:
-                x = self.entered.get(name, {}).pop(self.position, None)
-                kept[self.position] = forward(*args, **kwargs) if x is None else self._end(self.endings[name], x)
-                self._forget_inside(name)
-            return _copied(kept[self.position])  # a caller may add into it
+            if self.position in kept:
+                return kept[self.position].again()
+            x = self.entered.get(name, {}).pop(self.position, None)
+            output = forward(*args, **kwargs) if x is None else self._end(self.endings[name], *x.take())
+            kept[self.position] = Remembered.of(output, self.keep)
+            self._forget_inside(name)
+            return tree_map_only(torch.Tensor, torch.clone, output)  # a caller may add into it
 
         return remembered
 
@@ -190,9 +238,3 @@ class Replay:
         for other in (other for other in (*self.kept, *self.entered) if other.startswith(name + ".")):
             self.kept.get(other, {}).pop(self.position, None)
             self.entered.get(other, {}).pop(self.position, None)
-
-
-def _copied(output: Any) -> Any:
-    if isinstance(output, tuple):
-        return tuple(_copied(part) for part in output)
-    return output.clone() if isinstance(output, torch.Tensor) else output

@@ -60,13 +60,18 @@ def test_time_is_that_of_the_phases_at_their_speeds() -> None:
 
 
 def test_the_backward_pass_takes_time_and_memory() -> None:
-    """A gradient per block and token."""
-    plan, tokens = plan_of(), 2_000
-    without, with_it = predict(plan), predict(plan, fisher_tokens=tokens)
+    """A gradient per block and token, where all that waits is little."""
+    plan, tokens = plan_of(), 500
+    without, with_it = (predict(plan, tokens, fisher_tokens=fisher) for fisher in (0, tokens))
     assert with_it.seconds > without.seconds + 2 * tokens * 5 * sum(layer.dense_weights for layer in plan.layers) / 1e10
-    more = predict(plan_of(blocks=8), fisher_tokens=tokens).memory_bytes - predict(plan_of(blocks=8)).memory_bytes
+    deeper = [predict(plan_of(blocks=8), tokens, fisher_tokens=fisher).memory_bytes for fisher in (0, tokens)]
     less = with_it.memory_bytes - without.memory_bytes
-    assert more - less == 4 * 2 * 256 * tokens * 4  # four blocks more: inputs and gradients, 256 wide, 4 bytes each
+    assert deeper[1] - deeper[0] - less == 4 * 2 * 256 * tokens * 4  # four blocks more: inputs and gradients in 4 bytes
+
+
+def test_much_text_and_many_blocks_wait_in_files() -> None:
+    long, longer = (predict(plan_of(), tokens, fisher_tokens=tokens // 2).memory_bytes for tokens in (10**6, 10**7))
+    assert long == longer == predict(plan_of(blocks=40), 10**7, fisher_tokens=10**6).memory_bytes
 
 
 def test_memory_holds_at_least_the_model_or_of_a_streamed_one_two_blocks() -> None:

@@ -14,9 +14,11 @@ import pytest
 import torch
 from families import build, copy_tokenizer, edit_tensors, probe_tokens, save
 
+from lord_quant import residency as places
 from lord_quant.checkpoint import weight_files
 from lord_quant.errors import LayoutError, ModelError, NumericsError, OutputError
 from lord_quant.gradients import BlockGradients
+from lord_quant.kept import KEPT
 from lord_quant.residency import RESIDENT, Streamed
 from lord_quant.sensitivity import Sensitivity
 from lord_quant.shards import SINGLE_FILE
@@ -24,6 +26,12 @@ from lord_quant.source import build_skeleton, inspect_source, load_model, stream
 
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def all_in_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets nothing that waits stay in memory."""
+    monkeypatch.setattr(places, "WAITING_BYTES", 0)
 
 
 def streamed(folder: Path) -> tuple[Any, Streamed]:
@@ -207,7 +215,7 @@ def test_weights_are_a_copy_of_what_the_file_held(tmp_path: Path) -> None:
         assert torch.equal(model(probe_tokens()).logits, wanted)
 
 
-def test_what_is_kept_comes_back_once_and_leaves_no_file(tmp_path: Path) -> None:
+def test_what_is_kept_comes_back_once_and_leaves_no_file(tmp_path: Path, all_in_files: None) -> None:
     _, residency = streamed(save(build("llama"), tmp_path / "model"))
     residency.scratch = tmp_path / "scratch"
     given = [torch.randn(2, 3, 4), torch.randn(1, 5, dtype=torch.float64), torch.randn(4, 4).to(torch.bfloat16).T]
@@ -216,6 +224,7 @@ def test_what_is_kept_comes_back_once_and_leaves_no_file(tmp_path: Path) -> None
     residency.scratch.mkdir()
     kept, left = residency.keep(given), residency.keep(given)
     assert len(list(residency.scratch.iterdir())) == 2
+    kept.get()[0].zero_()  # whoever gets it may have it to himself
     for found, wanted in zip(kept.take(), given, strict=True):
         assert found.dtype == wanted.dtype and torch.equal(found, wanted)
     del left
@@ -228,11 +237,30 @@ def test_what_is_kept_of_a_model_in_memory_is_let_go_once_taken() -> None:
     assert kept.take()[0] is tensor and kept.take() == []
 
 
-def test_without_a_folder_of_its_own_a_temporary_one_is_made_and_removed(tmp_path: Path) -> None:
+def test_little_that_waits_stays_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, residency = streamed(save(build("llama"), tmp_path / "model"))
+    residency.scratch = tmp_path
+    monkeypatch.setattr(places, "WAITING_BYTES", 100)
+
+    def files() -> int:
+        return len(list(tmp_path.glob(f"{KEPT}*")))
+
+    first, second = (residency.keep([torch.ones(12)]) for _ in range(2))
+    assert files() == 0
+    third = residency.keep([torch.ones(12)])  # 144 bytes
+    assert files() == 1
+    del first
+    fourth = residency.keep([torch.ones(13)])
+    assert files() == 1
+    assert [len(kept.get()[0]) for kept in (second, third, fourth)] == [12, 12, 13]
+
+
+def test_without_a_folder_of_its_own_a_temporary_one_is_made_and_removed(tmp_path: Path, all_in_files: None) -> None:
     model, residency = streamed(save(build("llama"), tmp_path / "model"))
     sensitivity = Sensitivity.measure(model, [probe_tokens()], residency=residency)
     folder = residency.scratch
-    assert folder is not None and len(list(folder.iterdir())) == len(residency.blocks.modules)
+    # gradients at every block's end, and hidden states in front of the first block
+    assert folder is not None and len(list(folder.iterdir())) == len(residency.blocks.modules) + 1
     del sensitivity, residency, model
     gc.collect()
     assert not folder.exists()

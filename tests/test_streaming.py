@@ -13,7 +13,7 @@ import torch
 from families import build, save
 from safetensors.torch import load_file
 
-from lord_quant import execution, joint
+from lord_quant import execution, joint, residency
 from lord_quant.checkpoint import weight_files
 from lord_quant.config import LordConfig
 from lord_quant.errors import OutputError
@@ -88,6 +88,7 @@ def test_a_streamed_run_makes_the_bytes_of_one_in_memory(
     family: str, scheme: str, folders: Any, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of(folders(family), tmp_path / "streamed", corpus_file, scheme)
+    monkeypatch.setattr(residency, "WAITING_BYTES", 2**14)  # some waits in memory, most in files
     run(config)
     monkeypatch.setattr(execution, "stream_source", lambda source, device: None)
     run(LordConfig.from_dict(config.to_dict() | {"output": str(tmp_path / "whole")}))
