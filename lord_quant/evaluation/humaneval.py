@@ -17,11 +17,13 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import NamedTuple
 
 from lord_quant.errors import EvaluationError, HostError, nearest_name
-from lord_quant.evaluation.sandbox import NOT_STARTED, Limits, SandboxResult, run_program
+from lord_quant.evaluation.sandbox import LAYERS, NOT_STARTED, Check, Limits, Sandbox, SandboxResult
 
 
 class Problem(NamedTuple):
@@ -37,6 +39,10 @@ class Problem(NamedTuple):
     def check(self) -> str:
         """The test with the call that runs it."""
         return f"{self.test}\ncheck({self.entry_point})\n"
+
+    def check_of(self, program: str) -> Check:
+        """What runs `program`, a prompt with its completion. Helpers that the test calls are the prompt's own."""
+        return Check(program, self.check, (self.entry_point,), self.prompt)
 
 
 class Sample(NamedTuple):
@@ -89,16 +95,31 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 
 def run_checks(
-    programs: Sequence[tuple[str, str]], *, workers: int | None = None, limits: Limits | None = None
+    checks: Sequence[Check],
+    *,
+    workers: int | None = None,
+    limits: Limits | None = None,
+    layers: frozenset[str] = LAYERS,
 ) -> list[SandboxResult]:
-    """Runs many (program, test) pairs in sandboxes, `workers` at a time (default: one for each processor).
+    """Runs many programs in sandboxes (`run_program`), `workers` at a time (default: one for each processor).
 
     Raises:
         HostError: A sandbox did not start; what never ran must not count as wrong.
     """
     workers = workers or available_processors()
-    with ThreadPoolExecutor(max_workers=workers) as pool:
-        results = list(pool.map(lambda pair: run_program(*pair, limits=limits), programs))
+    idle: SimpleQueue[Sandbox] = SimpleQueue()
+
+    def run(check: Check) -> SandboxResult:
+        sandbox = idle.get()
+        try:
+            return sandbox.run(check, limits=limits, layers=layers)
+        finally:
+            idle.put(sandbox)
+
+    with ExitStack() as stack, ThreadPoolExecutor(max_workers=workers) as pool:
+        for _ in range(workers):
+            idle.put(stack.enter_context(Sandbox()))
+        results = list(pool.map(run, checks))
     missing = sum(result.reason == NOT_STARTED for result in results)
     if missing:
         raise HostError(
@@ -146,8 +167,8 @@ def score_samples(
     if few:
         raise EvaluationError(f"pass@{max(k)} needs {max(k)} samples of every problem; too few for {', '.join(few)}")
 
-    pairs = [(problems[row.task_id].prompt + row.completion, problems[row.task_id].check) for row in rows]
-    results = run_checks(pairs, workers=workers, limits=limits)
+    checks = [problems[row.task_id].check_of(problems[row.task_id].prompt + row.completion) for row in rows]
+    results = run_checks(checks, workers=workers, limits=limits)
     correct = dict.fromkeys(counts, 0)
     for row, result in zip(rows, results, strict=True):
         correct[row.task_id] += result.passed

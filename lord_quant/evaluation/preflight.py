@@ -7,6 +7,7 @@ consent only afterwards.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 
 from lord_quant.errors import ConsentError, EvaluationError, HostError, ModelError, nearest_name
 
+
+logger = logging.getLogger(__name__)
 
 CONSENT_FLAG = "--confirm-run-unsafe-code"
 
@@ -73,19 +76,27 @@ def check_tasks(manager: Any, tasks: Sequence[str], confirmed: bool) -> None:
 def check_sandbox() -> None:
     """Runs one right program, as completions will be run: where that fails, every completion would count as wrong.
 
+    Logs a warning that names what this machine's kernel leaves uncovered, if anything.
+
     Raises:
         HostError: It did not pass.
     """
-    from lord_quant.evaluation.sandbox import run_program
+    from lord_quant.evaluation.sandbox import Check, gaps, run_program
 
     try:
-        result = run_program("def twice(x):\n    return 2 * x\n", "assert twice(21) == 42\n")
+        result = run_program(Check("def twice(x):\n    return 2 * x\n", "assert twice(21) == 42\n", ("twice",)))
     except OSError as error:
         raise HostError(f"the sandbox for generated code does not work here: {error}") from error
     if not result.passed:
         raise HostError(
             f"the sandbox for generated code does not work here: a program known to be right ended with "
             f"{result.reason!r} after {result.seconds:.1f} s. No model was loaded"
+        )
+    uncovered = gaps(result.protections)
+    if uncovered:
+        logger.warning(
+            "the sandbox for generated code is weaker on this machine than it could be. A program in it\n%s",
+            "\n".join(f"  - {gap}" for gap in uncovered),
         )
 
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import glob
 import os
 import resource
 import signal
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
@@ -23,7 +25,7 @@ CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
 MNT_DETACH = 2
 AT_FDCWD, AT_RECURSIVE = -100, 0x8000
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP = 1, 4, 22
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE = 1, 4
 PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 36, 38
 # These numbers are the same on every architecture; glibc wraps none of the calls.
 SYS_MOUNT_SETATTR, SYS_LANDLOCK_CREATE, SYS_LANDLOCK_ADD, SYS_LANDLOCK_RESTRICT = 442, 444, 445, 446
@@ -31,8 +33,11 @@ SYS_MOUNT_SETATTR, SYS_LANDLOCK_CREATE, SYS_LANDLOCK_ADD, SYS_LANDLOCK_RESTRICT 
 NOBODY = 65534
 UID_BASE = 0x6000_0000
 PRIVATE_TMP = "/tmp"
+MAX_FILES = 4096
+"""Files and folders of a private working folder: empty ones take memory too."""
 
 
+@functools.cache
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 
@@ -64,6 +69,20 @@ def forbid_new_privileges() -> bool:
 def forbid_tracing() -> None:
     """Nobody of the same user may read this process's memory or attach to it."""
     _call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def prefer_as_victim() -> None:
+    """Where the machine runs out of memory, the kernel ends this process and its children, not somebody else's."""
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
+
+
+def keep_only(*fds: int) -> None:
+    """Closes all file descriptors but these and the standard three."""
+    low = 3
+    for fd in (*sorted(fds), 256):
+        os.closerange(low, fd)
+        low = fd + 1
 
 
 def enter_namespaces() -> list[str]:
@@ -99,10 +118,13 @@ def private_root(folder: str, tmp_bytes: int) -> bool:
         return False
     tmp = folder + PRIVATE_TMP
     os.mkdir(tmp)
-    if not _mount("tmpfs", tmp, "tmpfs", MS_NOSUID | MS_NODEV, f"size={tmp_bytes},mode=1777"):
+    if not _mount("tmpfs", tmp, "tmpfs", MS_NOSUID | MS_NODEV, f"size={tmp_bytes},nr_inodes={MAX_FILES},mode=1777"):
         return False
-    if not all(_bind_readonly(path, folder) for path in _needed_paths()):
+    if not all(_bind_readonly(path, folder) for path in needed_paths()):
         return False
+    for path in package_paths():
+        if not _mount("tmpfs", folder + path, "tmpfs", MS_RDONLY | MS_NOSUID | MS_NODEV, "size=4k,mode=755"):
+            return False
     os.mkdir(folder + "/dev")
     for device in ("/dev/null", "/dev/zero", "/dev/urandom"):
         open(folder + device, "w").close()
@@ -119,16 +141,41 @@ def private_root(folder: str, tmp_bytes: int) -> bool:
     return True
 
 
-def _needed_paths() -> list[str]:
+@functools.cache
+def needed_paths() -> tuple[str, ...]:
     """What a running interpreter may still open: its standard library and the shared libraries of its extensions."""
-    wanted = [sys.base_prefix, sys.base_exec_prefix, os.path.dirname(os.path.realpath(os.__file__))]
-    wanted += ["/usr", "/lib", "/lib64", "/lib32", "/nix/store", "/gnu/store"]
+    wanted = [os.path.dirname(os.path.realpath(os.__file__)), "/usr/share/zoneinfo", "/nix/store", "/gnu/store"]
+    for prefix in (sys.base_prefix, sys.base_exec_prefix, "/usr", "/"):
+        wanted += [os.path.join(prefix, name) for name in ("lib", "lib64", "lib32")]
     kept: list[str] = []
     for path in sorted({os.path.normpath(p) for p in wanted if os.path.isdir(p)}, key=len):
-        inside = any(path == parent or path.startswith(parent.rstrip("/") + "/") for parent in kept)
-        if not inside and path != "/":
+        if not any(_inside(path, parent) for parent in kept) and path != "/":
             kept.append(path)
-    return kept
+    return tuple(kept)
+
+
+def _inside(path: str, parent: str) -> bool:
+    return path == parent or path.startswith(parent.rstrip("/") + "/")
+
+
+@functools.cache
+def package_paths() -> tuple[str, ...]:
+    """Installed packages among what is needed: no program's business, and one of them holds the right solutions."""
+    standard, needed = os.path.dirname(os.path.realpath(os.__file__)), needed_paths()
+    found = {folder for path in needed for folder in glob.glob(f"{glob.escape(path)}/python*/*-packages")}
+    found |= set(glob.glob(f"{glob.escape(standard)}/*-packages"))
+    return tuple(sorted(path for path in found if os.path.realpath(path) == path and any(_inside(path, p) for p in needed)))
+
+
+def _readable(path: str, hidden: Sequence[str]) -> Iterator[str]:
+    """Splits `path` into parts that hold none of `hidden`."""
+    if path in hidden:
+        return
+    if not any(_inside(other, path) for other in hidden):
+        yield path
+        return
+    for entry in os.scandir(path):
+        yield from _readable(entry.path, hidden)
 
 
 def _bind_readonly(source: str, folder: str) -> bool:
@@ -181,8 +228,11 @@ def drop_capabilities() -> bool:
     return _call("capset", header, bytes(24))
 
 
-def landlock(writable: str) -> list[str]:
-    """Forbids writing outside `writable`, TCP, and signals to outside, as far as the kernel's version goes."""
+def landlock(writable: str, private: bool) -> list[str]:
+    """Forbids writing outside `writable`, TCP, and signals to outside, as far as the kernel's version goes.
+
+    Forbids reading too, except `writable` and what the interpreter needs, unless the file system is a `private` one.
+    """
     libc = _libc()
     version = libc.syscall(SYS_LANDLOCK_CREATE, None, ctypes.c_size_t(0), 1)
     if version < 1:
@@ -195,16 +245,26 @@ def landlock(writable: str) -> list[str]:
     ruleset = libc.syscall(SYS_LANDLOCK_CREATE, rules, ctypes.c_size_t(size), 0)
     if ruleset < 0:
         return []
-    reading = 1 << 0 | 1 << 2 | 1 << 3  # execute, read a file, list a folder
-    ok = _allow(libc, ruleset, "/", reading) and _allow(libc, ruleset, writable, files)
-    ok = ok and _allow(libc, ruleset, "/dev/null", reading & 5 | 2)
+    execute, write, read, listing = 1 << 0, 1 << 1, 1 << 2, 1 << 3
+    allowed = [(writable, files), ("/dev/null", read | write)]
+    if private:
+        allowed.append(("/", execute | read | listing))
+    else:
+        needed, hidden = needed_paths(), package_paths()
+        parts = {part for path in needed for part in _readable(os.path.realpath(path), hidden)}
+        allowed += [(part, execute | read) for part in parts] + [(path, listing) for path in needed]
+        allowed += [(device, read) for device in ("/dev/zero", "/dev/urandom")]
+    ok = all(_allow(libc, ruleset, path, rights) for path, rights in allowed)
     ok = ok and libc.syscall(SYS_LANDLOCK_RESTRICT, ruleset, 0) == 0
     os.close(ruleset)
     return ["landlock-files", *["landlock-tcp"] * bool(network), *["landlock-signals"] * bool(scopes)] if ok else []
 
 
 def _allow(libc: ctypes.CDLL, ruleset: int, path: str, rights: int) -> bool:
-    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except FileNotFoundError:  # a link to nowhere: nothing to allow
+        return True
     try:
         return bool(libc.syscall(SYS_LANDLOCK_ADD, ruleset, 1, struct.pack("=Qi", rights, fd), 0) == 0)
     finally:

@@ -61,6 +61,21 @@ def test_a_broken_sandbox_is_found_before_the_model(
         evaluate(str(broken_model), ["lord_code_ppl"], device="cpu")
 
 
+def test_a_weak_sandbox_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    for file in sandbox._CHILD.parent.glob("sandbox_*.py"):
+        (tmp_path / file.name).write_text(file.read_text())
+    monkeypatch.setattr(sandbox, "_CHILD", tmp_path / "sandbox_child.py")
+    with (tmp_path / "sandbox_kernel.py").open("a") as kernel:
+        kernel.write("enter_namespaces = lambda: []\nlandlock = lambda *_, **__: []\n")
+    with (tmp_path / "sandbox_calls.py").open("a") as calls:
+        calls.write("refuse_calls = lambda: False\n")
+    preflight.check_sandbox()
+    told = caplog.messages[0]
+    for gap in ("read and write whatever files", "fill the disk", "use the network", "each process it starts"):
+        assert gap in told
+    assert "take all memory" not in told
+
+
 def test_without_posix_unsafe_tasks_are_refused(manager: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "os", types.SimpleNamespace(name="nt"))
     with pytest.raises(EvaluationError, match=r"lord_humaneval: .* POSIX .*'nt'"):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from lord_quant.errors import EvaluationError, HostError
 from lord_quant.evaluation import sandbox
 from lord_quant.evaluation.humaneval import load_problems, pass_at_k, run_checks, score_samples
+from lord_quant.evaluation.sandbox import Check
 
 
 @given(st.integers(1, 9), st.data())
@@ -75,4 +76,4 @@ def test_too_few_samples_are_refused() -> None:
 def test_a_sandbox_that_does_not_start_is_no_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "_CHILD", tmp_path / "none.py")
     with pytest.raises(HostError, match="did not start for 2 of 2"):
-        run_checks([("", ""), ("", "")], workers=1)
+        run_checks([Check(""), Check("")], workers=1)

@@ -35,14 +35,17 @@ def run_completions_stripped(responses: list[list[str]], docs: list[dict[str, An
 
 
 def _run(prompts: list[str], responses: list[list[str]], docs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    pairs = [(p + r, doc["check"]) for p, rs, doc in zip(prompts, responses, docs, strict=True) for r in rs]
-    results = iter(humaneval.run_checks(pairs))
-    programs = iter(program for program, _ in pairs)
-    return [[{"program": next(programs), **_verdict(next(results))} for _ in rs] for rs in responses]
+    checks = [_problem(doc).check_of(p + r) for p, rs, doc in zip(prompts, responses, docs, strict=True) for r in rs]
+    verdicts = iter(zip(checks, humaneval.run_checks(checks), strict=True))
+    return [[_verdict(*next(verdicts)) for _ in rs] for rs in responses]
 
 
-def _verdict(result: Any) -> dict[str, Any]:
-    return {"passed": result.passed, "reason": result.reason}
+def _problem(doc: dict[str, Any]) -> humaneval.Problem:
+    return humaneval.Problem(**{field: doc[field] for field in humaneval.Problem._fields})
+
+
+def _verdict(check: Any, result: Any) -> dict[str, Any]:
+    return {"program": check.program, "passed": result.passed, "reason": result.reason}
 
 
 def pass_at_k(references: list[str], predictions: list[list[dict[str, Any]]], k: list[int]) -> dict[str, float]:
