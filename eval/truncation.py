@@ -112,7 +112,7 @@ def compare(shapes: str, rank_ratio: float, repeats: int, seed: int, device: str
         One row per layer: its shape and rank, all seconds by way, and the relative output errors of ours and of whitened
         SVD.
     """
-    from lord_quant.stack import relative_error
+    from lord_quant.linalg import relative_error
 
     rows = []
     for name, shape in SHAPES[shapes].items():

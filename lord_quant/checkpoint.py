@@ -5,8 +5,8 @@ A checkpoint is an ordinary transformers folder (safetensors, config.json, token
 one of two methods of this package:
 
 * ``lord_gptq``: layers packed by GPTQ, some of them replaced by two packed factors (`rank_pattern`, possibly empty), each
-  layer with bits and group size of its own where `bits_pattern` and `group_size_pattern` name it, grouped layers with the
-  one whose `down` they use (`group_pattern`);
+  layer with bits and group size of its own where `bits_pattern` and `group_size_pattern` name it (16 bits: not packed),
+  grouped layers with the one whose `down` they use (`group_pattern`);
 * ``lord``: float low-rank factors, nothing packed.
 
 Beside the weights lie `lord_report.json` (what was done and measured) and `README.md` (the model card).
@@ -15,6 +15,7 @@ Beside the weights lie `lord_report.json` (what was done and measured) and `READ
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -29,7 +30,7 @@ from lord_quant.config import FLOAT_BITS, GptqConfig
 from lord_quant.errors import CheckpointError, FormatVersionError, OutputError, reason_of
 from lord_quant.linalg import require_finite
 from lord_quant.plan import Plan
-from lord_quant.version import FORMAT_VERSION, UNIFORM_FORMAT_VERSION, __version__
+from lord_quant.version import FORMAT_VERSION, MIXED_FORMAT_VERSION, UNIFORM_FORMAT_VERSION, __version__
 
 
 if TYPE_CHECKING:
@@ -79,8 +80,10 @@ def quantization_config(plan: Plan, gptq: GptqConfig, host_format: str) -> dict[
 
 
 def format_version(plan: Plan) -> int:
-    """Returns the version a checkpoint of this plan has: the older one where nothing in it is newer."""
-    return FORMAT_VERSION if plan.mixed or plan.group_pattern else UNIFORM_FORMAT_VERSION
+    """Returns the version a checkpoint of this plan has: the oldest one that knows all that is in it."""
+    if plan.bits != FLOAT_BITS and FLOAT_BITS in plan.bits_pattern.values():
+        return FORMAT_VERSION
+    return MIXED_FORMAT_VERSION if plan.mixed or plan.group_pattern else UNIFORM_FORMAT_VERSION
 
 
 def check_version(values: Mapping[str, Any]) -> None:
@@ -127,10 +130,7 @@ def read_headers(files: list[str]) -> dict[str, tuple[tuple[int, ...], str, int]
 
 def _bytes(shape: tuple[int, ...], dtype: str) -> int:
     bits = int("".join(character for character in dtype.partition("_")[0] if character.isdigit()) or 8)
-    count = 1
-    for size in shape:
-        count *= size
-    return count * bits // 8
+    return math.prod(shape) * bits // 8
 
 
 def weight_files(folder: str | Path) -> list[str]:
@@ -305,7 +305,6 @@ def atomic_file(output: str | Path) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
         os.close(handle)
         staging = Path(name)
-        staging.chmod(0o666 & ~_umask())
         yield staging
         _sync(staging)
         staging.replace(path)
@@ -398,3 +397,4 @@ def _umask() -> int:
 def _sync(path: Path) -> None:
     with path.open("r+b") as handle:
         os.fsync(handle.fileno())
+    path.chmod(0o666 & ~_umask())  # safetensors, like mkstemp, makes files for their owner alone

@@ -28,8 +28,11 @@ from lord_quant.checkpoint import (
 )
 from lord_quant.config import FLOAT_BITS, LordConfig
 from lord_quant.distributed import ALONE, World
-from lord_quant.errors import ConfigError, ModelError, OutputError, reason_of
+from lord_quant.errors import CheckpointError, ConfigError, ModelError, OutputError, reason_of
+from lord_quant.fingerprint import TOLERANCE, Fingerprint
 from lord_quant.journal import Journal, Unfinished, folder_of
+from lord_quant.manifest import write_manifest
+from lord_quant.outcomes import plan_as_run
 from lord_quant.pipeline import (
     Job,
     Phases,
@@ -46,6 +49,7 @@ from lord_quant.sensitivity import Sensitivity
 from lord_quant.source import load_model, local_files, stream_source
 from lord_quant.statistics import model_digest
 from lord_quant.streaming import Finished, Settings, stream_model, write_weights
+from lord_quant.verification import verify_afresh
 
 
 if TYPE_CHECKING:
@@ -55,9 +59,10 @@ if TYPE_CHECKING:
 
 
 TO_CONTINUE = "put that right, and the same command goes on"
+TO_WRITE_ANYWAY = "nothing was put in place, finished blocks are kept: with --no-verify the same command writes it anyway"
 
 
-def execute(job: Job, progress: Progress | None = None, world: World = ALONE) -> dict[str, Any]:
+def execute(job: Job, progress: Progress | None = None, world: World = ALONE, *, verify: bool = True) -> dict[str, Any]:
     """Runs a job and writes its checkpoint; returns the report.
 
     A joint run that writes streams its blocks from file to file, and continues an unfinished one. The output folder appears
@@ -67,8 +72,10 @@ def execute(job: Job, progress: Progress | None = None, world: World = ALONE) ->
         job: The run.
         progress: Where it is told how far the run is; None shows bars on a terminal and writes no log.
         world: The processes that run it together; all of them call this with the same job.
+        verify: Whether a fresh process has to load what was written before it is put in place, see `verification.py`.
 
     Raises:
+        CheckpointError: What was written is not what was compressed.
         ElsewhereError: Another process failed.
         LordError: Whatever goes wrong. A streamed run keeps the blocks that are finished.
     """
@@ -83,17 +90,18 @@ def execute(job: Job, progress: Progress | None = None, world: World = ALONE) ->
                     "to load all of it; wanted a start without torchrun, or the model as save_pretrained writes it"
                 )
         if streamed is not None:
-            return _execute_streamed(job, *streamed, phases, progress, world)
+            return _execute_streamed(job, *streamed, phases, progress, world, verify)
     with phases.measure("load"), progress.phase("load"):
         model = load_model(job.source, job.device)
-    done = compress_model(model, job.plan, job.windows, job.config, progress=progress)
+    done = compress_model(model, job.plan, job.windows, job.config, itemsize=job.source.dtype.itemsize, progress=progress)
     cast_floats(model, job.source.dtype)
     seconds = phases.seconds | done.seconds
-    report = build_report(job.config, job.plan, job.windows, done.decomposed, done.quantized, seconds, job.warnings)
+    report = build_report(job.config, done.plan, job.windows, done.decomposed, done.quantized, seconds, job.warnings)
     if job.output is None:
         return report
     with progress.phase("write"):
-        return write_checkpoint(model, job.source.tokenizer, job.output, report, overwrite=job.overwrite)
+        told: dict[str, Any] = {"fingerprint": done.fingerprint, "verify": verify, "overwrite": job.overwrite}
+        return write_checkpoint(model, job.source.tokenizer, job.output, report, **told)
 
 
 def refuse_several(config: LordConfig, world: World) -> None:
@@ -119,7 +127,13 @@ def refuse_several(config: LordConfig, world: World) -> None:
 
 
 def _execute_streamed(
-    job: Job, model: PreTrainedModel, residency: Streamed, phases: Phases, progress: Progress, world: World
+    job: Job,
+    model: PreTrainedModel,
+    residency: Streamed,
+    phases: Phases,
+    progress: Progress,
+    world: World,
+    verify: bool,
 ) -> dict[str, Any]:
     made = made_of(job, world.size)  # before the run adds to the model's configuration
     with world.together():
@@ -127,9 +141,11 @@ def _execute_streamed(
     residency.scratch = journal.folder
     try:
         with world.together():
-            report = _stream(job, model, residency, phases, progress, world, journal, digest(made))
+            report = _stream(job, model, residency, phases, progress, world, journal, digest(made), verify)
     except BaseException as error:
         journal.close(keep=bool(journal.blocks))
+        if isinstance(error, CheckpointError):
+            raise CheckpointError(f"{error}; {TO_WRITE_ANYWAY}") from error
         if isinstance(error, ModelError | OutputError):  # a full disk, a file that is gone: nothing that was done was wrong
             kept = f"; {len(journal.blocks)} of {len(residency.blocks.modules)} blocks are finished and kept"
             raise type(error)(f"{error}{kept * bool(journal.blocks)}; {TO_CONTINUE}") from error
@@ -173,6 +189,7 @@ def _stream(
     world: World,
     journal: Unfinished,
     made_of_sha256: str,
+    verify: bool,
 ) -> dict[str, Any]:
     """Compresses what is not finished and, in the first process, writes the checkpoint; returns the report in all."""
     config, plan, output = job.config, job.plan, job.output
@@ -194,6 +211,8 @@ def _stream(
             sensitivity = Sensitivity.measure(
                 model, batches, seed=seed, residency=residency, progress=progress, world=world
             )
+    elif world.first and not journal.blocks:  # the backward pass would have come upon all of them
+        residency.look_through()
     batches = world.share(job.windows.batches(config.calibration.batch_size))
     settings = Settings(plan, batches, solve, config.joint, sensitivity, quantizer, job.source.dtype, world, others)
     with phases.measure("stack"):
@@ -201,6 +220,7 @@ def _stream(
     tokens = world.gather(sum(batch.numel() for batch in batches))
     report: dict[str, Any] = {}
     if world.first:
+        plan = plan_as_run(plan, done.records, job.source.dtype.itemsize)
         model.config.quantization_config = quantization_config(plan, config.gptq, quantizer.format if quantizer else "")
         report = build_report(config, plan, job.windows, done.records, done.quantized, phases.seconds, job.warnings)
         report |= {"blocks_resumed": done.resumed, "made_of_sha256": made_of_sha256}
@@ -208,7 +228,8 @@ def _stream(
             report["processes"] = _processes(tokens, done)
         write = functools.partial(write_weights, model, residency.blocks, journal, dtype=job.source.dtype)
         with progress.phase("write"):
-            report = write_checkpoint(model, job.source.tokenizer, output, report, overwrite=job.overwrite, write=write)
+            told: dict[str, Any] = {"fingerprint": done.fingerprint, "verify": verify, "overwrite": job.overwrite}
+            report = write_checkpoint(model, job.source.tokenizer, output, report, write=write, **told)
     return world.broadcast(report)
 
 
@@ -268,6 +289,8 @@ def write_checkpoint(
     *,
     overwrite: bool = False,
     write: Callable[[Path], None] | None = None,
+    fingerprint: Fingerprint | None = None,
+    verify: bool = False,
 ) -> dict[str, Any]:
     """Writes a folder that stands alone: weights, tokenizer, report and model card. It appears by one rename.
 
@@ -278,11 +301,14 @@ def write_checkpoint(
         report: What `build_report` made.
         overwrite: Whether an existing checkpoint there may be replaced.
         write: Writes configuration and weights into a folder; None saves those that `model` holds.
+        fingerprint: What the compressed model said before it was packed, or None.
+        verify: Whether a fresh process has to load the folder, and the model in it to say the same.
 
     Returns:
         The report as written, with the bytes on disk and the seconds of writing.
 
     Raises:
+        CheckpointError: What was written is not what was compressed; nothing is left behind.
         OutputError: It cannot be written; nothing is left behind.
     """
     phases = Phases()
@@ -291,6 +317,11 @@ def write_checkpoint(
             (write or functools.partial(write_model, model))(folder)
             if tokenizer is not None:
                 _save_tokenizer(tokenizer, folder, output)
+        if verify:
+            with phases.measure("verify"):
+                found = verify_afresh(folder, fingerprint)
+            told = {"tensors": found.tensors, "difference": found.difference, "tolerance": TOLERANCE}
+            report = report | {"verified": told}
         files = weight_files(folder)
         sizes = {
             "tensor_bytes_on_disk": sum(size for _, _, size in read_headers(files).values()),
@@ -301,4 +332,5 @@ def write_checkpoint(
         report = report | {"totals": report["totals"] | sizes, "seconds": seconds}
         (folder / REPORT_NAME).write_text(to_json(report), encoding="utf-8")
         (folder / "README.md").write_text(model_card(report), encoding="utf-8")
+        write_manifest(folder, fingerprint)
     return report

@@ -17,9 +17,10 @@ from torch import nn
 
 from lord_quant.errors import CalibrationError
 from lord_quant.kept import Kept
+from lord_quant.linalg import require_finite
 from lord_quant.progress import Progress
 from lord_quant.residency import RESIDENT, Residency
-from lord_quant.stream import BlockCall, block_kinds, capture
+from lord_quant.stream import BlockCall, Way, block_kinds, capture, passed_over, way_of
 from lord_quant.targets import find_blocks
 
 
@@ -43,17 +44,6 @@ class Rows(NamedTuple):
 
     inputs: torch.Tensor
     gradients: torch.Tensor
-
-
-class Way(NamedTuple):
-    """How a block returns its hidden states: in front of so many other values in a tuple or list, or alone."""
-
-    container: type | None
-    others: int
-
-    def back(self, hidden: torch.Tensor) -> Any:
-        """Returns hidden states as the block would, without its other values."""
-        return hidden if self.container is None else self.container((hidden, *(None,) * self.others))
 
 
 class BlockGradients:
@@ -90,6 +80,7 @@ class BlockGradients:
 
         Raises:
             CalibrationError: The model does not call every block once.
+            NumericsError: Hidden states or gradients hold NaN or inf; the block is named.
             OutputError: They cannot be written to where they wait.
         """
         progress, count = progress or Progress(), len(find_blocks(model).modules)
@@ -138,22 +129,30 @@ def _forth_and_back(
     for index, block in enumerate(blocks):
         entering.append(residency.keep(hidden))
         # The way back begins with the last block again, and whoever asks for gradients begins with the first.
-        with residency.of(index, then=min(index + 1, last)), torch.no_grad(), _way_of(block, ways):
+        with residency.of(index, then=min(index + 1, last)), torch.no_grad(), way_of(block, ways):
             hidden = [call.run(block, kinds[index], each.clone()) for call, each in zip(stream, hidden, strict=True)]
+        _require_finite(hidden, f"hidden states behind {path}.{index}")
         progress.block(f"{path}.{index}")
     ends = [
         _gradient_at_the_end(model, ways, batch, number, leaving, labels)
         for number, (batch, leaving) in enumerate(zip(batches, hidden, strict=True))
     ]
     gradient = [found for found, _ in ends]
+    _require_finite(gradient, f"gradients of the loss behind {path}.{last}")
     gradients = [residency.keep(gradient)]
     for index in range(last, 0, -1):
         arriving = entering.pop().take()
         with residency.of(index, then=index - 1):
             gradient = [_back(blocks[index], kinds[index], *each) for each in zip(stream, arriving, gradient, strict=True)]
+        _require_finite(gradient, f"gradients of the loss in front of {path}.{index}")
         gradients.append(residency.keep(gradient))
         progress.block(f"{path}.{index}")
     return stream, gradients[::-1], sum(count for _, count in ends)
+
+
+def _require_finite(batches: Sequence[torch.Tensor], name: str) -> None:
+    for batch in batches:
+        require_finite(batch, f"{name} (the backward pass; --no-fisher does without)")
 
 
 def _rows(inputs: torch.Tensor, outputs: torch.Tensor, gradient: torch.Tensor | None) -> Rows:
@@ -176,7 +175,7 @@ def _gradient_at_the_end(
     """
     leaf = leaving.detach().requires_grad_()
     blocks = find_blocks(model).modules
-    with _passed_over(blocks, ways, leaf) as passed, _weights_fixed(model), torch.enable_grad():
+    with passed_over(blocks, ways, leaf) as passed, _weights_fixed(model), torch.enable_grad():
         logits = model(input_ids=batch.to(leaf.device), use_cache=False).logits.flatten(0, 1)
         if passed != list(range(len(blocks))):
             raise CalibrationError(
@@ -186,49 +185,6 @@ def _gradient_at_the_end(
         own = labels(number, logits.detach())
         (gradient,) = torch.autograd.grad(logits, leaf, loss_gradient(logits.detach(), own))
     return gradient, int((own != UNLABELLED).sum())
-
-
-@contextmanager
-def _way_of(block: nn.Module, ways: list[Way]) -> Iterator[None]:
-    """Notes how a block returns its hidden states: alone, or in front of something else."""
-    seen: list[Way] = []
-
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        seen.append(Way(type(output), len(output) - 1) if isinstance(output, tuple | list) else Way(None, 0))
-
-    handle = block.register_forward_hook(keep)
-    try:
-        yield
-        ways.append(seen[-1])
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _passed_over(blocks: Sequence[nn.Module], ways: Sequence[Way], leaving: torch.Tensor) -> Iterator[list[int]]:
-    """Lets a model run while its blocks do nothing but the last return `leaving`; yields which were called."""
-    called: list[int] = []
-
-    def stand_in(index: int) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            called.append(index)
-            hidden = args[0] if args else kwargs["hidden_states"]
-            # A leaf may not be changed in place, and what follows might.
-            return ways[index].back(leaving.clone() if index == len(blocks) - 1 else hidden)
-
-        return forward
-
-    own = {index: vars(block)["forward"] for index, block in enumerate(blocks) if "forward" in vars(block)}
-    for index, block in enumerate(blocks):
-        block.forward = stand_in(index)
-    try:
-        yield called
-    finally:
-        for index, block in enumerate(blocks):
-            if index in own:  # put there by a host, as accelerate does
-                block.forward = own[index]
-            else:
-                del block.forward
 
 
 def _back(block: nn.Module, kind: str, call: BlockCall, entering: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:

@@ -20,21 +20,20 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from lord_quant.config import JointConfig
-from lord_quant.decompose import Factors
 from lord_quant.distributed import ALONE, World
 from lord_quant.errors import CalibrationError, NumericsError
 from lord_quant.kept import Batches
-from lord_quant.linalg import is_finite
+from lord_quant.linalg import is_finite, require_finite
 from lord_quant.moments import PairedMoments, pooled
+from lord_quant.outcomes import Outcome, StackRecord, outcome_of
 from lord_quant.pairing import Inputs, Runner, gather, record_inputs
 from lord_quant.plan import LayerPlan, Plan
 from lord_quant.progress import Progress
@@ -42,57 +41,10 @@ from lord_quant.refine import Quantized
 from lord_quant.residency import RESIDENT, Residency
 from lord_quant.sensitivity import Sensitivity
 from lord_quant.solver import Solvers
-from lord_quant.stack import Stacked, stack_layer, unit_metric
+from lord_quant.stack import unit_metric
 from lord_quant.stream import Replay, block_kinds, capture
 from lord_quant.surgery import replace_group, replace_layer, set_dense
 from lord_quant.targets import dense_bias, dense_weight, find_blocks
-
-
-class StackRecord(NamedTuple):
-    """What happened to one layer.
-
-    Attributes:
-        name: Full module path.
-        rank: Rank of its factors, or None.
-        rel_output_error: Share of the output energy, in the metric of the truncation, lost by truncation alone; None for a
-            layer that stays dense.
-        rel_stacked_error: Share lost by truncation and rounding together.
-        effective_rank: Numerical rank of the output covariance, or None.
-        num_tokens: Tokens its statistics were taken from.
-        seconds: Wall time of its algebra, without the solves, whose own is in what they return.
-        remedies: What the numerics needed; empty when nothing.
-        largest_coefficient: Largest magnitude in a pivoted layer's predictor, before quantization, or None.
-        process: Which process did it.
-    """
-
-    name: str
-    rank: int | None
-    rel_output_error: float | None
-    rel_stacked_error: float
-    effective_rank: int | None
-    num_tokens: int
-    seconds: float
-    remedies: tuple[str, ...]
-    largest_coefficient: float | None
-    process: int = 0
-
-
-class Outcome(NamedTuple):
-    """What becomes of a layer, or of several compressed as one, and all that is to be known of it.
-
-    Attributes:
-        factors: As they will be read back, or None.
-        weight: Of a layer that stays dense, or None.
-        bias: With shape (out_features,), or None.
-        quantized: What is to be packed, by full module path.
-        records: One per layer.
-    """
-
-    factors: Factors | None
-    weight: torch.Tensor | None
-    bias: torch.Tensor | None
-    quantized: dict[str, Quantized]
-    records: list[StackRecord]
 
 
 @dataclass
@@ -183,12 +135,10 @@ class JointRun:
         open_layers = set(layers)
         for stage in inputs.stages(self.true_sequential):
             with run.replay.of(_finished(layers, open_layers)):
-                moments = gather(block, run, self.ours, inputs, stage, self.dtype, self.options.anchor)
+                moments = self._moments(block, run, inputs, stage)
             tasks, costs, units, number = [], [], list[list[str]](), len(self.done.records)
             for leader in stage:
                 inputs.forget(leader)
-                moments[leader] = pooled(moments[leader], self.world)
-                _require_finite(moments[leader], prefix + leader)
                 for names in groups[leader]:
                     together = [layers[name] for name in names]
                     own = {name: sources.pop(name) for name in names}
@@ -207,6 +157,23 @@ class JointRun:
                 for batch, leaving in enumerate(run(block, self.ours)):
                     self.ours[batch] = leaving
 
+    def _moments(self, block: nn.Module, run: Runner, inputs: Inputs, stage: Sequence[str]) -> dict[str, PairedMoments]:
+        """Returns the moments of a stage's inputs over all processes, in float64 where their squares leave `dtype`.
+
+        Raises:
+            NumericsError: They hold NaN or inf even so; the layer is named.
+            CalibrationError: The streams differ in tokens.
+        """
+        found: dict[str, PairedMoments] = {}
+        for dtype in dict.fromkeys((self.dtype, torch.float64)):
+            own = gather(block, run, self.ours, inputs, stage, dtype, self.options.anchor)
+            found = {leader: pooled(own[leader], self.world) for leader in stage}
+            if all(is_finite(tensor) for moments in found.values() for tensor in moments[:4]):
+                return found
+        for leader, moments in found.items():
+            _require_finite(moments, inputs.prefix + leader)
+        return found
+
     def _compress(
         self,
         layers: Sequence[LayerPlan],
@@ -224,31 +191,25 @@ class JointRun:
             minded: Sensitivities of the block's layers; theirs are used up.
             number: Layers of the model compressed before.
         """
-        start, first, sources = time.perf_counter(), layers[0], list(dense.values())
+        first, sources = layers[0], list(dense.values())
         weights, bias = [dense_weight(source) for source in sources], _bias_of(sources)
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         metric = _together([minded.pop(name, None) for name in dense], sources)
         try:
+            require_finite(weight, "weight")
+            if bias is not None:
+                require_finite(bias, "bias")
             metric = None if metric is None else unit_metric(metric.to(moments.covariance))
-            stacked = stack_layer(
-                weight,
-                bias,
-                moments,
-                first.rank,
-                first.form,
-                None if self.solve is None else self.solve(first),
-                self.options,
-                metric=metric,
-                mean_correction=self.plan.mean_correction,
-                seed=self.seed * len(self.plan.layers) + number,
-            )
         except NumericsError as error:
             raise NumericsError(f"layer {first.name!r}: {error}") from error
-        quantized = _parts(layers, stacked.quantized)
-        solving = sum(item.seconds for item in stacked.quantized.values())
-        seconds = (time.perf_counter() - start - solving) / len(layers)
-        records = [_record(layer, stacked, moments.num_tokens, seconds, self.world.rank) for layer in layers]
-        return Outcome(stacked.factors, stacked.weight, stacked.bias, quantized, records)
+        arguments = {
+            "metric": metric,
+            "mean_correction": self.plan.mean_correction,
+            "seed": self.seed * len(self.plan.layers) + number,
+        }
+        solve = None if self.solve is None else self.solve(first)
+        done = outcome_of(layers, weight, bias, moments, solve, self.options, self.dtype, **arguments)
+        return done._replace(records=[record._replace(process=self.world.rank) for record in done.records])
 
     def _put(self, outcome: Outcome) -> None:
         """Puts what layers have become into the model and notes what was done."""
@@ -345,36 +306,6 @@ def _bias_of(dense: Sequence[nn.Module]) -> torch.Tensor | None:
         return None
     empty = [dense_weight(source).new_zeros(len(dense_weight(source))) for source in dense]
     return torch.cat([zeros if bias is None else bias for bias, zeros in zip(biases, empty, strict=True)])
-
-
-def _parts(layers: Sequence[LayerPlan], quantized: Mapping[str, Quantized]) -> dict[str, Quantized]:
-    """Returns what is to be packed by full module path; of a group, its leader's `up` carries the loss of all."""
-    found = {layers[0].name + suffix: item.at_rest() for suffix, item in quantized.items()}
-    if len(layers) == 1 or not quantized:
-        return found
-    sizes = [layer.out_features for layer in layers]
-    whole = found.pop(f"{layers[0].name}.up")
-    parts = zip(*(tensor.split(sizes) for tensor in (whole.codes, whole.scales, whole.zeros)), strict=True)
-    for layer, (codes, scales, zeros) in zip(layers, parts, strict=True):
-        own = whole._replace(codes=codes, scales=scales, zeros=zeros, g_idx=whole.g_idx.clone())  # hosts pack in place
-        found[f"{layer.name}.up"] = own if layer is layers[0] else own._replace(loss=None, seconds=0.0)
-    return found
-
-
-def _record(layer: LayerPlan, stacked: Stacked, num_tokens: int, seconds: float, process: int) -> StackRecord:
-    spectrum = stacked.spectrum
-    return StackRecord(
-        name=layer.name,
-        rank=layer.rank,
-        rel_output_error=None if spectrum is None or layer.rank is None else spectrum.discarded_share(layer.rank),
-        rel_stacked_error=stacked.error,
-        effective_rank=None if spectrum is None else spectrum.effective_rank,
-        num_tokens=num_tokens,
-        seconds=seconds,
-        remedies=() if spectrum is None else spectrum.remedies,
-        largest_coefficient=stacked.largest_coefficient,
-        process=process,
-    )
 
 
 def _require_finite(moments: PairedMoments, name: str) -> None:

@@ -24,7 +24,7 @@ Sources: LoRD, arXiv 2309.14021, §3; Golub & Van Loan, Matrix Computations, §5
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -34,6 +34,11 @@ from lord_quant.errors import NumericsError
 
 SMALL_TRIANGLE = 256
 """Up to this size, triangular matrices are inverted at once."""
+
+Note = Callable[[str], None]
+"""Is told what the numerics needed."""
+ENERGY_ROWS = 1024
+"""Rows of a weight whose energy is computed at a time."""
 
 
 class SymmetricEigen(NamedTuple):
@@ -149,13 +154,16 @@ def random_orthogonal(size: int, seed: int, like: torch.Tensor) -> torch.Tensor:
     return (q * r.diagonal().sign()).to(like)
 
 
-def damped_right_solve(right: torch.Tensor, matrix: torch.Tensor, fraction: float) -> torch.Tensor:
+def damped_right_solve(
+    right: torch.Tensor, matrix: torch.Tensor, fraction: float, note: Note | None = None
+) -> torch.Tensor:
     """Solves X (M + λ I) = R for X, with λ = fraction · mean(diag M).
 
     Args:
         right: R with shape (m, k).
         matrix: M, symmetric positive semidefinite, with shape (k, k).
         fraction: Damping; raised tenfold until a Cholesky factor exists.
+        note: Is told when it had to be raised.
 
     Returns:
         X with shape (m, k), in the dtype of `matrix`; zero where M is zero.
@@ -165,7 +173,7 @@ def damped_right_solve(right: torch.Tensor, matrix: torch.Tensor, fraction: floa
     """
     require_finite(right, "right-hand side of a solve")
     require_finite(matrix, "matrix of a solve")
-    mean = matrix.diagonal().mean()
+    mean, asked = matrix.diagonal().mean(), fraction
     if mean <= 0:
         return torch.zeros_like(right)
     while fraction <= 1:
@@ -173,12 +181,32 @@ def damped_right_solve(right: torch.Tensor, matrix: torch.Tensor, fraction: floa
         damped.diagonal().add_(fraction)
         factor, exists = cholesky_(damped)
         if exists:
+            if note is not None and fraction > asked:
+                note(f"damping of a solve raised from {asked:g} to {fraction:g}")
             half = torch.linalg.solve_triangular(factor, right.to(matrix).T / mean, upper=False)
             return torch.linalg.solve_triangular(factor.T, half, upper=True).T  # `cholesky_solve` would copy the factor
         fraction = max(10 * fraction, 1e-7)
     raise NumericsError(
         f"a {tuple(matrix.shape)} matrix stayed indefinite with its mean diagonal added; wanted a covariance"
     )
+
+
+def relative_error(
+    result: torch.Tensor,
+    target: torch.Tensor,
+    covariance: torch.Tensor,
+    outputs: torch.Tensor | None,
+    whole: float | None = None,
+) -> float:
+    """Returns ‖Ŵ − T‖² / ‖T‖² in the metric `outputs` ⊗ `covariance`; `whole` is ‖T‖² where a spectrum has told it."""
+
+    def energy(weight: torch.Tensor) -> float:
+        weighted = weight if outputs is None else outputs @ weight
+        parts = zip(weighted.split(ENERGY_ROWS), weight.split(ENERGY_ROWS), strict=True)
+        return sum(float((rows @ covariance).mul_(own).sum(dtype=torch.float64)) for rows, own in parts)
+
+    whole = energy(target) if whole is None else whole
+    return energy(result - target) / whole if whole > 0 else 0.0
 
 
 def choose_pivots(basis: torch.Tensor, bound: float = 1.05) -> torch.Tensor:

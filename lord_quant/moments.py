@@ -151,6 +151,15 @@ class PairedMoments(NamedTuple):
         """Returns W μ, with shape (m,)."""
         return self.dense_mean if self.of_outputs else weight @ self.dense_mean
 
+    def to(self, dtype: torch.dtype) -> PairedMoments:
+        """Returns the same in another dtype."""
+        return self._replace(
+            dense_mean=self.dense_mean.to(dtype),
+            mean=self.mean.to(dtype),
+            covariance=self.covariance.to(dtype),
+            cross=self.cross.to(dtype),
+        )
+
     def raw(self) -> PairedMoments:
         """Returns the same with second moments about zero; for layers whose bias may not absorb a mean."""
         return self._replace(

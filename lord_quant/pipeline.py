@@ -29,9 +29,11 @@ from lord_quant.corpus import Corpus, load_corpus
 from lord_quant.engine import DecompositionRecord, decompose_model
 from lord_quant.errors import CalibrationError, ConfigError, ModelError
 from lord_quant.estimate import Estimate, estimate
-from lord_quant.joint import StackRecord, stack_model
+from lord_quant.fingerprint import Fingerprint, fingerprint_of
+from lord_quant.joint import stack_model
 from lord_quant.linalg import require_finite
 from lord_quant.operations import Workload
+from lord_quant.outcomes import StackRecord, plan_as_run
 from lord_quant.plan import LayerPlan, Plan, build_plan
 from lord_quant.progress import Progress
 from lord_quant.sensitivity import Sensitivity
@@ -108,11 +110,15 @@ class Compressed:
         decomposed: One record per decomposed layer; of a joint run, one per layer.
         quantized: One record per packed linear layer.
         seconds: Wall time per phase.
+        plan: What became of every layer.
+        fingerprint: Of the compressed model before packing; None in the naive stack, which packs as it goes.
     """
 
     decomposed: list[DecompositionRecord] | list[StackRecord]
     quantized: list[backend.GptqRecord]
     seconds: dict[str, float]
+    plan: Plan
+    fingerprint: Fingerprint | None = None
 
 
 def make_plan(config: LordConfig) -> tuple[Source, Plan]:
@@ -205,6 +211,7 @@ def compress_model(
     *,
     quantizer: Any = None,
     run: Callable[[], Any] | None = None,
+    itemsize: int | None = None,
     progress: Progress | None = None,
 ) -> Compressed:
     """Runs a plan on a loaded dense model, in place: decompose and quantize, jointly or one after the other.
@@ -216,6 +223,7 @@ def compress_model(
         config: The run.
         quantizer: The host quantizer to use; None makes Optimum's own.
         run: How to start it in the naive stack; None calls its `quantize_model`.
+        itemsize: Bytes of a float value in the checkpoint; None takes those of the model's.
         progress: Where it is told how far the joint stack is.
 
     Afterwards `model.config.quantization_config` says what was done, and `save_pretrained` writes a checkpoint that
@@ -227,10 +235,11 @@ def compress_model(
     packed = plan.bits != FLOAT_BITS
     if packed and quantizer is None:
         quantizer = backend.make_quantizer(**host_arguments(config, plan, model, windows))
-    jointly = functools.partial(_compress_jointly, progress=progress)
+    size = itemsize or next(model.parameters()).element_size()
+    jointly = functools.partial(_compress_jointly, itemsize=size, progress=progress)
     steps = jointly if config.stack == "joint" else functools.partial(_compress_naively, run=run)
     done = steps(model, plan, windows, config, quantizer)
-    model.config.quantization_config = quantization_config(plan, config.gptq, quantizer.format if packed else "")
+    model.config.quantization_config = quantization_config(done.plan, config.gptq, quantizer.format if packed else "")
     return done
 
 
@@ -240,6 +249,7 @@ def _compress_jointly(
     windows: TokenWindows,
     config: LordConfig,
     quantizer: Any,
+    itemsize: int,
     progress: Progress | None = None,
 ) -> Compressed:
     phases, quantized = Phases(), list[backend.GptqRecord]()
@@ -266,10 +276,11 @@ def _compress_jointly(
             dtype=dtype,
             progress=progress,
         )
+    as_run, fingerprint = plan_as_run(plan, stacked.records, itemsize), fingerprint_of(model)
     if solve is not None:
         with phases.measure("pack"):
             quantized = backend.pack_model(model, quantizer, stacked.quantized, plan.packings)
-    return Compressed(stacked.records, quantized, phases.seconds)
+    return Compressed(stacked.records, quantized, phases.seconds, as_run, fingerprint)
 
 
 def solvers_of(layer: LayerPlan, gptq: GptqConfig, num_tokens: int) -> Solvers:
@@ -306,7 +317,7 @@ def _compress_naively(
             expected = sum(len(layer.factor_shapes()) for layer in plan.layers)
             run = run or functools.partial(quantizer.quantize_model, model)
             quantized = backend.quantize_model(model, quantizer, expected, run)
-    return Compressed(decomposed, quantized, phases.seconds)
+    return Compressed(decomposed, quantized, phases.seconds, plan)
 
 
 def host_arguments(config: LordConfig, plan: Plan, model: torch.nn.Module, windows: TokenWindows) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from lord_quant.config import FLOAT_BITS, GptqConfig, JointConfig
 from lord_quant.crossfit import Half, crossed_tail
 from lord_quant.decompose import Factors
 from lord_quant.layer_bytes import PACK_MULTIPLE
-from lord_quant.linalg import require_finite
+from lord_quant.linalg import relative_error, require_finite
 from lord_quant.moments import merged
 from lord_quant.solver import Solver, Solvers, exact, make_solver
 from lord_quant.stack import (
@@ -39,7 +39,6 @@ from lord_quant.stack import (
     loss_spectrum,
     pivoted_factors,
     polished,
-    relative_error,
     stack_pivoted,
     stack_two_factor,
     unit_metric,

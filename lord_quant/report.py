@@ -16,14 +16,15 @@ from tabulate import tabulate
 from lord_quant.calibration import TokenWindows
 from lord_quant.checkpoint import format_version
 from lord_quant.config import FLOAT_BITS, LordConfig
+from lord_quant.outcomes import KEPT, StackRecord
 from lord_quant.plan import LayerPlan, Plan
+from lord_quant.remedies import gathered, raised_damping, remedies_table
 from lord_quant.version import __version__
 
 
 if TYPE_CHECKING:
     from lord_quant.backends.gptq import GptqRecord
     from lord_quant.engine import DecompositionRecord
-    from lord_quant.joint import StackRecord
 
 MEASURES = ("rel_output_error", "rel_stacked_error", "effective_rank", "largest_coefficient")
 """What a layer's record may say of it, besides its cost."""
@@ -163,6 +164,7 @@ def build_report(
             for suffix, part in parts.items()
             if part is not None
         }
+        entry["remedies"] = [*entry.get("remedies", ()), *raised_damping(entry["gptq"], config.gptq.damp_percent)]
         layers.append(entry)
     return {
         "format_version": format_version(plan),
@@ -181,6 +183,7 @@ def build_report(
         "totals": _totals(plan),
         "seconds": seconds | {"total": round(sum(seconds.values()), 3)},
         "warnings": list(warnings),
+        "remedies": gathered(layers),
         "layers": layers,
         "versions": package_versions(),
         "python": platform.python_version(),
@@ -224,7 +227,8 @@ def report_table(report: dict[str, Any], longest: int = 64) -> str:
             f"\nprocess {rank}: {own['tokens']} tokens, {own['layers']} layers in {human_seconds(own['seconds'])}"
             for rank, own in enumerate(report.get("processes", []))
         )
-        + _remarks(report["layers"])
+        + _largest_coefficient(report["layers"])
+        + f"\n\n{remedies_table(report['remedies'])}"
     )
 
 
@@ -243,6 +247,9 @@ def model_card(report: dict[str, Any]) -> str:
     if errors:
         label = "relative output error of the decomposition, mean (worst) over layers"
         rows.append([label, f"{sum(errors) / len(errors):.4f} ({max(errors):.4f})"])
+    kept = sum(layer["note"] == KEPT for layer in report["layers"])
+    if kept:
+        rows.append(["layers that could not be compressed and stayed as they were", str(kept)])
     steps = ["LoRD low-rank decomposition (arXiv 2309.14021)"] if totals["decomposed_layers"] else []
     steps += [f"GPTQ to {_packing(report['layers'])}"] if packed else []
     return f"""---
@@ -355,21 +362,13 @@ def _by_kind(layers: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
         yield merged
 
 
-def _remarks(layers: list[dict[str, Any]]) -> str:
-    """Renders what the numerics needed, layers with the same remark in one line."""
-    by_remark: dict[str, list[str]] = {}
-    for layer in layers:
-        for remedy in layer.get("remedies", ()):
-            by_remark.setdefault(remedy, []).append(layer["name"])
-        if layer["rank"] and layer.get("effective_rank", layer["rank"]) < layer["rank"]:
-            by_remark.setdefault("numerical rank below the rank kept: some kept directions are rounding noise", []).append(
-                layer["name"]
-            )
-    coefficients = [layer["largest_coefficient"] for layer in layers if "largest_coefficient" in layer]
-    if coefficients:
-        largest = f"largest coefficient of a pivoted layer's predictor, before rounding: {max(coefficients):.2f}"
-        by_remark[largest] = [layer["name"] for layer in layers if layer.get("largest_coefficient") == max(coefficients)]
-    return "".join(f"\nnote: {remark} ({len(names)} layers, such as {names[0]})" for remark, names in by_remark.items())
+def _largest_coefficient(layers: list[dict[str, Any]]) -> str:
+    """Renders the largest coefficient of pivoted layers, if there are any."""
+    coefficients = {layer["name"]: layer["largest_coefficient"] for layer in layers if "largest_coefficient" in layer}
+    if not coefficients:
+        return ""
+    name = max(coefficients, key=coefficients.__getitem__)
+    return f"\nlargest coefficient of a pivoted layer's predictor, before rounding: {coefficients[name]:.2f} ({name})"
 
 
 def _number(value: float | None) -> str:

@@ -124,6 +124,16 @@ class Streamed(Residency):
             for block in blocks:
                 _empty(self.blocks.modules[block])
 
+    def look_through(self) -> None:
+        """Reads every block once, so that a run does not come upon a bad weight after hours.
+
+        Raises:
+            ModelError: A file cannot be read.
+            NumericsError: A weight holds NaN or inf.
+        """
+        for block in range(len(self.blocks.modules)):
+            self._read(self._names(block))
+
     def keep(self, tensors: Sequence[torch.Tensor]) -> Kept:
         """Keeps tensors in memory if not much waits there already, else in a file.
 

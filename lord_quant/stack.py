@@ -74,7 +74,15 @@ import torch
 from lord_quant.config import JointConfig
 from lord_quant.decompose import Factors, OutputSpectrum, output_spectrum, pivoted, two_factor
 from lord_quant.errors import NumericsError
-from lord_quant.linalg import cholesky_, damped_right_solve, random_orthogonal, require_finite, thin_qr
+from lord_quant.linalg import (
+    Note,
+    cholesky_,
+    damped_right_solve,
+    random_orthogonal,
+    relative_error,
+    require_finite,
+    thin_qr,
+)
 from lord_quant.moments import PairedMoments
 from lord_quant.refine import Quantized, refine
 from lord_quant.solver import Solver, Solvers
@@ -86,8 +94,6 @@ SENSITIVITY_DAMPING = 0.05
 """Fraction of its mean diagonal added to G: of few tokens, and true for small errors only."""
 DEFLATED_SHARE = 0.1
 """μ: how much of H stays in the metric of a factor whose errors will be absorbed."""
-ENERGY_ROWS = 1024
-"""Rows of a weight whose energy is computed at a time."""
 FEEDBACK_BLOCKS = 8
 """Row blocks of a pivoted `down`; more gain little."""
 
@@ -104,6 +110,7 @@ class Stacked(NamedTuple):
         error: ‖Ŵ − T‖² / ‖T‖² in the metric of the truncation: share of the output energy, weighted by what it does to the
             loss if that is known, lost to truncation and rounding together.
         largest_coefficient: Largest magnitude in a pivoted layer's predictor before quantization, else None.
+        remedies: What the numerics needed; empty when nothing.
     """
 
     factors: Factors | None
@@ -113,6 +120,7 @@ class Stacked(NamedTuple):
     spectrum: OutputSpectrum | None
     error: float
     largest_coefficient: float | None
+    remedies: tuple[str, ...] = ()
 
 
 def stack_layer(
@@ -144,13 +152,14 @@ def stack_layer(
         seed: Of the rotation.
 
     Raises:
-        NumericsError: Weight or moments hold NaN or inf.
+        NumericsError: Weight or moments hold NaN or inf, scales overflow float16, or a solve fails whatever the damping.
         RankError: The rank is out of range for the form.
     """
+    notes = list[str]()
     weight = weight.to(moments.covariance)
     may_shift = bias is not None or (rank is not None and mean_correction)
     moments = moments if may_shift else moments.raw()
-    target = anchored_target(weight, moments) if options.anchor else weight
+    target = anchored_target(weight, moments, notes.append) if options.anchor else weight
     quantize = None if solve is None else refined(solve, options.refine)
     quantized: dict[str, Quantized] = {}
     factors, spectrum, coefficient = None, None, None
@@ -167,7 +176,8 @@ def stack_layer(
             if form == "pivoted":
                 quantized = stack_pivoted(target, moments.covariance, outputs, factors, quantize, options)
             else:
-                quantized = stack_two_factor(target, moments.covariance, outputs, factors, quantize, options, seed)
+                arguments = target, moments.covariance, outputs, factors, quantize, options, seed
+                quantized = stack_two_factor(*arguments, notes.append)
             factors = factors._replace(down=quantized[".down"].weight(), up=quantized[".up"].weight())
         result = factors.product()
     shifted = None if bias is None else bias.to(weight)
@@ -182,12 +192,13 @@ def stack_layer(
         spectrum=spectrum,
         error=relative_error(result, target, moments.covariance, outputs, spectrum.total() if spectrum else None),
         largest_coefficient=coefficient,
+        remedies=(*(() if spectrum is None else spectrum.remedies), *notes),
     )
 
 
-def anchored_target(weight: torch.Tensor, moments: PairedMoments) -> torch.Tensor:
+def anchored_target(weight: torch.Tensor, moments: PairedMoments, note: Note | None = None) -> torch.Tensor:
     """Returns T = W + W (C − H)(H + λI)⁻¹: the weight that best gives the dense outputs from the compressed inputs."""
-    return weight + damped_right_solve(moments.drift(weight), moments.covariance, ANCHOR_DAMPING)
+    return weight + damped_right_solve(moments.drift(weight), moments.covariance, ANCHOR_DAMPING, note)
 
 
 def unit_metric(sensitivity: torch.Tensor) -> torch.Tensor | None:
@@ -251,17 +262,24 @@ def _orthonormal(factors: Factors) -> Factors:
 
 
 def refit_up(
-    target: torch.Tensor, covariance: torch.Tensor, down: torch.Tensor, up: torch.Tensor, damping: float = REFIT_DAMPING
+    target: torch.Tensor,
+    covariance: torch.Tensor,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    damping: float = REFIT_DAMPING,
+    note: Note | None = None,
 ) -> torch.Tensor:
     """Returns the `up` that minimises ‖up · down − T‖_H for this `down`; damping pulls towards the given `up`."""
     seen = down @ covariance
-    return up + damped_right_solve((target - up @ down) @ seen.T, seen @ down.T, damping)
+    return up + damped_right_solve((target - up @ down) @ seen.T, seen @ down.T, damping, note)
 
 
-def deflated(covariance: torch.Tensor, down: torch.Tensor, share: float = DEFLATED_SHARE) -> torch.Tensor:
+def deflated(
+    covariance: torch.Tensor, down: torch.Tensor, share: float = DEFLATED_SHARE, note: Note | None = None
+) -> torch.Tensor:
     """Returns H_⊥ + μ H: the second moment of what the bottleneck cannot predict of its input, and a little of H."""
     seen = down @ covariance
-    metric = seen.T @ damped_right_solve(seen.T, seen @ down.T, 1e-6).T  # in place from here on: these are large
+    metric = seen.T @ damped_right_solve(seen.T, seen @ down.T, 1e-6, note).T  # in place from here on: these are large
     metric.mul_(share - 1).add_(covariance)
     return (metric + metric.T).div_(2)
 
@@ -274,6 +292,7 @@ def stack_two_factor(
     quantize: Solvers,
     options: JointConfig,
     seed: int,
+    note: Note | None = None,
 ) -> dict[str, Quantized]:
     """Quantizes the factors of T, with shape (m, n), in the metric `metric` ⊗ `covariance`; None counts outputs alike."""
     down, up, rank = factors.down, factors.up, len(factors.down)
@@ -290,10 +309,10 @@ def stack_two_factor(
             # A backward stable solve with a metric whose damping bounds its condition: near the optimum in what it costs.
             grid = first.weight()
             seen = grid if metric is None else metric @ grid
-            down = damped_right_solve(target.T @ seen, grid.T @ seen, 1e-7).T
+            down = damped_right_solve(target.T @ seen, grid.T @ seen, 1e-7, note).T
         return {".down": quantize.down(down, covariance), ".up": first}
-    left = deflated(covariance, down) if options.deflate and options.refit else covariance
-    return _down_first(target, covariance, down, up, left, quantize, options.refit)
+    left = deflated(covariance, down, note=note) if options.deflate and options.refit else covariance
+    return _down_first(target, covariance, down, up, left, quantize, options.refit, note)
 
 
 def _down_first(
@@ -304,12 +323,13 @@ def _down_first(
     metric: torch.Tensor,
     quantize: Solvers,
     refit: bool,
+    note: Note | None = None,
 ) -> dict[str, Quantized]:
     """Quantizes `down` in `metric`, then `up`, or its optimum for the quantized `down`, in the metric of the bottleneck."""
     first = quantize.down(down, metric)
     grid = first.weight()
     if refit:
-        up = refit_up(target, covariance, grid, up)
+        up = refit_up(target, covariance, grid, up, note=note)
     return {".down": first, ".up": quantize.up(up, grid @ covariance @ grid.T)}
 
 
@@ -363,7 +383,6 @@ def _quantize_rows(rows: torch.Tensor, metric: torch.Tensor, covariance: torch.T
 
 def refined(solve: Solver | Solvers, sweeps: int) -> Solvers:
     """Returns solvers whose results are refined by so many sweeps; one alone stands for both factors."""
-
     both = solve if isinstance(solve, Solvers) else Solvers(solve, solve)
     return Solvers(polished(both.down, sweeps), polished(both.up, sweeps))
 
@@ -371,21 +390,3 @@ def refined(solve: Solver | Solvers, sweeps: int) -> Solvers:
 def polished(solve: Solver, sweeps: int) -> Solver:
     """Returns a solver whose results are refined by so many sweeps."""
     return lambda weight, hessian: refine(weight, hessian, solve(weight, hessian).to(weight), sweeps)
-
-
-def relative_error(
-    result: torch.Tensor,
-    target: torch.Tensor,
-    covariance: torch.Tensor,
-    outputs: torch.Tensor | None,
-    whole: float | None = None,
-) -> float:
-    """Returns ‖Ŵ − T‖² / ‖T‖² in the metric `outputs` ⊗ `covariance`; `whole` is ‖T‖² where a spectrum has told it."""
-
-    def energy(weight: torch.Tensor) -> float:
-        weighted = weight if outputs is None else outputs @ weight
-        parts = zip(weighted.split(ENERGY_ROWS), weight.split(ENERGY_ROWS), strict=True)
-        return sum(float((rows @ covariance).mul_(own).sum(dtype=torch.float64)) for rows, own in parts)
-
-    whole = energy(target) if whole is None else whole
-    return energy(result - target) / whole if whole > 0 else 0.0

@@ -238,3 +238,57 @@ class Replay:
         for other in (other for other in (*self.kept, *self.entered) if other.startswith(name + ".")):
             self.kept.get(other, {}).pop(self.position, None)
             self.entered.get(other, {}).pop(self.position, None)
+
+
+class Way(NamedTuple):
+    """How a block returns its hidden states: in front of so many other values in a tuple or list, or alone."""
+
+    container: type | None
+    others: int
+
+    def back(self, hidden: torch.Tensor) -> Any:
+        """Returns hidden states as the block would, without its other values."""
+        return hidden if self.container is None else self.container((hidden, *(None,) * self.others))
+
+
+@contextmanager
+def way_of(block: nn.Module, ways: list[Way]) -> Iterator[None]:
+    """Notes how a block returns its hidden states: alone, or in front of something else."""
+    seen: list[Way] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        seen.append(Way(type(output), len(output) - 1) if isinstance(output, tuple | list) else Way(None, 0))
+
+    handle = block.register_forward_hook(keep)
+    try:
+        yield
+        ways.append(seen[-1])
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def passed_over(blocks: Sequence[nn.Module], ways: Sequence[Way], leaving: torch.Tensor) -> Iterator[list[int]]:
+    """Lets a model run while its blocks do nothing but the last return `leaving`; yields which were called."""
+    called: list[int] = []
+
+    def stand_in(index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            called.append(index)
+            hidden = args[0] if args else kwargs["hidden_states"]
+            # A leaf may not be changed in place, and what follows might.
+            return ways[index].back(leaving.clone() if index == len(blocks) - 1 else hidden)
+
+        return forward
+
+    own = {index: vars(block)["forward"] for index, block in enumerate(blocks) if "forward" in vars(block)}
+    for index, block in enumerate(blocks):
+        block.forward = stand_in(index)
+    try:
+        yield called
+    finally:
+        for index, block in enumerate(blocks):
+            if index in own:  # put there by a host, as accelerate does
+                block.forward = own[index]
+            else:
+                del block.forward

@@ -9,6 +9,9 @@ The streams of a large model take longer to write than its blocks. They are writ
 (`SAVING`) of the time since the last writing is as long as that took. So a run that is cut off does again what it did since
 then: about twenty times what a writing takes at most, and the block it was at. Finished blocks behind the streams are
 compressed again; merely running them would not do, since what they are stored as is rounded and packed.
+
+Each block is run once more before it is packed, on a few fixed tokens: what comes out in the end is what the files must say
+(`fingerprint.py`).
 """
 
 from __future__ import annotations
@@ -23,8 +26,10 @@ import torch
 from lord_quant.backends import gptq as backend
 from lord_quant.checkpoint import cast_floats
 from lord_quant.distributed import World
-from lord_quant.joint import JointRun, StackRecord
+from lord_quant.fingerprint import Fingerprint, Passenger
+from lord_quant.joint import JointRun
 from lord_quant.journal import Unfinished
+from lord_quant.outcomes import StackRecord
 from lord_quant.residency import Streamed
 from lord_quant.shards import join_shards, outside, write_shard
 from lord_quant.targets import Blocks
@@ -44,6 +49,8 @@ if TYPE_CHECKING:
 
 SAVING = 0.05
 """Most of a run's time that writing streams may take."""
+PASSENGER = "fingerprint-"
+"""What the names begin with of where the tokens stood whose logits are compared in the end; a few kB per block."""
 
 
 class Settings(NamedTuple):
@@ -79,11 +86,13 @@ class Finished(NamedTuple):
         records: One per layer.
         quantized: One per packed linear layer.
         resumed: Blocks that an earlier run had finished, and this one did not do again.
+        fingerprint: Of the compressed model before packing; only the first process has it.
     """
 
     records: list[StackRecord]
     quantized: list[backend.GptqRecord]
     resumed: int
+    fingerprint: Fingerprint | None
 
 
 def stream_model(
@@ -112,7 +121,10 @@ def stream_model(
         world=world,
         **settings.others,
     )
+    passenger = Passenger(model, residency) if world.first else None
     resumed = _restore(run, journal)
+    if passenger is not None and resumed:
+        passenger.restore(journal.load(_named(PASSENGER, resumed)))
     quantized = [backend.GptqRecord(**values) for block in journal.blocks for values in block["quantized"]]
     saved, cost = time.perf_counter(), 0.0
     with progress.phase("stack", len(run.blocks.modules), resumed):
@@ -122,14 +134,16 @@ def stream_model(
                 if index <= run.last:
                     run.step(index)
                 packed = []
-                if world.first:
+                if passenger is not None:
+                    passenger.through(index)
+                    journal.save(_named(PASSENGER, index + 1), passenger.state())
                     packed = _pack(run, index, settings)
                     write_shard(run.blocks.modules[index], f"{run.blocks.path}.{index}.", journal.shard(index))
             began = time.perf_counter()
             # Behind the last planned block nobody needs the streams.
             due = world.broadcast(index < run.last and (began - saved) * SAVING >= cost)
             if due:
-                journal.save(_streams(world, index + 1), _state(run))
+                journal.save(_named(_streams(world), index + 1), _state(run))
                 saved = time.perf_counter()
                 cost = saved - began
             world.wait()  # a block counts when every process can go on behind it,
@@ -141,10 +155,10 @@ def stream_model(
             )
             if due:
                 world.wait()  # and only then nobody needs to go back to where the streams stood before
-                _drop_but(journal, world, index + 1)
+                _drop_but(journal, _streams(world), index + 1)
             quantized += packed
             progress.block(f"{run.blocks.path}.{index}")
-    return Finished(run.done.records, quantized, resumed)
+    return Finished(run.done.records, quantized, resumed, None if passenger is None else passenger.arrive())
 
 
 def write_weights(model: PreTrainedModel, blocks: Blocks, journal: Unfinished, folder: Path, dtype: torch.dtype) -> None:
@@ -154,14 +168,19 @@ def write_weights(model: PreTrainedModel, blocks: Blocks, journal: Unfinished, f
     join_shards(folder, [journal.shard(index) for index in range(len(blocks.modules))])
 
 
-def _streams(world: World, block: int | None = None) -> str:
-    """Names where this process's streams stood in front of a block; without one, what all such names begin with."""
-    return f"streams-{world.rank}-" + ("" if block is None else f"{block:05}")
+def _streams(world: World) -> str:
+    """Returns what the names begin with of where this process's streams stood."""
+    return f"streams-{world.rank}-"
 
 
-def _drop_but(journal: Unfinished, world: World, block: int) -> None:
-    """Removes this process's streams in front of all blocks but one."""
-    for name in journal.saved(_streams(world)) - {_streams(world, block)}:
+def _named(prefix: str, block: int) -> str:
+    """Names where something stood in front of a block."""
+    return f"{prefix}{block:05}"
+
+
+def _drop_but(journal: Unfinished, prefix: str, block: int) -> None:
+    """Removes where something stood in front of all blocks but one."""
+    for name in journal.saved(prefix) - {_named(prefix, block)}:
         journal.drop(name)
 
 
@@ -177,15 +196,16 @@ def _restore(run: JointRun, journal: Unfinished) -> int:
     Returns:
         How many; the others do not count any more. The sensitivity pass has no state but what it computes again.
     """
-    own = journal.saved(_streams(run.world))
-    found, saved = len(journal.blocks), [n for n in range(1, len(journal.blocks) + 1) if _streams(run.world, n) in own]
+    streams = _streams(run.world)
+    own = journal.saved(streams)
+    found, saved = len(journal.blocks), [n for n in range(1, len(journal.blocks) + 1) if _named(streams, n) in own]
     common = set.intersection(*(set(each) for each in run.world.gather(saved)))
     resumed = next(n for n in range(found, -1, -1) if n == 0 or n > run.last or n in common)
     if resumed < found:
         journal.go_back(resumed)
-    _drop_but(journal, run.world, resumed)
+    _drop_but(journal, streams, resumed)
     if 0 < resumed <= run.last:
-        state = journal.load(_streams(run.world, resumed))
+        state = journal.load(_named(streams, resumed))
         for at, call in enumerate(run.stream):
             call.hidden = state[f"dense.{at}"].to(call.hidden)
             run.ours[at] = state[f"ours.{at}"].to(call.hidden)

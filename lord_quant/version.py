@@ -3,9 +3,12 @@
 
 __version__ = "0.1.0"
 
-FORMAT_VERSION = 3
-"""The newest version read, and that of checkpoints whose layers are grouped or differ in bits or group size. Raised
-whenever a checkpoint written now could not be read by an older release."""
+FORMAT_VERSION = 4
+"""The newest version read, and that of packed checkpoints some layers of which are not packed. Raised whenever a checkpoint
+written now could not be read by an older release."""
+
+MIXED_FORMAT_VERSION = 3
+"""That of other checkpoints whose layers are grouped or differ in bits or group size."""
 
 UNIFORM_FORMAT_VERSION = 2
 """That of all other checkpoints, which releases before 3 read as well."""

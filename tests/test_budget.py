@@ -59,7 +59,7 @@ def test_a_plan_takes_what_was_asked_for_and_so_do_its_files(
     _, plan = make_plan(planned)
     assert plan.bpw == pytest.approx(planner.bpw(allocation), rel=1e-12)
     if bpw == 3.0:
-        execute(prepare(LordConfig.from_dict(merge(planned.to_dict(), {"output": str(tmp_path / "out")}))))
+        execute(prepare(LordConfig.from_dict(merge(planned.to_dict(), {"output": str(tmp_path / "out")}))), verify=False)
         stored = measure(tmp_path / "out")
         assert stored.bpw == pytest.approx(planner.bpw(allocation), rel=1e-12)
         assert stored.tensor_bytes == plan.tensor_bytes == planner.settings(allocation)["planned"]["tensor_bytes"]

@@ -23,7 +23,7 @@ from lord_quant.config import GptqConfig, LowrankConfig
 from lord_quant.errors import CheckpointError, FormatVersionError
 from lord_quant.plan import build_plan
 from lord_quant.targets import LinearSite
-from lord_quant.version import FORMAT_VERSION, __version__
+from lord_quant.version import FORMAT_VERSION, MIXED_FORMAT_VERSION, __version__
 
 
 # Configuration
@@ -70,7 +70,7 @@ def test_groups_are_recorded_and_take_the_newest_version(bits: int) -> None:
     values = quantization_config(build_plan(sites, lowrank, gptq, itemsize=4, other_bytes=0), gptq, "gptq_v2")
     assert values["group_pattern"] == {"h.0.mlp.up_proj": "h.0.mlp.gate_proj"}
     assert values["form_pattern"] == dict.fromkeys(("h.0.mlp.gate_proj", "h.0.mlp.up_proj"), "grouped")
-    assert values["format_version"] == FORMAT_VERSION == 3 and "bits_pattern" not in values
+    assert values["format_version"] == MIXED_FORMAT_VERSION == 3 and "bits_pattern" not in values
     assert json.loads(json.dumps(values)) == values
     check_version(values)
 

@@ -14,7 +14,7 @@ from model_runs import BATCHES, IDEAS, TOKENS, logits, plan_of, rounding, run_jo
 from models import tiny_model
 from torch import nn
 
-from lord_quant import joint, pairing
+from lord_quant import joint, outcomes, pairing
 from lord_quant.config import JointConfig
 from lord_quant.engine import decompose_model
 from lord_quant.joint import stack_model
@@ -47,7 +47,7 @@ def seen_moments(monkeypatch: pytest.MonkeyPatch) -> list[PairedMoments]:
         kept.append(args[2])
         return stack_layer(*args, **kwargs)
 
-    monkeypatch.setattr(joint, "stack_layer", spy)
+    monkeypatch.setattr(outcomes, "stack_layer", spy)
     return kept
 
 

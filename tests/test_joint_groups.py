@@ -15,7 +15,7 @@ from model_runs import BATCHES, IDEAS, logits, plan_of, rounding, run_joint, sen
 from models import tiny_model
 from torch import nn
 
-from lord_quant import joint
+from lord_quant import joint, outcomes
 from lord_quant.config import GptqConfig, JointConfig
 from lord_quant.errors import CalibrationError, NumericsError
 from lord_quant.joint import stack_model
@@ -55,7 +55,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         kept.append((args, kwargs, stack_layer(*args, **kwargs)))
         return kept[-1][2]
 
-    monkeypatch.setattr(joint, "stack_layer", spy)
+    monkeypatch.setattr(outcomes, "stack_layer", spy)
     return kept
 
 

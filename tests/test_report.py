@@ -3,6 +3,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lord_quant.calibration import as_windows
 from lord_quant.config import CalibrationConfig, GptqConfig, LordConfig, LowrankConfig
 from lord_quant.corpus import load_corpus
 from lord_quant.engine import DecompositionRecord
-from lord_quant.joint import StackRecord
+from lord_quant.outcomes import StackRecord
 from lord_quant.plan import Plan, build_plan
 from lord_quant.report import (
     bits_text,
@@ -236,9 +237,24 @@ def test_the_report_table_notes_remedies_and_ranks_beyond_the_numerical_rank() -
     config, plan = make()
     windows = as_windows(torch.arange(24).view(3, 8), "text")
     records = [DecompositionRecord(name, rank, 0.25, 5, 24, 0.1, ("float64",)) for name, rank in plan.rank_pattern.items()]
-    table = report_table(build_report(config, plan, windows, records, [], {}))
-    assert "note: float64 (2 layers, such as h.0.mlp.c_fc)" in table
-    assert "numerical rank below the rank kept" in table
+    report = build_report(config, plan, windows, records, [], {})
+    names = ["h.0.mlp.c_fc", "h.1.mlp.c_fc"]
+    noise = "numerical rank below the rank kept: some kept directions are rounding noise"
+    assert report["remedies"] == [{"remedy": "float64", "layers": names}, {"remedy": noise, "layers": names}]
+    assert re.search(r"^float64 +2  h\.0\.mlp\.c_fc$", report_table(report), re.MULTILINE)
+
+
+def test_damping_that_was_raised_is_a_remedy_and_a_run_that_needed_none_says_so() -> None:
+    config, plan = make()
+    windows = as_windows(torch.arange(24).view(3, 8), "text")
+    solved = [GptqRecord(name, 0.5, 0.02 if name.endswith("1.mlp.c_fc.up") else 0.01, 0.25) for name in plan.packings]
+    report = build_report(config, plan, windows, [], solved, {})
+    raised = "GPTQ of up: damping raised from 0.01 to 0.02"
+    assert report["remedies"] == [{"remedy": raised, "layers": ["h.1.mlp.c_fc"]}]
+    assert raised in report_table(report)
+    solved = [record for record in solved if record.damp_percent == 0.01]
+    quiet = build_report(config, plan, windows, [], solved, {})
+    assert quiet["remedies"] == [] and "remedies      none" in report_table(quiet)
 
 
 @pytest.mark.parametrize("blocks", [2, 5])

@@ -120,9 +120,11 @@ def pack_model(
     Raises:
         HostError: The host replaced other layers than asked for.
     """
+    quantizer.format = PACKED_FORMAT
+    if not quantized:  # of a block whose layers all stay as they were
+        return []
     layers = dict(model.named_modules())
     biases = {name: layers[name].bias for name in quantized}
-    quantizer.format = PACKED_FORMAT
     with hush("transformers"):
         wanted = {name: packings[name] for name in quantized}
         packed = replace_by_packed(model, quantizer, wanted, {"": next(model.parameters()).device}, pack=True)

@@ -11,6 +11,7 @@ HELP = "Show what a checkpoint holds, summed over the tensors in its files: form
 EXAMPLES = """examples:
   optimum-cli lord inspect starcoder-lord
   optimum-cli lord inspect ./dense-model --json
+  optimum-cli lord inspect starcoder-lord --verify      # hashes of all files, every tensor, logits on fixed tokens
 """
 
 
@@ -18,6 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's flags."""
     parser.add_argument("folder", metavar="DIR", help="checkpoint folder, dense or compressed")
     parser.add_argument("--json", action="store_true", help="print as JSON")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="hold files against the hashes recorded when they were written, look at every tensor, load and run the model",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -27,8 +33,10 @@ def run(args: argparse.Namespace) -> int:
     from lord_quant.report import bits_text, form_text, human_bytes, to_json
     from lord_quant.silence import import_hosts
     from lord_quant.stored import measure
+    from lord_quant.verification import verify
 
     import_hosts()
+    verified = verify(args.folder) if args.verify else None
     stored = measure(args.folder)
     rows = [
         {
@@ -48,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
     ]
     if args.json:
         totals = {"bpw": stored.bpw, "tensor_bytes": stored.tensor_bytes, "file_bytes": stored.file_bytes}
-        sys.stdout.write(to_json({**totals, "quantization_config": stored.quantization_config, "layers": rows}))
+        found = {} if verified is None else {"verified": verified._asdict()}
+        sys.stdout.write(to_json({**totals, **found, "quantization_config": stored.quantization_config, "layers": rows}))
         return 0
     mixed = len({(bits, layer.group_size) for layer in stored.layers for bits in (layer.bits, layer.up_bits)}) > 1
     table = [
@@ -76,4 +85,6 @@ def run(args: argparse.Namespace) -> int:
         f"linear layers {stored.bpw:.3f} bits per weight all in\n"
         f"tensors       {human_bytes(stored.tensor_bytes)} ({human_bytes(stored.file_bytes)} of safetensors files)\n"
     )
+    if verified is not None:
+        sys.stdout.write(f"verified      {verified.tell()}\n")
     return 0

@@ -45,6 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--log", metavar="FILE", help="add to a log: a line of JSON per phase, layer and block, with ETA and memory"
     )
+    parser.add_argument(
+        "--no-verify", dest="verify", action="store_false",
+        help="do not let a fresh process load what was written, and compare logits, before it is put in place",
+    )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="check everything, print plan and estimate, read no weights")
 
 
@@ -64,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
                 with world.together():
                     job = _prepare(args, config, progress, world)
                 if job is not None:
-                    _execute(job, progress, world)
+                    _execute(job, progress, world, args.verify)
             return 0
     except ElsewhereError:  # told by the process that failed; torchrun tells of one that is gone
         return 2
@@ -133,10 +137,12 @@ def _prepare(args: argparse.Namespace, config: LordConfig, progress: Progress, w
     return None if args.dry_run else job
 
 
-def _execute(job: Job, progress: Progress, world: World) -> None:
+def _execute(job: Job, progress: Progress, world: World, verify: bool) -> None:
     from lord_quant.execution import execute
     from lord_quant.report import report_table
+    from lord_quant.verification import Verified
 
-    report = execute(job, progress, world)
+    report = execute(job, progress, world, verify=verify)
     if world.first:
-        sys.stdout.write(f"\n{report_table(report)}\nwritten to {job.output}\n")
+        verified = f"verified      {Verified.of(report).tell()}\n" if verify else ""
+        sys.stdout.write(f"\n{report_table(report)}\n\n{verified}written to {job.output}\n")

@@ -23,7 +23,8 @@ from lord_quant.corpus import STDLIB, Corpus
 from lord_quant.engine import DecompositionRecord
 from lord_quant.errors import CalibrationError, ConfigError, unknown_keys
 from lord_quant.execution import write_checkpoint
-from lord_quant.joint import StackRecord
+from lord_quant.fingerprint import Fingerprint
+from lord_quant.outcomes import StackRecord
 from lord_quant.pipeline import (
     DEFAULT_SEQ_LEN,
     calibrate,
@@ -145,6 +146,7 @@ class LordGPTQQuantizer(_GPTQQuantizer):
         self.quantized: list[backend.GptqRecord] = []
         self._tokenizer: Any = None
         self._report: dict[str, Any] | None = None
+        self._fingerprint: Fingerprint | None = None
 
     def quantize_model(self, model: PreTrainedModel, tokenizer: Any = None) -> PreTrainedModel:
         """Decomposes and quantizes a loaded dense model in place.
@@ -180,10 +182,11 @@ class LordGPTQQuantizer(_GPTQQuantizer):
         # The report names the text that was used, which for a caller's own is not what the configuration says.
         calibration = dataclasses.replace(config.calibration, dataset=windows.source, num_samples=len(windows.input_ids))
         config = dataclasses.replace(config, calibration=calibration)
-        self._report = build_report(config, plan, windows, done.decomposed, done.quantized, done.seconds)
+        self._fingerprint = done.fingerprint
+        self._report = build_report(config, done.plan, windows, done.decomposed, done.quantized, done.seconds)
         return model
 
-    def save(self, model: PreTrainedModel, save_dir: str, **kwargs: Any) -> None:
+    def save(self, model: PreTrainedModel, save_dir: str, *, verify: bool = True, **kwargs: Any) -> None:
         """Writes a folder that stands alone: safetensors that `from_pretrained` loads, tokenizer, report, model card.
 
         Unlike the base class, the live model is not converted to another packing format, so it stays usable.
@@ -191,15 +194,18 @@ class LordGPTQQuantizer(_GPTQQuantizer):
         Args:
             model: The quantized model.
             save_dir: New or empty folder.
+            verify: Whether a fresh process has to load what was written before it is put in place.
             **kwargs: Taken for compatibility with the base class (`max_shard_size`, `safe_serialization`) and ignored.
 
         Raises:
             OutputError: The folder is not empty or cannot be written.
+            CheckpointError: What was written is not what was compressed.
             ConfigError: Nothing was quantized yet.
         """
         if self._report is None:
             raise ConfigError("nothing to save: call quantize_model first")
-        write_checkpoint(model, self._tokenizer, check_output(save_dir), self._report)
+        told: dict[str, Any] = {"fingerprint": self._fingerprint, "verify": verify}
+        write_checkpoint(model, self._tokenizer, check_output(save_dir), self._report, **told)
 
     def _windows(self, model: PreTrainedModel, tokenizer: Any) -> TokenWindows:
         dataset: Any = self.dataset

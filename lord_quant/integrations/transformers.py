@@ -23,7 +23,7 @@ from transformers.utils.quantization_config import GPTQConfig, QuantizationConfi
 from lord_quant.backends import gptq as backend
 from lord_quant.budget_config import BudgetConfig
 from lord_quant.checkpoint import METHOD_FLOAT, METHOD_GPTQ, check_version
-from lord_quant.config import GROUP_SIZES, PACKED_BITS, choice_problems, pattern_problems
+from lord_quant.config import BITS, FLOAT_BITS, GROUP_SIZES, choice_problems, pattern_problems
 from lord_quant.errors import CheckpointError, ConfigError, unknown_keys
 from lord_quant.integrations.rebuilt import check_files, protect_from_initialization
 from lord_quant.layer_bytes import Packing
@@ -357,6 +357,8 @@ class LordHfQuantizer(HfQuantizer):
 def _packings(model: torch.nn.Module, wanted: LordGPTQConfig) -> dict[str, Packing]:
     """Returns how a mixed checkpoint packs every linear layer of the rebuilt skeleton, factors included, by full path.
 
+    Layers of 16 bits are not packed, and missing.
+
     Raises:
         CheckpointError: The group size is missing, a pattern names a layer the model does not have, or a value is illegal
             (all are named).
@@ -368,7 +370,7 @@ def _packings(model: torch.nn.Module, wanted: LordGPTQConfig) -> dict[str, Packi
         owners[site.name] = parent if is_low_rank(model.get_submodule(parent)) else site.name
     known = {"bits_pattern": {*owners, *owners.values()}, "group_size_pattern": set(owners.values())}
     problems = choice_problems("group_size", wanted.group_size, GROUP_SIZES)
-    problems += pattern_problems("bits_pattern", bits, PACKED_BITS)
+    problems += pattern_problems("bits_pattern", bits, BITS)
     problems += pattern_problems("group_size_pattern", sizes, GROUP_SIZES)
     for name, pattern in zip(_PACKING_PATTERNS, (bits, sizes), strict=True):
         unknown = [key for key in pattern if key not in known[name]]
@@ -378,7 +380,9 @@ def _packings(model: torch.nn.Module, wanted: LordGPTQConfig) -> dict[str, Packi
             "\n  ".join(["quantization_config does not fit the model (was it edited, or is it another's?):", *problems])
         )
     size = wanted.group_size
-    return {name: Packing(bits.get(name, bits.get(own, wanted.bits)), sizes.get(own, size)) for name, own in owners.items()}
+    own_bits = {name: bits.get(name, bits.get(own, wanted.bits)) for name, own in owners.items()}
+    packed = [name for name in owners if own_bits[name] != FLOAT_BITS]
+    return {name: Packing(own_bits[name], sizes.get(owners[name], size)) for name in packed}
 
 
 def _block_path(model: torch.nn.Module) -> str:

@@ -60,7 +60,7 @@ def test_a_plan_is_saved_and_run(
     assert f"{bpw:.3f} bits per weight all in" in printed and f"written to {plan}" in printed
     predicted = re.search(r"predicted loss (\d\.\d+) nats per token", printed)
     assert predicted and len(re.findall(r"^\d\.?\d* +\d\.\d{3} +\d\.\d{4}$", printed, re.MULTILINE)) >= 5
-    assert run_command("quantize", "--model", model, *data, "--plan", plan, "--output", out) == 0
+    assert run_command("quantize", "--model", model, *data, "--plan", plan, "--output", out, "--no-verify") == 0
     assert measure(out).bpw == pytest.approx(bpw, abs=1e-4)
     report = json.loads((out / "lord_report.json").read_text())
     assert report["config"]["lowrank"]["rank_pattern"] == yaml.safe_load(plan.read_text())["lowrank"]["rank_pattern"]
@@ -84,7 +84,7 @@ def test_a_flag_wins_over_a_plan_and_leaves_the_rest_of_it(model: Path, statisti
 @pytest.mark.slow
 def test_a_budget_alone_is_enough(model: Path, data: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    assert run_command("quantize", "--model", model, *data, "--target-bpw", "3.0", "--output", out) == 0
+    assert run_command("quantize", "--model", model, *data, "--target-bpw", "3.0", "--output", out, "--no-verify") == 0
     assert "planned" in capfd.readouterr().out
     assert 2.85 < measure(out).bpw <= 3.0
 

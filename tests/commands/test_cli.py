@@ -23,7 +23,7 @@ from in_process import run_command
 
 
 CLI = str(Path(sys.executable).parent / "optimum-cli")
-PHASES = {"load", "sensitivity", "stack", "write", "total"}  # a streamed block is packed as it is stacked
+PHASES = {"load", "sensitivity", "stack", "write", "verify", "total"}  # a streamed block is packed as it is stacked
 COMMANDS = ("plan", "quantize", "eval", "inspect")
 
 
@@ -87,7 +87,14 @@ def test_a_full_run_leaves_a_folder_that_stands_alone(
     assert "Traceback" not in process.stderr and "Warning" not in process.stderr
     assert "scheme" in process.stdout and "estimate" in process.stdout and "written to" in process.stdout
     found = {path.name for path in output.iterdir()}
-    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", "lord_report.json"} <= found
+    assert {
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "README.md",
+        "lord_report.json",
+        "lord_manifest.json",
+    } <= found
     assert "stale.txt" not in found
     assert os.listdir(output.parent) == ["model"], "staging folders are gone"
     report = json.loads((output / "lord_report.json").read_text())
@@ -99,6 +106,9 @@ def test_a_full_run_leaves_a_folder_that_stands_alone(
     assert report["config"]["stack"] == "joint" and set(report["seconds"]) == PHASES
     assert all(0 < layer["rel_stacked_error"] < 1 for layer in report["layers"])
     assert "truncation" in process.stdout and "all in" in process.stdout
+    assert re.search(r"^verified +\d+ tensors sound, loads, logits within \d", process.stdout, re.M)
+    assert all(item["remedy"][:60] in process.stdout for item in report["remedies"])
+    assert 0 < report["verified"]["difference"] < 0.05
     decomposed = [layer for layer in report["layers"] if layer["rank"]]
     assert all(layer["rel_output_error"] < layer["rel_stacked_error"] for layer in decomposed)
     assert {layer["name"].split(".")[3] for layer in decomposed} == {"mlp"}
@@ -131,9 +141,13 @@ def test_inspect_tells_what_is_in_the_files(
     by_name = {layer["name"]: layer for layer in report["layers"]}
     for layer in found["layers"]:
         assert (layer["rank"], layer["bytes"]) == (by_name[layer["name"]]["rank"], by_name[layer["name"]]["bytes"])
-    assert run_command("inspect", output) == 0
+    assert run_command("inspect", output, "--verify") == 0
     text = capsys.readouterr().out
     assert "two_factor packed" in text and "dense packed" in text and "lord_gptq, bits 4, group_size 32" in text
+    recorded = len(json.loads((output / "lord_manifest.json").read_text())["files"])
+    assert re.search(
+        rf"^verified +{recorded} files as written, \d+ tensors sound, loads, logits within 0\.\d+%", text, re.M
+    )
 
 
 def test_inspect_reads_dense_models(model_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:

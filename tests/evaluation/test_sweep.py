@@ -65,7 +65,7 @@ def test_points_are_what_checkpoints_measure(planner: Planner, config: LordConfi
     for budget, point in zip(BUDGETS, found.points, strict=True):
         allocation = planner.choose(BudgetConfig(target_bpw=budget))
         run = dataclasses.replace(config, output=str(tmp_path / str(budget)))
-        execute(prepare(apply_plan(run, planner.settings(allocation))))
+        execute(prepare(apply_plan(run, planner.settings(allocation))), verify=False)
         expected = measure(tmp_path / str(budget))
         assert point.perplexity == pytest.approx(expected, rel=1e-6)
         assert point.measured_loss == pytest.approx(math.log(expected / dense), rel=1e-4, abs=1e-7)

@@ -50,7 +50,7 @@ def load(run: LordConfig, **changes: Any) -> Any:
 def test_a_budget_gives_the_pipelines_tensors_and_is_saved_as_what_it_chose(run: LordConfig, tmp_path: Path) -> None:
     planner = Planner(run, statistics_of(run), Menu(min_param_ratio=0.3))
     chosen = apply_plan(run, planner.settings(planner.choose(run.budget)))
-    execute(prepare(LordConfig.from_dict(chosen.to_dict() | {"output": str(tmp_path / "pipeline")})))
+    execute(prepare(LordConfig.from_dict(chosen.to_dict() | {"output": str(tmp_path / "pipeline")})), verify=False)
     model = load(run)
     model.save_pretrained(tmp_path / "fly")
     assert families.different_tensors(tmp_path / "pipeline", tmp_path / "fly") == []

@@ -262,6 +262,10 @@ MIXED_DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "group size missing": (lambda c: c.pop("group_size"), "group_size is None; wanted one of 32, 64, 128, 256"),
     "group size that does not exist": (lambda c: c.update(group_size=48), "group_size is 48; wanted .*nearest: 32"),
+    "packed layer said to be none": (
+        lambda c: c["bits_pattern"].update({OTHER: 16}),
+        rf"(?s)missing: {OTHER}\.weight.*unexpected: {OTHER}\.qweight",
+    ),
     "everything removed": (lambda c: [c.pop("group_size_pattern"), c.pop("bits_pattern")], "wrong shape"),
     "bits of a factor": (
         lambda c: c["bits_pattern"].update({f"{LAYER}.down": 3}),
@@ -276,7 +280,7 @@ MIXED_DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
             c["bits_pattern"].update({LAYER: 5, OTHER: "4", "model.layers.7.mlp.up_proj": 4}),
             c["group_size_pattern"].update({LAYER: 48, "lm_head": 32}),
         ],
-        rf"(?s)bits_pattern\['{LAYER}'\] is 5; wanted one of 2, 3, 4, 8; nearest: 4.*bits_pattern\['{OTHER}'\] is '4'.*"
+        rf"(?s)bits_pattern\['{LAYER}'\] is 5; wanted one of 2, 3, 4, 8, 16; nearest: 4.*bits_pattern\['{OTHER}'\] is '4'.*"
         rf"group_size_pattern\['{LAYER}'\] is 48.*bits_pattern names 'model\.layers\.7\.mlp\.up_proj'.*"
         "group_size_pattern names 'lm_head', which LlamaForCausalLM does not have",
     ),
