@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lord_quant.config import CalibrationConfig, GptqConfig, LordConfig, LowrankConfig
     from lord_quant.evaluation.harness import evaluate
     from lord_quant.execution import execute
+    from lord_quant.gptq_v1 import convert_to_gptq_v1
     from lord_quant.integrations.optimum import LordGPTQQuantizer
     from lord_quant.integrations.transformers import LordGPTQConfig
     from lord_quant.pipeline import compress_model, prepare
@@ -30,6 +31,7 @@ _PUBLIC = {
     "LordGPTQQuantizer": "lord_quant.integrations.optimum",
     "Progress": "lord_quant.progress",
     "compress_model": "lord_quant.pipeline",
+    "convert_to_gptq_v1": "lord_quant.gptq_v1",
     "evaluate": "lord_quant.evaluation.harness",
     "execute": "lord_quant.execution",
     "measure": "lord_quant.stored",
@@ -46,6 +48,7 @@ __all__ = [
     "Progress",
     "__version__",
     "compress_model",
+    "convert_to_gptq_v1",
     "evaluate",
     "execute",
     "measure",

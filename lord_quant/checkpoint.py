@@ -306,7 +306,7 @@ def atomic_file(output: str | Path) -> Iterator[Path]:
         os.close(handle)
         staging = Path(name)
         yield staging
-        _sync(staging)
+        _publish(staging)
         staging.replace(path)
     except (OSError, SafetensorError) as error:  # the latter where a disk is full
         raise OutputError(f"output {str(output)!r} cannot be written: {reason_of(error)}") from error
@@ -338,7 +338,7 @@ def atomic_folder(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
         yield staging
         for path in staging.rglob("*"):
             if path.is_file():
-                _sync(path)
+                _publish(path)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
         if isinstance(error, OSError | SafetensorError):
@@ -394,7 +394,7 @@ def _umask() -> int:
     return current
 
 
-def _sync(path: Path) -> None:
+def _publish(path: Path) -> None:
     with path.open("r+b") as handle:
         os.fsync(handle.fileno())
     path.chmod(0o666 & ~_umask())  # safetensors, like mkstemp, makes files for their owner alone

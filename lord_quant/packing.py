@@ -38,3 +38,30 @@ def pack_words(values: torch.Tensor, bits: int) -> torch.Tensor:
         if shift + bits > WORD:
             words[:, word + 1] |= value >> (WORD - shift)
     return words.view(-1, width)
+
+
+def unpack_words(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Undoes `pack_words`.
+
+    Args:
+        words: Words, int32, with shape (k · bits / 32, m).
+        bits: Bits of a value, 1 to 31.
+
+    Returns:
+        Integers 0 to 2^bits − 1, int32, with shape (k, m).
+
+    Raises:
+        ValueError: The words do not hold a multiple of 32 values.
+    """
+    count, width = words.shape
+    if count % bits:
+        raise ValueError(f"{count} words per column cannot be unpacked; wanted a multiple of {bits}")
+    groups = words.reshape(count // bits, bits, width).to(torch.int64) & (2**WORD - 1)  # without their sign
+    values = torch.empty(count // bits, WORD, width, dtype=torch.int32, device=words.device)
+    for place in range(WORD):
+        word, shift = divmod(place * bits, WORD)
+        value = groups[:, word] >> shift
+        if shift + bits > WORD:
+            value |= groups[:, word + 1] << (WORD - shift)
+        values[:, place] = (value & (2**bits - 1)).to(torch.int32)
+    return values.view(-1, width)

@@ -34,6 +34,7 @@ LAYERS = [
         "checkpoint",
         "progress",
         "stored",
+        "gptq_v1",
         "source",
         "estimate",
         "cautions",

@@ -6,8 +6,10 @@ import stat
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from lord_quant.checkpoint import atomic_folder, check_file, check_output
+from lord_quant.checkpoint import atomic_file, atomic_folder, check_file, check_output
 from lord_quant.errors import OutputError
 
 
@@ -183,6 +185,20 @@ def test_the_folder_has_the_permissions_of_any_new_folder(tmp_path: Path) -> Non
         os.umask(old)
     modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("out", "plain")]
     assert modes == [0o750, 0o750]
+
+
+def test_files_of_hosts_have_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+    """safetensors makes files that only their owner may read."""
+    old = os.umask(0o027)
+    try:
+        with atomic_file(tmp_path / "single") as staging:
+            save_file({"tensor": torch.ones(2)}, staging)
+        with atomic_folder(tmp_path / "out") as folder:
+            save_file({"tensor": torch.ones(2)}, folder / "model.safetensors")
+    finally:
+        os.umask(old)
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("single", "out/model.safetensors")]
+    assert modes == [0o640, 0o640]
 
 
 def test_output_files_are_checked_before_work(tmp_path: Path) -> None:

@@ -250,7 +250,10 @@ def _record_solver(model: nn.Module) -> Iterator[list[GptqRecord]]:
 def post_init(quantizer: Any, model: nn.Module) -> nn.Module:
     """Finishes packed layers after their tensors were loaded; what `quantize_model` leaves behind is finished alike."""
     _keep_eager(model)
-    return quantizer.post_init_model(model)
+    finished = quantizer.post_init_model(model)
+    if any(getattr(layer, "REQUIRES_FORMAT_V2", False) for layer in model.modules()):
+        quantizer.format = PACKED_FORMAT  # the host has converted zeros of the first format in place
+    return finished
 
 
 def _keep_eager(model: nn.Module) -> None:

@@ -309,6 +309,7 @@ class LordGptqHfQuantizer(GptqHfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if self.pre_quantized:
             backend.post_init(self.optimum_quantizer, model)
+            self.quantization_config.format = self.optimum_quantizer.format  # or what is saved again has a wrong label
         else:
             from lord_quant.loaded import compress_loaded
 
