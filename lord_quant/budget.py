@@ -14,9 +14,10 @@ import yaml
 from lord_quant import planner
 from lord_quant.budget_config import BudgetConfig
 from lord_quant.calibration import TokenWindows
-from lord_quant.checkpoint import atomic_file, weight_files
+from lord_quant.checkpoint import atomic_file
 from lord_quant.config import FLOAT_BITS, LordConfig, read_yaml
 from lord_quant.errors import BudgetError, ConfigError
+from lord_quant.headers import weight_files
 from lord_quant.menu import DENSE, Choice, Menu, single
 from lord_quant.pipeline import backward_batches, plan_model, prepare
 from lord_quant.planner import Allocation
@@ -25,7 +26,7 @@ from lord_quant.residency import RESIDENT, Residency
 from lord_quant.sensitivity import Sensitivity, Slope
 from lord_quant.source import build_skeleton, inspect_source, load_model, read_config, stream_source
 from lord_quant.statistics import Statistics, load_statistics, measure_statistics, model_digest
-from lord_quant.targets import select
+from lord_quant.targets import find_linears, select
 from lord_quant.version import __version__
 
 
@@ -168,6 +169,8 @@ class Planner:
         plan = plan_model(model, dense, itemsize)
         origin = statistics.origin
         _require_same(digest_of(config.model), origin.get("model_sha256"), "statistics were", config.model)
+        if list(statistics.sites.values()) != find_linears(model):
+            raise BudgetError(f"the statistics do not have the layers of {config.model!r}; wanted those it was measured on")
         measured, now = origin.get("solver"), _solver(config)
         if not isinstance(measured, Mapping) or measured != now:
             seen = measured if isinstance(measured, Mapping) else {}

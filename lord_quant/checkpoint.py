@@ -14,8 +14,6 @@ Beside the weights lie `lord_report.json` (what was done and measured) and `READ
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import shutil
 import tempfile
@@ -30,6 +28,7 @@ from lord_quant.config import FLOAT_BITS, GptqConfig
 from lord_quant.errors import CheckpointError, FormatVersionError, OutputError, reason_of
 from lord_quant.linalg import require_finite
 from lord_quant.plan import Plan
+from lord_quant.reading import parse_json
 from lord_quant.version import FORMAT_VERSION, MIXED_FORMAT_VERSION, UNIFORM_FORMAT_VERSION, __version__
 
 
@@ -102,99 +101,14 @@ def check_version(values: Mapping[str, Any]) -> None:
             "pip install --upgrade lord-quant"
         )
     for key in PATTERNS:
-        if not isinstance(values.get(key) or {}, Mapping):
+        if values.get(key) is not None and not isinstance(values[key], Mapping):
             wanted = key.removesuffix("_pattern")
             raise CheckpointError(f"{key} is {type(values[key]).__name__}; wanted a mapping of path to {wanted}")
 
 
-def read_headers(files: list[str]) -> dict[str, tuple[tuple[int, ...], str, int]]:
-    """Reads shape, dtype and bytes of every tensor in safetensors files, without reading the tensors.
-
-    Raises:
-        CheckpointError: A file is missing or no safetensors file.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    headers = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118 (not a dict)
-                    part = handle.get_slice(name)
-                    shape, dtype = tuple(part.get_shape()), part.get_dtype()
-                    headers[name] = (shape, dtype, _bytes(shape, dtype))
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{file!r} is not a readable safetensors file: {error}") from error
-    return headers
-
-
-def _bytes(shape: tuple[int, ...], dtype: str) -> int:
-    bits = int("".join(character for character in dtype.partition("_")[0] if character.isdigit()) or 8)
-    return math.prod(shape) * bits // 8
-
-
-def weight_files(folder: str | Path) -> list[str]:
-    """Lists the safetensors files of a checkpoint folder: its one file, else those its index names, else all there are.
-
-    Raises:
-        CheckpointError: There is none, or the index is unreadable or names a file that is not there.
-    """
-    folder = Path(folder)
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if single.is_file():  # what transformers loads, index or not
-        files = [str(single)]
-    elif index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            absent = [name for name in names if not (folder / name).is_file()]
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{str(index)!r} is not a readable index of safetensors files: {error!r}") from error
-        if absent:
-            raise CheckpointError(f"{str(index)!r} names files that are not there: {', '.join(absent[:10])}")
-        files = [str(folder / name) for name in names]
-    else:
-        files = sorted(str(path) for path in folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{str(folder)!r} holds no safetensors file")
-    return files
-
-
-def check_tensors(expected: Mapping[str, tuple[int, ...]], files: list[str], under: str) -> None:
-    """Holds the tensors in the files against those the plan calls for.
-
-    Args:
-        expected: Shape of every tensor that must be there, by name.
-        files: The safetensors files.
-        under: Only tensors whose names begin with this path may be called unexpected.
-
-    Raises:
-        CheckpointError: Tensors are missing, unexpected or of the wrong shape; up to ten are named.
-    """
-    headers = read_headers(files)
-    problems = []
-    for name, shape in expected.items():
-        if name not in headers:
-            problems.append(f"missing: {name} {shape}")
-        elif headers[name][0] != shape:
-            problems.append(f"wrong shape: {name} is {headers[name][0]}, the plan wants {shape}")
-    owners = {name.rpartition(".")[0] for name in expected}
-    packed = ("qweight", "qzeros", "scales", "g_idx", "weight", "order")
-    for name in headers:
-        owner, _, leaf = name.rpartition(".")
-        stray = owner.endswith((".down", ".up")) or leaf in packed[:4] or leaf == "order"
-        lost_bias = leaf == "bias" and owner in owners and name not in expected
-        if name.startswith(f"{under}.") and (lost_bias or (leaf in packed and stray and owner not in owners)):
-            problems.append(f"unexpected: {name}")
-    if problems:
-        more = [f"… and {len(problems) - 10} more"] if len(problems) > 10 else []
-        raise CheckpointError(
-            "\n  ".join(["the weights do not match quantization_config (was it edited?):", *problems[:10], *more])
-        )
-
-
 def _is_model_folder(path: Path) -> bool:
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = parse_json((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and "model_type" in config and any(path.glob("*.safetensors"))
@@ -242,12 +156,12 @@ def check_output(
 
 def _require_folder(output: str | Path, sources: Mapping[str, str | None]) -> Path:
     """Returns the whole path of what is a folder or not there, and can be put in place by a rename."""
-    path = Path(output).expanduser().resolve()
+    path = whole_path(output)
     for kind, name in sources.items():
-        source = Path(name).expanduser().resolve() if name is not None and Path(name).expanduser().exists() else None
+        source = _existing(name)
         if source is not None and (source == path or path in source.parents):
             raise OutputError(f"output {str(output)!r} is or holds the {kind} itself; wanted another folder")
-    if Path(output).expanduser().is_symlink() and not path.exists():
+    if os.path.islink(os.path.expanduser(output)) and not path.exists():
         raise OutputError(f"output {str(output)!r} is a link to {str(path)!r}, which does not exist; wanted a folder")
     if path.exists() and not path.is_dir():
         raise OutputError(f"output {str(output)!r} is a file; wanted a folder")
@@ -270,23 +184,45 @@ def check_file(
     Raises:
         OutputError: It is there already, is a folder, lies in what will be read, or cannot be written.
     """
-    path = Path(output).expanduser().resolve()
+    path = whole_path(output)
     for kind, name in {"model": model, "dataset": dataset}.items():
-        source = Path(name).expanduser().resolve() if name is not None and Path(name).expanduser().exists() else None
+        source = _existing(name)
         if source is not None and (source == path or source in path.parents):
             raise OutputError(f"output {str(output)!r} is or lies in the {kind} itself; wanted another place")
-    if path.is_dir():
-        raise OutputError(f"output {str(output)!r} is a folder; wanted a file")
-    if path.exists() and not overwrite:
-        raise OutputError(f"output {str(output)!r} exists; wanted a new file, or --overwrite")
-    where = path.parent
-    while not where.exists():
-        where = where.parent
     try:
+        if path.is_dir():
+            raise OutputError(f"output {str(output)!r} is a folder; wanted a file")
+        if path.exists() and not overwrite:
+            raise OutputError(f"output {str(output)!r} exists; wanted a new file, or --overwrite")
+        where = path.parent
+        while not where.exists():
+            where = where.parent
         with tempfile.TemporaryFile(dir=where):
             return path
     except OSError as error:
         raise OutputError(f"output {str(output)!r} cannot be written: {error.strerror}") from error
+
+
+def whole_path(output: str | Path) -> Path:
+    """Returns where an output will be, in full, links followed.
+
+    Raises:
+        OutputError: It is no path: links go in a circle, nobody's home is meant, a name is too long.
+    """
+    try:
+        path = Path(output).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # no such user; links in a circle, before Python 3.13; a NUL
+        raise OutputError(f"output {str(output)!r} cannot be written: {reason_of(error)}") from error
+    if os.path.islink(path):
+        raise OutputError(f"output {str(output)!r} is a link that leads back to itself; wanted a folder or a file")
+    return path
+
+
+def _existing(name: str | None) -> Path | None:
+    """Returns the whole path of a source that is there; what is wrong with its name, whoever reads it says."""
+    if name is None or not os.path.exists(os.path.expanduser(name)):
+        return None
+    return Path(os.path.expanduser(name)).resolve()
 
 
 @contextmanager

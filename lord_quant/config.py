@@ -18,6 +18,7 @@ import yaml
 from lord_quant.budget_config import BudgetConfig
 from lord_quant.corpus import STDLIB, TEXT_KEY
 from lord_quant.errors import ConfigError, nearest_name, unknown_keys
+from lord_quant.reading import parse_yaml
 
 
 FLOAT_BITS = 16
@@ -326,9 +327,7 @@ class LordConfig:
             raise ConfigError("model is not given; wanted a folder or a hub name")
         built: dict[str, Any] = {key: value for key, value in values.items() if key not in sections}
         for name, section in sections.items():
-            given = values.get(name) or {}
-            if not isinstance(given, Mapping):
-                raise ConfigError(f"section {name!r} is {type(given).__name__}; wanted a mapping")
+            given = {} if values.get(name) is None else values[name]
             _require_known(given, section, f"section {name!r}")
             if name == "budget" and not given:
                 continue
@@ -353,16 +352,16 @@ def _beside_budget(config: LordConfig) -> list[str]:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Reads a configuration file into a plain mapping, checked only for its syntax.
+    """Reads a configuration file into a plain mapping, checked only for its syntax, strictly (see `reading.py`).
 
     Raises:
         ConfigError: The file is missing, not YAML or not a mapping.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = parse_yaml(path)
     except OSError as error:
         raise ConfigError(f"configuration file {str(path)!r} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except ValueError as error:
         raise ConfigError(f"configuration file {str(path)!r} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"configuration file {str(path)!r} holds {type(values).__name__}; wanted a mapping")
@@ -383,7 +382,9 @@ def merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any
     return merged
 
 
-def _require_known(values: Mapping[str, Any], owner: type, where: str) -> None:
+def _require_known(values: Any, owner: type, where: str) -> None:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where} is {type(values).__name__}; wanted a mapping")
     error = unknown_keys(values, (f.name for f in dataclasses.fields(owner)), where)
     if error:
         raise error

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from lord_quant.errors import CalibrationError
+from lord_quant.errors import CalibrationError, reason_of
 
 
 Split = Literal["calibration", "heldout"]
@@ -103,9 +103,9 @@ def load_corpus(dataset: str, *, split: Split = "calibration", text_key: str = T
     path = Path(os.path.expanduser(dataset))
     if dataset == STDLIB:
         documents, source = tuple(_stdlib(split)), f"{STDLIB}:{split}"
-    elif path.is_dir():
+    elif os.path.isdir(path):  # which a name that is too long does not break
         documents, source = tuple(_folder(path)), path.name
-    elif path.is_file():
+    elif os.path.isfile(path):
         documents, source = tuple(_file(path, text_key)), path.name
     elif dataset.startswith((".", "/", "~")) or path.suffix.lower() in SOURCE_SUFFIXES | DATA_SUFFIXES:
         raise CalibrationError(
@@ -197,8 +197,8 @@ def _jsonl(path: Path, text: str, text_key: str) -> Iterator[str]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CalibrationError(f"dataset {str(path)!r}, line {number}: not JSON ({error.msg})") from error
+        except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets nested deeply
+            raise CalibrationError(f"dataset {str(path)!r}, line {number}: not JSON ({reason_of(error)})") from error
         yield _text_of(record, text_key, f"{str(path)!r}, line {number}")
 
 
@@ -217,11 +217,12 @@ def _parquet(path: Path, text_key: str) -> Iterator[str]:
 
     try:
         names = pq.read_schema(path).names
+        values = pq.read_table(path, columns=[text_key])[text_key].to_pylist() if text_key in names else []
     except Exception as error:
         raise CalibrationError(f"dataset {str(path)!r} is not a parquet file: {error}") from error
     if text_key not in names:
         raise CalibrationError(f"dataset {str(path)!r}: no column {text_key!r}; found {', '.join(names)}")
-    for value in pq.read_table(path, columns=[text_key])[text_key].to_pylist():
+    for value in values:
         yield _text_of({text_key: value}, text_key, repr(str(path)))
 
 

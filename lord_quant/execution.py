@@ -22,14 +22,13 @@ from lord_quant.checkpoint import (
     atomic_folder,
     cast_floats,
     quantization_config,
-    read_headers,
-    weight_files,
     write_model,
 )
 from lord_quant.config import FLOAT_BITS, LordConfig
 from lord_quant.distributed import ALONE, World
 from lord_quant.errors import CheckpointError, ConfigError, ModelError, OutputError, reason_of
 from lord_quant.fingerprint import TOLERANCE, Fingerprint
+from lord_quant.headers import read_headers, weight_files
 from lord_quant.journal import Journal, Unfinished, folder_of
 from lord_quant.manifest import write_manifest
 from lord_quant.outcomes import plan_as_run
@@ -43,6 +42,7 @@ from lord_quant.pipeline import (
     solvers_of,
 )
 from lord_quant.progress import Progress
+from lord_quant.reading import parse_json
 from lord_quant.report import build_report, model_card, package_versions, to_json
 from lord_quant.residency import Streamed
 from lord_quant.sensitivity import Sensitivity
@@ -249,7 +249,7 @@ def _processes(tokens: Sequence[int], done: Finished) -> list[dict[str, Any]]:
 def is_finished(job: Job, output: Path, processes: int = 1) -> bool:
     """Tells whether a folder is what a streamed run of this job by so many processes wrote."""
     try:
-        report = json.loads((output / REPORT_NAME).read_text(encoding="utf-8"))
+        report = parse_json((output / REPORT_NAME).read_text(encoding="utf-8"))
         return isinstance(report, dict) and report.get("made_of_sha256") == digest(made_of(job, processes))
     except (OSError, ValueError):
         return False

@@ -14,8 +14,9 @@ import json
 import shutil
 from pathlib import Path
 
-from lord_quant.checkpoint import METHOD_GPTQ, atomic_folder, check_output, read_headers, weight_files
+from lord_quant.checkpoint import METHOD_GPTQ, atomic_folder, check_output
 from lord_quant.errors import CheckpointError
+from lord_quant.headers import read_headers, weight_files
 from lord_quant.manifest import MANIFEST_NAME, read_manifest, write_manifest
 from lord_quant.packing import pack_words, unpack_words
 

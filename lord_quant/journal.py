@@ -10,6 +10,7 @@ Of several processes the first writes the journal and the blocks; each keeps the
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from filelock import FileLock, Timeout
 
 from lord_quant.checkpoint import atomic_file
 from lord_quant.errors import OutputError
+from lord_quant.reading import parse_json
 
 
 JOURNAL = "journal.jsonl"
@@ -134,7 +136,7 @@ class Journal(Unfinished):
                 self._append(self.made_of)
             for path in self.folder.glob(".*.partial-*"):  # what a killed run was just writing
                 path.unlink()
-            for path in output.parent.glob(f".{output.name}.partial-*"):
+            for path in output.parent.glob(f".{glob.escape(output.name)}.partial-*"):
                 shutil.rmtree(path)
         except Timeout:
             raise OutputError(f"another run is writing {str(output)!r}; wanted one at a time") from None
@@ -181,9 +183,12 @@ class Journal(Unfinished):
                 if not line.endswith(b"\n"):
                     break
                 try:
-                    found.append(json.loads(line))
+                    values = parse_json(line)
                 except ValueError:
                     break
+                if not isinstance(values, dict):
+                    break
+                found.append(values)
                 whole += len(line)
             os.truncate(path, whole)
         return found

@@ -8,7 +8,6 @@ are used: no backend is chosen and nothing global is changed.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 from lord_quant.checkpoint import atomic_folder, check_output
 from lord_quant.errors import ConfigError
 from lord_quant.plot_data import Fate, PlotData
+from lord_quant.reading import parse_json
 from lord_quant.report import bits_text, to_json
 
 
@@ -74,7 +74,7 @@ def write_plots(data: PlotData, output: Path, *, overwrite: bool = False) -> Non
 def _is_plots_folder(path: Path) -> bool:
     names = {each.name for each in path.iterdir()}
     try:
-        numbers = json.loads((path / NUMBERS).read_text(encoding="utf-8"))
+        numbers = parse_json((path / NUMBERS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(numbers, dict) and MARK in numbers and names <= {NUMBERS, *(f"{name}.png" for name in PICTURES)}

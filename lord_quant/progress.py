@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from tqdm.auto import tqdm
 
 from lord_quant.checkpoint import check_file
 from lord_quant.errors import OutputError
+from lord_quant.reading import parse_json
 
 
 LONGEST = 2**16
@@ -186,8 +188,8 @@ def check_log(log: str | Path, apart: Mapping[str, str | None]) -> Path:
     """
     path = check_file(log, overwrite=True)
     for kind, name in apart.items():
-        place = None if name is None else Path(name).expanduser().resolve()
-        if place is not None and (place == path or place in path.parents):
+        place = None if name is None else os.path.realpath(os.path.expanduser(name))
+        if place is not None and Path(place) in (path, *path.parents):
             raise OutputError(f"log {str(log)!r} is or lies in the {kind} itself; wanted another place")
     try:
         if path.exists():
@@ -202,7 +204,7 @@ def check_log(log: str | Path, apart: Mapping[str, str | None]) -> Path:
 
 def _is_line(text: bytes) -> bool:
     try:
-        line = json.loads(text)
+        line = parse_json(text)
     except ValueError:
         return False
     return isinstance(line, dict) and "event" in line

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from lord_quant.errors import LayoutError, ModelError
+from lord_quant.errors import LayoutError, ModelError, OutputError, reason_of
 from lord_quant.kept import Kept, KeptInFile
 from lord_quant.linalg import require_finite
 from lord_quant.targets import find_blocks
@@ -147,7 +147,12 @@ class Streamed(Residency):
             weakref.finalize(kept, self._let_go, size)
             return kept
         if self.scratch is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="lord-quant-")
+            try:
+                self._temporary = tempfile.TemporaryDirectory(prefix="lord-quant-")
+            except OSError as error:
+                raise OutputError(
+                    f"activations cannot be kept in a temporary folder: {reason_of(error)}; set TMPDIR"
+                ) from error
             self.scratch = Path(self._temporary.name)
         return KeptInFile(tensors, self.scratch)
 

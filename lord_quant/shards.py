@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lord_quant.checkpoint import atomic_file, read_headers
+from lord_quant.checkpoint import atomic_file
+from lord_quant.headers import INDEX, read_headers
 
 
 SINGLE_FILE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 SMALL = 2**28
 """Most bytes of weights that are written as one file in the end."""
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from lord_quant.errors import CheckpointError, LayoutError, ModelError
+from lord_quant.headers import weight_files
 from lord_quant.linalg import require_finite
 from lord_quant.residency import Streamed
 from lord_quant.silence import hush
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel")
 MULTIMODAL_KEYS = ("vision_config", "audio_config", "text_config", "speech_config")
+MOST_BLOCKS = 2**12
+"""Ten times those of the deepest models; a skeleton of millions would take hours to build."""
 
 
 class Source(NamedTuple):
@@ -61,8 +64,12 @@ def inspect_source(path: str, dtype: str = "auto") -> Source:
         raise ModelError(f"model {path!r} holds *.bin weights only; wanted *.safetensors: pickled weights are not read")
     stored = getattr(config, "dtype", None) or torch.float32
     chosen = stored if dtype == "auto" else getattr(torch, dtype)
+    if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
+        raise ModelError(f"model {path!r}: config.json says dtype {chosen}; wanted floats")
     context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048
-    return Source(path, config, _load_tokenizer(path), chosen, int(context))
+    if not isinstance(context, int) or context < 1:
+        raise ModelError(f"model {path!r}: config.json says a context of {context!r}; wanted a number of tokens")
+    return Source(path, config, _load_tokenizer(path), chosen, context)
 
 
 def read_config(path: str) -> tuple[str, PretrainedConfig]:
@@ -73,15 +80,15 @@ def read_config(path: str) -> tuple[str, PretrainedConfig]:
     """
     from transformers import AutoConfig
 
-    expanded = Path(os.path.expanduser(path))
-    if looks_like_path(path) and not (expanded / "config.json").is_file():
-        found = "holds no config.json" if expanded.is_dir() else "no such folder"
+    expanded = os.path.expanduser(path)
+    if looks_like_path(path) and not os.path.isfile(os.path.join(expanded, "config.json")):
+        found = "holds no config.json" if os.path.isdir(expanded) else "no such folder"
         raise ModelError(f"model {path!r}: {found}; wanted a folder with config.json, or a hub name")
-    if expanded.exists():
-        path = str(expanded)
+    if os.path.exists(expanded):
+        path = expanded
     try:
         return path, AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # configurations check themselves, or stumble over values nobody thought of
         raise ModelError(f"model {path!r} cannot be read: {_first_line(error)}") from error
 
 
@@ -91,14 +98,33 @@ def looks_like_path(name: str) -> bool:
 
 
 def build_skeleton(source: Source) -> PreTrainedModel:
-    """Builds the model on the meta device: shapes and names without weights."""
+    """Builds the model on the meta device: shapes and names without weights.
+
+    Raises:
+        ModelError: The configuration makes no model.
+    """
+    model = skeleton_of(source.config, source.path, dtype=source.dtype)
+    model.tie_weights()
+    return model
+
+
+def skeleton_of(config: PretrainedConfig, path: str, **settings: Any) -> PreTrainedModel:
+    """Builds the model of a configuration on the meta device.
+
+    Raises:
+        ModelError: The configuration makes no model, or one without end.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(source.config, dtype=source.dtype)
-    model.tie_weights()
-    return model
+    blocks = getattr(config, "num_hidden_layers", None)
+    if isinstance(blocks, int) and blocks > MOST_BLOCKS:
+        raise ModelError(f"model {path!r}: config.json says {blocks} layers; wanted at most {MOST_BLOCKS}")
+    try:
+        with init_empty_weights():
+            return AutoModelForCausalLM.from_config(config, **settings)
+    except Exception as error:  # a division by a number of heads that is zero, say
+        raise ModelError(f"model {path!r}: config.json makes no model: {_first_line(error)}") from error
 
 
 def load_model(source: Source, device: torch.device) -> PreTrainedModel:
@@ -112,6 +138,8 @@ def load_model(source: Source, device: torch.device) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     dtype = torch.float32 if device.type == "cpu" else source.dtype
+    if os.path.isdir(source.path):
+        local_files(source.path)  # what an index may name
     try:
         with hush("transformers"):  # what its load report says is raised below
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -157,8 +185,6 @@ def local_files(path: str) -> list[str]:
     Raises:
         ModelError: There is none, or the hub cannot be reached.
     """
-    from lord_quant.checkpoint import weight_files
-
     if Path(path).is_dir():
         folder = path
     else:
@@ -217,7 +243,8 @@ def refuse_unfit(path: str, config: Any) -> None:
     """
     if getattr(config, "quantization_config", None):
         quantization = config.quantization_config
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        known = isinstance(quantization, dict)
+        method = quantization.get("quant_method") if known else getattr(quantization, "quant_method", quantization)
         raise ModelError(f"model {path!r} is already compressed ({method}); wanted the dense model it was made from")
     architecture = _architecture(config)
     if getattr(config, "is_encoder_decoder", False):
@@ -237,7 +264,9 @@ def _architecture(config: Any) -> str:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
     given = getattr(config, "architectures", None)
-    return str(given[0] if given else CAUSAL.get(config.model_type, type(config).__name__))
+    return str(
+        given[0] if isinstance(given, list | tuple) and given else CAUSAL.get(config.model_type, type(config).__name__)
+    )
 
 
 def _is_encoder(config: Any) -> bool:

@@ -23,8 +23,9 @@ from lord_quant.config import GptqConfig, JointConfig
 from lord_quant.crossfit import Half
 from lord_quant.engine import gather
 from lord_quant.errors import CheckpointError, NumericsError
-from lord_quant.probe import FactorNoise, LayerLoss, probe
+from lord_quant.probe import PROBED_BITS, SLOPES, FactorNoise, LayerLoss, probe
 from lord_quant.progress import Progress
+from lord_quant.reading import parse_json
 from lord_quant.residency import RESIDENT, Residency
 from lord_quant.sensitivity import Sensitivity, Slope, Steepness
 from lord_quant.stream import block_kinds, capture
@@ -187,23 +188,18 @@ def load_statistics(path: str | Path) -> Statistics:
 
     try:
         with safe_open(path, framework="pt") as handle:
-            about = json.loads((handle.metadata() or {})[METADATA])
+            about = parse_json((handle.metadata() or {})[METADATA])
             if about["version"] != VERSION:
                 raise CheckpointError(
                     f"statistics {str(path)!r} have version {about['version']!r}; wanted {VERSION}: measure again"
                 )
-            sites = {
-                name: LinearSite(**{field: values[field] for field in LinearSite._fields})
-                for name, values in about["layers"].items()
-            }
+            sites = {name: _site(name, values) for name, values in about["layers"].items()}
             statistics = Statistics({}, sites, {}, dict(about["origin"]))
             for key, values in (about["layers"] | about["groups"]).items():
                 names = tuple(key.split(JOINED)) if key in about["groups"] else (key,)
                 loss, site = _loss(handle.get_tensor(key), values), statistics.site_of(names)
-                if (
-                    loss.tail.shape != (min(site.in_features, site.out_features) + 1,)
-                    or not torch.isfinite(loss.tail).all()
-                ):
+                wanted = (min(site.in_features, site.out_features) + 1,)
+                if any(part.shape != wanted or not torch.isfinite(part).all() for part in (loss.tail, loss.cut)):
                     raise CheckpointError(f"statistics {str(path)!r}: the spectrum of {key!r} does not fit its layer")
                 if len(names) == 1:
                     statistics.losses[key] = loss
@@ -214,8 +210,25 @@ def load_statistics(path: str | Path) -> Statistics:
         raise
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"statistics {str(path)!r} cannot be read: {error}") from error
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{str(path)!r} holds no statistics of this package: {error!r}") from error
+
+
+def _site(name: str, values: Mapping[str, Any]) -> LinearSite:
+    """Returns a layer, of whose sizes plans are made.
+
+    Raises:
+        ValueError: It has another name than its entry, or a size that none has.
+    """
+    site = LinearSite(**{field: values[field] for field in LinearSite._fields})
+    sizes = (site.block + 1, site.in_features, site.out_features)
+    if (
+        site.name != name
+        or not isinstance(site.has_bias, bool)
+        or not all(type(size) is int and size > 0 for size in sizes)
+    ):
+        raise ValueError(f"layer {name!r} is said to be {site}")
+    return site
 
 
 def _plain(loss: LayerLoss) -> dict[str, Any]:
@@ -227,11 +240,11 @@ def _plain(loss: LayerLoss) -> dict[str, Any]:
 
 def _loss(tails: torch.Tensor, values: dict[str, Any]) -> LayerLoss:
     down, up = (None if values[name] is None else _factor(values[name]) for name in ("down", "up"))
-    tail, cut = tails
+    tail, cut = tails.double()
     return LayerLoss(
         tail,
         cut,
-        {int(bits): float(noise) for bits, noise in values["dense"].items()},
+        _by_bits(values["dense"]),
         {int(size): float(ratio) for size, ratio in values["groups"].items()},
         int(values["group_size"]),
         down,
@@ -241,8 +254,17 @@ def _loss(tails: torch.Tensor, values: dict[str, Any]) -> LayerLoss:
 
 
 def _factor(values: dict[str, Any]) -> FactorNoise:
-    by_bits = {int(bits): float(noise) for bits, noise in values["by_bits"].items()}
-    return FactorNoise(int(values["rank"]), by_bits, float(values["slope"]))
+    rank, slope = int(values["rank"]), float(values["slope"])
+    if rank < 1 or not SLOPES[0] <= slope <= SLOPES[1]:
+        raise ValueError(f"a factor was measured at rank {rank}, from which its noise falls with power {slope}")
+    return FactorNoise(rank, _by_bits(values["by_bits"]), slope)
+
+
+def _by_bits(values: dict[str, Any]) -> dict[int, float]:
+    found = {int(bits): float(noise) for bits, noise in values.items()}
+    if not found.keys() >= {*PROBED_BITS}:
+        raise ValueError(f"noise at {sorted(found)} bits; wanted {PROBED_BITS}")
+    return found
 
 
 def model_digest(config: dict[str, Any], files: Sequence[str]) -> str:

@@ -7,17 +7,22 @@ architecture, the bytes from the safetensors headers. Nothing is taken from a re
 
 from __future__ import annotations
 
+import os
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lord_quant.checkpoint import METHOD_GPTQ, read_headers, weight_files
+from lord_quant.checkpoint import METHOD_GPTQ
 from lord_quant.errors import CheckpointError, ModelError
+from lord_quant.headers import Header, read_headers, weight_files
+from lord_quant.source import read_config, skeleton_of
 from lord_quant.targets import LinearSite, find_linears
 
 
-Headers = dict[str, tuple[tuple[int, ...], str, int]]
+Headers = dict[str, Header]
 PACKED_TENSORS = frozenset({"qweight", "qzeros", "scales", "g_idx"})
+DIMENSIONS = {"qweight": 2, "qzeros": 2, "scales": 2, "g_idx": 1, "order": 1}
+"""Of tensors that bits, ranks and group sizes are read off."""
 
 
 class StoredLayer(NamedTuple):
@@ -80,24 +85,20 @@ def measure(folder: str | Path) -> Stored:
         ModelError: The folder is missing or its configuration unreadable.
         CheckpointError: It holds no readable safetensors, or a layer lacks tensors; up to ten are named.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    if not (Path(folder) / "config.json").is_file():
+    if not os.path.isfile(os.path.join(folder, "config.json")):
         raise ModelError(f"{str(folder)!r} is no checkpoint: it holds no config.json")
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{str(folder)!r}: config.json cannot be read: {error}") from error
+    _, config = read_config(os.path.join(folder, ""))  # a folder, never a name on the hub
     quantization = getattr(config, "quantization_config", None) or {}
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
+    model = skeleton_of(config, str(folder))
     sites, prefix = find_linears(model), f"{model.base_model_prefix}."
     files = weight_files(folder)
     headers = read_headers(files)
-    settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    settings = getattr(quantization, "to_dict", lambda: quantization)()
+    if not isinstance(settings, Mapping):
+        raise CheckpointError(f"quantization_config in {str(folder)!r} is {type(settings).__name__}; wanted a mapping")
+    _require_shapes(headers, str(folder))
     tensors = {s.name: _tensors_of(s.name, headers) or _tensors_of(s.name.removeprefix(prefix), headers) for s in sites}
     ours = settings.get("quant_method") == METHOD_GPTQ
     leaders = _leaders_of(settings, tensors)
@@ -113,10 +114,26 @@ def measure(folder: str | Path) -> Stored:
         )
     return Stored(
         layers=tuple(_stored_layer(site, tensors, leaders.get(site.name, "")) for site in sites),
-        quantization_config=settings,
+        quantization_config=dict(settings),
         tensor_bytes=sum(size for _, _, size in headers.values()),
         file_bytes=sum(Path(file).stat().st_size for file in files),
     )
+
+
+def _require_shapes(headers: Headers, folder: str) -> None:
+    """Refuses tensors of factors and packed layers that bits, ranks and group sizes cannot be read off.
+
+    Raises:
+        CheckpointError: They are empty or have more or fewer dimensions (up to ten are named).
+    """
+    odd = []
+    for name, (shape, _, _) in headers.items():
+        owner, _, leaf = name.rpartition(".")
+        dimensions = 2 if leaf == "weight" and owner.endswith((".down", ".up")) else DIMENSIONS.get(leaf)
+        if dimensions is not None and (len(shape) != dimensions or 0 in shape):
+            odd.append(f"{name} is {shape}, wanted {dimensions} dimensions")
+    if odd:
+        raise CheckpointError("\n  ".join([f"tensors in {folder!r} have shapes that none of their kind has:", *odd[:10]]))
 
 
 def _leaders_of(settings: Mapping[str, Any], layers: Container[str]) -> dict[str, str]:

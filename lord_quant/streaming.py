@@ -26,6 +26,7 @@ import torch
 from lord_quant.backends import gptq as backend
 from lord_quant.checkpoint import cast_floats
 from lord_quant.distributed import World
+from lord_quant.errors import OutputError
 from lord_quant.fingerprint import Fingerprint, Passenger
 from lord_quant.joint import JointRun
 from lord_quant.journal import Unfinished
@@ -36,7 +37,7 @@ from lord_quant.targets import Blocks
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from transformers import PreTrainedModel
 
@@ -125,7 +126,7 @@ def stream_model(
     resumed = _restore(run, journal)
     if passenger is not None and resumed:
         passenger.restore(journal.load(_named(PASSENGER, resumed)))
-    quantized = [backend.GptqRecord(**values) for block in journal.blocks for values in block["quantized"]]
+    quantized = [record for block in journal.blocks for record in _told(block, journal)[1]]
     saved, cost = time.perf_counter(), 0.0
     with progress.phase("stack", len(run.blocks.modules), resumed):
         for index in range(resumed, len(run.blocks.modules)):
@@ -207,14 +208,33 @@ def _restore(run: JointRun, journal: Unfinished) -> int:
     if 0 < resumed <= run.last:
         state = journal.load(_named(streams, resumed))
         for at, call in enumerate(run.stream):
-            call.hidden = state[f"dense.{at}"].to(call.hidden)
-            run.ours[at] = state[f"ours.{at}"].to(call.hidden)
+            dense, ours = state.get(f"dense.{at}"), state.get(f"ours.{at}")
+            if dense is None or ours is None or not dense.shape == ours.shape == call.hidden.shape:
+                raise _spoilt(journal, _named(streams, resumed))
+            call.hidden, run.ours[at] = dense.to(call.hidden), ours.to(call.hidden)
     for index, block in enumerate(journal.blocks):
-        run.done.records += [StackRecord(**values | {"remedies": tuple(values["remedies"])}) for values in block["records"]]
+        run.done.records += _told(block, journal)[0]
         if run.sensitivity is not None and index <= run.last:
             with run.residency.of(index, then=index + 1):
                 run.sensitivity.of_block(index, run.blocks.modules[index], run.kinds[index], [], run.dtype)
     return resumed
+
+
+def _told(block: Mapping[str, Any], journal: Unfinished) -> tuple[list[StackRecord], list[backend.GptqRecord]]:
+    """Returns what the journal says of a block's layers.
+
+    Raises:
+        OutputError: It says something else.
+    """
+    try:
+        records = [StackRecord(**values | {"remedies": tuple(values["remedies"])}) for values in block["records"]]
+        return records, [backend.GptqRecord(**values) for values in block["quantized"]]
+    except (LookupError, TypeError) as error:
+        raise _spoilt(journal, "the journal") from error
+
+
+def _spoilt(journal: Unfinished, what: str) -> OutputError:
+    return OutputError(f"{what} of the unfinished run in {str(journal.folder)!r} is spoilt; --overwrite starts again")
 
 
 def _pack(run: JointRun, index: int, settings: Settings) -> list[backend.GptqRecord]:

@@ -175,7 +175,7 @@ def apply_rank_pattern(
     for name, rank in rank_pattern.items():
         outputs, inputs = heights[name], shapes[name][1]
         limit = min(outputs - 1, inputs) if forms.get(name) == "pivoted" else min(outputs, inputs)
-        if not isinstance(rank, int) or not 1 <= rank <= limit:
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= limit:
             problems.append(f"{name}: rank {rank!r}, wanted 1 to {limit}")
     if problems:
         raise RankError("illegal ranks in the checkpoint's rank_pattern: " + "; ".join(problems))

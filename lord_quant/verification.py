@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lord_quant.checkpoint import read_headers, weight_files
 from lord_quant.errors import CheckpointError, LordError
 from lord_quant.fingerprint import TOLERANCE, Fingerprint, fingerprint_of
+from lord_quant.headers import read_headers, weight_files
 from lord_quant.linalg import is_finite
 from lord_quant.manifest import changed_files, read_manifest
 from lord_quant.packing import WORD

@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "lord_quant"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
-    {"errors", "linalg", "kept", "modules", "packing", "version", "silence", "budget_config", "distributed"},
+    {"errors", "reading", "linalg", "kept", "modules", "packing", "version", "silence", "budget_config", "distributed"},
     {"config", "moments", "decompose", "refine", "corpus"},
     {"calibration", "targets", "residency", "layer_bytes", "ranks", "plan", "solver", "operations"},
     {
@@ -31,6 +31,7 @@ LAYERS = [
         "menu",
         "planner",
         "surgery",
+        "headers",
         "checkpoint",
         "progress",
         "stored",

@@ -15,9 +15,9 @@ import torch
 from families import build, copy_tokenizer, edit_tensors, probe_tokens, save
 
 from lord_quant import residency as places
-from lord_quant.checkpoint import weight_files
 from lord_quant.errors import LayoutError, ModelError, NumericsError, OutputError
 from lord_quant.gradients import BlockGradients
+from lord_quant.headers import weight_files
 from lord_quant.kept import KEPT
 from lord_quant.residency import RESIDENT, Streamed
 from lord_quant.sensitivity import Sensitivity

@@ -12,7 +12,7 @@ from families import build
 from safetensors.torch import load_file, save_file
 
 from lord_quant import shards
-from lord_quant.checkpoint import weight_files
+from lord_quant.headers import weight_files
 from lord_quant.shards import INDEX, SINGLE_FILE, join_shards, outside, write_shard
 
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lord_quant.checkpoint import METHOD_GPTQ, weight_files
+from lord_quant.checkpoint import METHOD_GPTQ
 from lord_quant.commands import inspect
 from lord_quant.errors import CheckpointError
+from lord_quant.headers import weight_files
 from lord_quant.stored import measure
 
 

@@ -14,10 +14,10 @@ from families import build, save
 from safetensors.torch import load_file
 
 from lord_quant import execution, joint, residency
-from lord_quant.checkpoint import weight_files
 from lord_quant.config import LordConfig
 from lord_quant.errors import OutputError
 from lord_quant.execution import execute
+from lord_quant.headers import weight_files
 from lord_quant.journal import Journal
 from lord_quant.manifest import read_manifest
 from lord_quant.pipeline import prepare

@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", metavar="A,B", default="", help="lm-eval tasks, groups or tags, and lord_* tasks")
     parser.add_argument("--baseline", metavar="DIR", help="model to compare with, evaluated in the same way")
     parser.add_argument("--batch-size", metavar="N", default="1", help="sequences at a time, or auto (default: 1)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: CUDA if there is one)")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, … (default: the checkpoint's own)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: CUDA if there is one)")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the checkpoint's own)")
     parser.add_argument("--limit", type=float, metavar="N", help="documents of each task, or a fraction; for trying out")
     parser.add_argument(
         "--gen-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help="replace generation settings: max_gen_toks=256"
@@ -186,8 +185,7 @@ def _check_output(path: Path, overwrite: bool) -> None:
 
 def _write(path: Path, result: EvalResult) -> None:
     """Writes beside the target first: a reader sees the whole file or none of it."""
-    text = json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n"
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".tmp", delete=False) as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    from lord_quant.checkpoint import atomic_file
+
+    with atomic_file(path) as staging:
+        staging.write_text(json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -87,7 +87,7 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     ranks.add_argument("--ignore", default=unset, nargs="+", metavar="PATTERN", help="patterns taken away from the targets")
     ranks.add_argument(
         "--form", default=unset,
-        help="two_factor (default); pivoted: rank² weights fewer; grouped: layers with one input share `down`",
+        help="two_factor (default); pivoted: rank*rank weights fewer; grouped: layers with one input share `down`",
     )  # fmt: skip
     ranks.add_argument(
         "--force-rank", default=unset, action=argparse.BooleanOptionalAction, help="decompose even where that enlarges"
@@ -150,7 +150,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--seq-len", default=unset, type=int, metavar="L", help="tokens per window (context, at most 2048)")
     data.add_argument("--seed", default=unset, type=int, metavar="S", help="sampling seed (default 0)")
     data.add_argument("--batch-size", default=unset, type=int, metavar="N", help="windows per forward pass (default 4)")
-    data.add_argument("--device", default=unset, help="auto (default), cpu, cuda, cuda:1, …")
+    data.add_argument("--device", default=unset, help="auto (default), cpu, cuda, cuda:1, ...")
 
 
 def settings_from(args: argparse.Namespace) -> dict[str, Any]:

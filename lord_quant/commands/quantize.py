@@ -6,8 +6,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lord_quant.commands.budget_options import add_budget_flags, planner_from, run_of
@@ -97,7 +97,7 @@ def _checked(args: argparse.Namespace, world: World) -> tuple[LordConfig, Progre
 def _prepare(args: argparse.Namespace, config: LordConfig, progress: Progress, world: World) -> Job | None:
     """Plans the job and prints what is to be done; returns None if that is nothing."""
     from lord_quant.budget import apply_plan, unplanned
-    from lord_quant.checkpoint import REPORT_NAME
+    from lord_quant.checkpoint import REPORT_NAME, whole_path
     from lord_quant.execution import clear_away, is_finished
     from lord_quant.pipeline import prepare
     from lord_quant.report import human_bytes, human_seconds, plan_summary, plan_table
@@ -113,8 +113,9 @@ def _prepare(args: argparse.Namespace, config: LordConfig, progress: Progress, w
             say(f"planned       {planner.bpw(allocation):.3f} bits per weight, {planner.tell(allocation)}\n")
         settings, measured_on = world.broadcast((settings, measured_on))
         config = apply_plan(config, settings)
-    if config.output is not None and not args.overwrite and (Path(config.output) / REPORT_NAME).is_file():
-        output, earlier = Path(config.output).expanduser().resolve(), prepare(dataclasses.replace(config, output=None))
+    output = None if config.output is None or args.overwrite else whole_path(config.output)
+    if output is not None and os.path.isfile(output / REPORT_NAME):
+        earlier = prepare(dataclasses.replace(config, output=None))
         if is_finished(earlier, output, world.size):
             if world.first:
                 clear_away(earlier, output, world.size)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lord_quant.errors import EvaluationError, LordError, ModelError
 from lord_quant.evaluation.memory import peak_process_memory
 from lord_quant.evaluation.perplexity import DEFAULT_WINDOW, Perplexity, corpus_perplexity
-from lord_quant.evaluation.preflight import build_task_manager, check_model, check_tasks, tasks_path
+from lord_quant.evaluation.preflight import build_task_manager, check_model, check_settings, check_tasks, tasks_path
 from lord_quant.evaluation.speed import Speed, measure_speed
 from lord_quant.silence import hush, import_hosts
 from lord_quant.source import choose_device
@@ -132,6 +132,7 @@ def evaluate(
     settings["device"] = str(choose_device(device or "auto"))  # lm-eval's own default is CUDA, there or not
     if not (tasks or perplexity_dataset or speed):
         raise EvaluationError("nothing to evaluate: wanted tasks, a perplexity data set or the speed measurement")
+    check_settings(settings)
     import_hosts()
     with hush("lm_eval", "transformers", "datasets"):
         manager, corpus = _preflight([model, baseline], settings)

@@ -8,10 +8,14 @@ consent only afterwards.
 from __future__ import annotations
 
 import logging
+import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lord_quant.errors import ConsentError, EvaluationError, HostError, ModelError, nearest_name
 
@@ -125,6 +129,32 @@ def _unsafe_members(index: Any, members: Any, seen: set[str]) -> Iterator[str]:
             if isinstance(name, str):
                 yield from _unsafe(index, name, seen)
             yield from _unsafe_members(index, member.get("task"), seen)
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuses settings with which no model can be evaluated.
+
+    Raises:
+        EvaluationError: One is illegal (all are named).
+    """
+    problems = []
+    if not re.fullmatch(r"[1-9]\d{0,8}|auto(:[1-9]\d{0,8})?", str(settings["batch_size"])):
+        problems.append(f"batch_size is {settings['batch_size']!r}; wanted a number of sequences, or 'auto'")
+    limit = settings["limit"]
+    if limit is not None and not 0 < limit < math.inf:
+        problems.append(f"limit is {limit!r}; wanted a number of documents, or a fraction of them in (0, 1)")
+    for name, least in {"window": 2, "stride": 1, "max_windows": 1, "num_fewshot": 0, "seed": 0}.items():
+        value = settings[name]
+        if value is not None and (not isinstance(value, int) or value < least):
+            problems.append(f"{name} is {value!r}; wanted an integer of at least {least}")
+    window, stride = settings["window"], settings["stride"]
+    if not problems and window is not None and stride is not None and stride > window:
+        problems.append(f"stride is {stride}; wanted at most the window, {window}")
+    dtype = settings["dtype"]
+    if dtype != "auto" and not getattr(getattr(torch, str(dtype).removeprefix("torch."), None), "is_floating_point", False):
+        problems.append(f"dtype is {dtype!r}; wanted 'auto' or floats such as 'bfloat16'")
+    if problems:
+        raise EvaluationError("\n  ".join(["illegal evaluation settings:", *problems]))
 
 
 def check_model(model: str) -> None:

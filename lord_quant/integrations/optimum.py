@@ -108,6 +108,8 @@ class LordGPTQQuantizer(_GPTQQuantizer):
         **kwargs: Any,
     ) -> None:
         kwargs = _host_arguments(args, kwargs)
+        if not isinstance(dataset, str | list | tuple):
+            raise ConfigError(f"dataset is {type(dataset).__name__}; wanted a path, a name, texts or tokenized samples")
         kwargs = {"sym": False, "damp_percent": 0.01} | kwargs
         gptq: dict[str, Any] = {"bits": bits, "group_size": group_size, "mse": mse}
         gptq |= {"bits_pattern": bits_pattern, "group_size_pattern": group_size_pattern}
@@ -117,13 +119,13 @@ class LordGPTQQuantizer(_GPTQQuantizer):
                 "model": "model",
                 "stack": stack,
                 "gptq": gptq,
-                "joint": dict(joint or {}),
+                "joint": joint or {},
                 "lowrank": {
                     "rank_ratio": rank_ratio,
                     "param_ratio": param_ratio,
                     "rank_pattern": rank_pattern,
-                    "targets": list(targets),
-                    "ignore": list(ignore),
+                    "targets": _listed(targets),
+                    "ignore": _listed(ignore),
                     "form": form,
                     "form_pattern": form_pattern,
                     "force_rank": force_rank,
@@ -210,8 +212,12 @@ class LordGPTQQuantizer(_GPTQQuantizer):
     def _windows(self, model: PreTrainedModel, tokenizer: Any) -> TokenWindows:
         dataset: Any = self.dataset
         if not isinstance(dataset, str) and dataset and isinstance(dataset[0], Mapping):
-            ids = [torch.as_tensor(sample["input_ids"]).reshape(-1) for sample in dataset]
-            masks = [torch.as_tensor(sample["attention_mask"]) for sample in dataset if "attention_mask" in sample]
+            ids = [_tokens(sample, "input_ids", number) for number, sample in enumerate(dataset)]
+            masks = [
+                _tokens(sample, "attention_mask", number)
+                for number, sample in enumerate(dataset)
+                if isinstance(sample, Mapping) and "attention_mask" in sample
+            ]
             if not all(bool(mask.all()) for mask in masks):
                 raise CalibrationError("tokenized samples are padded (attention_mask holds zeros); wanted whole windows")
             if len({len(row) for row in ids}) != 1:
@@ -224,11 +230,39 @@ class LordGPTQQuantizer(_GPTQQuantizer):
         context = getattr(model.config, "max_position_embeddings", None) or DEFAULT_SEQ_LEN
         if isinstance(dataset, str):
             return calibrate(self.lord_config, tokenizer, context)
+        odd = [text for text in dataset or () if not isinstance(text, str)]
+        if odd:
+            raise CalibrationError(f"dataset holds {type(odd[0]).__name__}; wanted texts, or samples with input_ids")
         texts: tuple[str, ...] = tuple(text for text in dataset or () if text.strip())
         if not texts:
             raise CalibrationError("dataset is empty; wanted texts or tokenized samples")
         corpus = Corpus(texts, "texts given by the caller", "")
         return calibrate(self.lord_config, tokenizer, context, corpus=corpus, fewer=True)
+
+
+def _listed(patterns: Any) -> Any:
+    """Returns one pattern as a list of it; what is no pattern at all is refused with the other settings."""
+    return [patterns] if isinstance(patterns, str) else list(patterns) if isinstance(patterns, list | tuple) else patterns
+
+
+def _tokens(sample: Any, key: str, number: int) -> torch.Tensor:
+    """Returns one row of a tokenized sample.
+
+    Raises:
+        CalibrationError: The sample has none, or it holds something else than integers.
+    """
+    if not isinstance(sample, Mapping) or key not in sample:
+        found = ", ".join(map(repr, sample)) if isinstance(sample, Mapping) else type(sample).__name__
+        raise CalibrationError(f"tokenized sample {number} has no {key!r}; found {found}")
+    try:
+        row = torch.as_tensor(sample[key])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CalibrationError(f"{key!r} of tokenized sample {number} is no row of tokens: {error}") from error
+    if row.is_floating_point() or row.is_complex() or row.numel() == 0 or row.numel() != row.shape[-1:].numel():
+        raise CalibrationError(
+            f"{key!r} of tokenized sample {number} is {row.dtype} {tuple(row.shape)}; wanted one row of integers"
+        )
+    return row.reshape(-1)
 
 
 def _check_tokens(input_ids: torch.Tensor, config: Any) -> None:

@@ -3,21 +3,94 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from lord_quant.checkpoint import check_tensors
-from lord_quant.surgery import is_compressed
+from lord_quant.config import BITS, FLOAT_BITS, GROUP_SIZES, choice_problems, pattern_problems
+from lord_quant.errors import CheckpointError, ConfigError, LordError
+from lord_quant.headers import SUFFIX, check_tensors
+from lord_quant.layer_bytes import Packing
+from lord_quant.surgery import is_compressed, is_low_rank
+from lord_quant.targets import find_linears
+
+
+PACKING_PATTERNS = ("bits_pattern", "group_size_pattern")
+
+
+@contextmanager
+def told_by_host() -> Iterator[None]:
+    """Turns what the host says of a configuration, or stumbles over, into an error of ours.
+
+    Raises:
+        ConfigError: The body raised an error of the host's.
+    """
+    try:
+        yield
+    except LordError:
+        raise
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        raise ConfigError(f"quantization_config holds a value that GPTQ cannot have: {error}") from error
+
+
+def packings_of(model: torch.nn.Module, wanted: Any) -> dict[str, Packing]:
+    """Returns how a mixed checkpoint packs every linear layer of the rebuilt skeleton, factors included, by full path.
+
+    Layers of 16 bits are not packed, and missing.
+
+    Args:
+        model: The skeleton.
+        wanted: The checkpoint's `LordGPTQConfig`.
+
+    Raises:
+        CheckpointError: The group size is missing, a pattern names a layer the model does not have, or a value is illegal
+            (all are named).
+    """
+    bits, sizes = wanted.bits_pattern or {}, wanted.group_size_pattern or {}
+    owners = {}  # of a linear layer: itself, or the low-rank layer it is a factor of
+    for site in find_linears(model):
+        parent = site.name.rpartition(".")[0]
+        owners[site.name] = parent if is_low_rank(model.get_submodule(parent)) else site.name
+    known = {"bits_pattern": {*owners, *owners.values()}, "group_size_pattern": set(owners.values())}
+    problems = choice_problems("group_size", wanted.group_size, GROUP_SIZES)
+    problems += pattern_problems("bits_pattern", bits, BITS)
+    problems += pattern_problems("group_size_pattern", sizes, GROUP_SIZES)
+    for name, pattern in zip(PACKING_PATTERNS, (bits, sizes), strict=True):
+        unknown = [key for key in pattern if key not in known[name]]
+        problems += [f"{name} names {key!r}, which {type(model).__name__} does not have" for key in unknown]
+    if problems:
+        raise CheckpointError(
+            "\n  ".join(["quantization_config does not fit the model (was it edited, or is it another's?):", *problems])
+        )
+    size = wanted.group_size
+    own_bits = {name: bits.get(name, bits.get(own, wanted.bits)) for name, own in owners.items()}
+    packed = [name for name in owners if own_bits[name] != FLOAT_BITS]
+    return {name: Packing(own_bits[name], sizes.get(owners[name], size)) for name in packed}
 
 
 def check_files(model: torch.nn.Module, block_path: str, files: list[str] | None) -> None:
-    """Holds the checkpoint's headers against the tensors that the rebuilt model calls for."""
-    if not files or not all(str(file).endswith(".safetensors") for file in files):
+    """Holds the checkpoint's headers against the tensors that the rebuilt model calls for.
+
+    Raises:
+        CheckpointError: They do not fit; or the files are pickled, or do not all lie where the checkpoint does.
+    """
+    if not files:
         return
+    names = [str(file) for file in files]
+    pickled = [name for name in names if not name.endswith(SUFFIX)]
+    if pickled:
+        raise CheckpointError(f"{pickled[0]!r} is no safetensors file: pickled weights are not read")
+    home = os.path.abspath(str(getattr(model, "name_or_path", "")))
+    elsewhere = [name for name in names if os.path.isdir(home) and not Path(os.path.abspath(name)).is_relative_to(home)]
+    if elsewhere:
+        raise CheckpointError(f"the index of {home!r} names {elsewhere[0]!r}; wanted files in that folder")
     ours = _stored_names(model, block_path)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name in ours}
-    check_tensors(expected, [str(file) for file in files], block_path)
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name in ours}
+    check_tensors(expected, names, block_path)
 
 
 def _stored_names(model: Any, block_path: str) -> set[str]:

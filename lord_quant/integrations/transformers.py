@@ -23,18 +23,21 @@ from transformers.utils.quantization_config import GPTQConfig, QuantizationConfi
 from lord_quant.backends import gptq as backend
 from lord_quant.budget_config import BudgetConfig
 from lord_quant.checkpoint import METHOD_FLOAT, METHOD_GPTQ, check_version
-from lord_quant.config import BITS, FLOAT_BITS, GROUP_SIZES, choice_problems, pattern_problems
 from lord_quant.errors import CheckpointError, ConfigError, unknown_keys
-from lord_quant.integrations.rebuilt import check_files, protect_from_initialization
-from lord_quant.layer_bytes import Packing
+from lord_quant.integrations.rebuilt import (
+    PACKING_PATTERNS,
+    check_files,
+    packings_of,
+    protect_from_initialization,
+    told_by_host,
+)
 from lord_quant.silence import hush
-from lord_quant.surgery import apply_rank_pattern, is_low_rank
-from lord_quant.targets import find_linears
+from lord_quant.surgery import apply_rank_pattern
+from lord_quant.targets import find_blocks
 from lord_quant.version import FORMAT_VERSION, __version__
 
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 _RUN_KEYS = {
@@ -53,7 +56,7 @@ _JOINT_KEYS = ("anchor", "rotate", "refit", "order", "deflate", "refine", "fishe
 _BUDGET_KEYS = tuple(field.name for field in dataclasses.fields(BudgetConfig))
 _CHOSEN = {"bits": 4, "group_size": None, "form": "two_factor"}
 """What a budget chooses beside ranks, and what it is where nobody chose it."""
-_PACKING_PATTERNS = ("bits_pattern", "group_size_pattern")
+_SWITCHES = ("mean_correction", "sym", "desc_act", "act_group_aware", "true_sequential")
 _HOST_KEYS = ("bits", "group_size", "sym", "desc_act", "act_group_aware", "damp_percent", "true_sequential")
 
 
@@ -100,6 +103,7 @@ class LordGPTQConfig(GPTQConfig):
 
     def __init__(
         self,
+        /,
         bits: int = 4,
         *,
         rank_ratio: float | None = None,
@@ -152,12 +156,11 @@ class LordGPTQConfig(GPTQConfig):
         )
         if unknown:
             raise unknown
-        try:
+        _require_kinds({"mean_correction": mean_correction, "sym": sym, **kwargs}, {"targets": targets, "ignore": ignore})
+        with told_by_host():
             super().__init__(
                 bits, tokenizer=tokenizer, group_size=group_size or -1, sym=sym, damp_percent=damp_percent, **kwargs
             )
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
         self.quant_method: Any = METHOD_GPTQ
         vars(self)["group_size"] = group_size  # the host's annotation does not allow None
         self.rank_ratio, self.param_ratio = rank_ratio, param_ratio
@@ -197,7 +200,7 @@ class LordGPTQConfig(GPTQConfig):
             "stack": self.stack,
             "lowrank": lowrank,
             "calibration": section(_RUN_KEYS["calibration"]),
-            "gptq": section((*_HOST_KEYS, *_PACKING_PATTERNS, "mse")),
+            "gptq": section((*_HOST_KEYS, *PACKING_PATTERNS, "mse")),
             "joint": section(_JOINT_KEYS),
         }
         budget = {key: value for key, value in section(_BUDGET_KEYS).items() if value is not None}
@@ -228,6 +231,24 @@ class LordGPTQConfig(GPTQConfig):
         return values | {"block_name_to_quantize": self.block_name_to_quantize}
 
 
+def _require_kinds(values: Mapping[str, Any], patterns: Mapping[str, Any]) -> None:
+    """Refuses values of another kind than wanted, before anything is made of them.
+
+    Raises:
+        ConfigError: A switch is no truth value, or patterns are neither one nor a list (all are named).
+    """
+    switches = {name: values[name] for name in _SWITCHES if name in values}
+    problems = [
+        f"{name} is {value!r}; wanted true or false" for name, value in switches.items() if not isinstance(value, bool)
+    ]
+    for name, value in patterns.items():
+        listed = value if isinstance(value, list | tuple) else [value or "none"]
+        if not all(isinstance(item, str) for item in listed):
+            problems.append(f"{name} is {value!r}; wanted a pattern or a list of patterns")
+    if problems:
+        raise ConfigError("\n  ".join(["values of other kinds than wanted:", *problems]))
+
+
 def _own_arguments(owner: type) -> list[str]:
     import inspect
 
@@ -253,6 +274,7 @@ class LordConfigFloat(QuantizationConfigMixin):
 
     def __init__(
         self,
+        /,
         rank_pattern: Mapping[str, int] | None = None,
         mean_correction: bool = True,
         form_pattern: Mapping[str, str] | None = None,
@@ -267,6 +289,7 @@ class LordConfigFloat(QuantizationConfigMixin):
         unknown = unknown_keys(kwargs, _own_arguments(type(self)), "quantization_config")
         if unknown:
             raise unknown
+        _require_kinds({"mean_correction": mean_correction}, {})
         self.quant_method: Any = METHOD_FLOAT
         self.rank_pattern = dict(rank_pattern or {})
         self.mean_correction = mean_correction
@@ -282,7 +305,8 @@ class LordGptqHfQuantizer(GptqHfQuantizer):
 
     def __init__(self, quantization_config: LordGPTQConfig, **kwargs: Any) -> None:
         backend.host()  # imported quietly, before the base class imports it loudly
-        super().__init__(quantization_config, **kwargs)
+        with told_by_host():
+            super().__init__(quantization_config, **kwargs)
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Checks the settings of an on-the-fly run before any weight is read."""
@@ -291,19 +315,22 @@ class LordGptqHfQuantizer(GptqHfQuantizer):
             self.quantization_config.to_lord_config("model")
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        ours = self.quantization_config
+        ours, path = self.quantization_config, find_blocks(model).path
         if self.pre_quantized:
+            if ours.block_name_to_quantize not in (None, path):
+                named = f"block_name_to_quantize is {ours.block_name_to_quantize!r}"
+                raise CheckpointError(f"{named}; wanted {path!r}, where {type(model).__name__} has its blocks")
             patterns = ours.form_pattern, ours.group_pattern
             apply_rank_pattern(model, ours.rank_pattern or {}, ours.mean_correction, *patterns)
-        with hush("transformers"):  # the host reads every attribute of every module
+        with told_by_host(), hush("transformers"):  # the host reads every attribute of every module
             if self.pre_quantized and (ours.bits_pattern or ours.group_size_pattern):
-                packings = _packings(model, ours)
-                self.optimum_quantizer.block_name_to_quantize = _block_path(model)
+                packings = packings_of(model, ours)
+                self.optimum_quantizer.block_name_to_quantize = path
                 backend.replace_by_packed(model, self.optimum_quantizer, packings, kwargs.get("device_map"))
             else:
                 super()._process_model_before_weight_loading(model, **kwargs)
         if self.pre_quantized:
-            check_files(model, self.optimum_quantizer.block_name_to_quantize, kwargs.get("checkpoint_files"))
+            check_files(model, path, kwargs.get("checkpoint_files"))
             protect_from_initialization(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -332,7 +359,7 @@ class LordHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         ours = self.quantization_config
         apply_rank_pattern(model, ours.rank_pattern, ours.mean_correction, ours.form_pattern, ours.group_pattern)
-        check_files(model, _block_path(model), kwargs.get("checkpoint_files"))
+        check_files(model, find_blocks(model).path, kwargs.get("checkpoint_files"))
         protect_from_initialization(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -353,40 +380,3 @@ class LordHfQuantizer(HfQuantizer):
     def is_serializable(self, **kwargs: Any) -> bool:
         """Low-rank models save like any other."""
         return True
-
-
-def _packings(model: torch.nn.Module, wanted: LordGPTQConfig) -> dict[str, Packing]:
-    """Returns how a mixed checkpoint packs every linear layer of the rebuilt skeleton, factors included, by full path.
-
-    Layers of 16 bits are not packed, and missing.
-
-    Raises:
-        CheckpointError: The group size is missing, a pattern names a layer the model does not have, or a value is illegal
-            (all are named).
-    """
-    bits, sizes = wanted.bits_pattern or {}, wanted.group_size_pattern or {}
-    owners = {}  # of a linear layer: itself, or the low-rank layer it is a factor of
-    for site in find_linears(model):
-        parent = site.name.rpartition(".")[0]
-        owners[site.name] = parent if is_low_rank(model.get_submodule(parent)) else site.name
-    known = {"bits_pattern": {*owners, *owners.values()}, "group_size_pattern": set(owners.values())}
-    problems = choice_problems("group_size", wanted.group_size, GROUP_SIZES)
-    problems += pattern_problems("bits_pattern", bits, BITS)
-    problems += pattern_problems("group_size_pattern", sizes, GROUP_SIZES)
-    for name, pattern in zip(_PACKING_PATTERNS, (bits, sizes), strict=True):
-        unknown = [key for key in pattern if key not in known[name]]
-        problems += [f"{name} names {key!r}, which {type(model).__name__} does not have" for key in unknown]
-    if problems:
-        raise CheckpointError(
-            "\n  ".join(["quantization_config does not fit the model (was it edited, or is it another's?):", *problems])
-        )
-    size = wanted.group_size
-    own_bits = {name: bits.get(name, bits.get(own, wanted.bits)) for name, own in owners.items()}
-    packed = [name for name in owners if own_bits[name] != FLOAT_BITS]
-    return {name: Packing(own_bits[name], sizes.get(owners[name], size)) for name in packed}
-
-
-def _block_path(model: torch.nn.Module) -> str:
-    from lord_quant.targets import find_blocks
-
-    return find_blocks(model).path

@@ -37,7 +37,7 @@ def test_headers_tell_names_shapes_and_widths_of_dtypes(file: Path) -> None:
     """lord_quant/checkpoint.py measures files by what `safe_open` says of them, without reading tensors."""
     from safetensors import safe_open
 
-    from lord_quant.checkpoint import read_headers
+    from lord_quant.headers import read_headers
 
     with safe_open(file, framework="pt") as handle:
         parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118

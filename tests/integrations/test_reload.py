@@ -208,7 +208,7 @@ def test_loading_imported_the_package_by_itself(reloaded: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize("label", EVERY)
 def test_predicted_bytes_are_the_bytes_in_the_files(label: str, checkpoints: dict[str, Checkpoint]) -> None:
-    from lord_quant.checkpoint import read_headers, weight_files
+    from lord_quant.headers import read_headers, weight_files
     from lord_quant.stored import measure
 
     folder, plan, _ = checkpoints[label]

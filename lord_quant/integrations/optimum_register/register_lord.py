@@ -7,7 +7,7 @@ Runs whenever any optimum-cli command starts, so it imports nothing but argparse
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from types import ModuleType
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
@@ -17,6 +17,7 @@ from lord_quant.commands import inspect as inspect_command
 from lord_quant.commands import plan as plan_command
 from lord_quant.commands import quantize as quantize_command
 from lord_quant.commands import sensitivity as sensitivity_command
+from lord_quant.commands.surroundings import check_surroundings, print_anything
 from lord_quant.commands.termination import Terminated
 from lord_quant.distributed import launched
 
@@ -34,16 +35,18 @@ def _command(name: str, module: ModuleType) -> CommandInfo:
             module.add_arguments(parser)
 
         def run(self) -> None:
+            print_anything()
             sys.exit(_guarded(module, self.args))
 
     return CommandInfo(name=name, help=module.HELP, subcommand_class=LordSubcommand)
 
 
-def _guarded(module: ModuleType, args: object) -> int:
+def _guarded(module: ModuleType, args: Namespace) -> int:
     """Runs a command; an error of ours becomes its message and exit code 2, an interruption 130, SIGTERM 143."""
     from lord_quant.errors import LordError
 
     try:
+        check_surroundings(args)
         return module.run(args)
     except LordError as error:
         sys.stderr.write(f"optimum-cli lord: {type(error).__name__}: {error}\n")

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from lord_quant.commands import eval as eval_command
 from lord_quant.commands import inspect as inspect_command
 from lord_quant.commands import plan as plan_command
 from lord_quant.commands import quantize as quantize_command
@@ -19,6 +20,7 @@ COMMANDS = {
     "plan": plan_command,
     "quantize": quantize_command,
     "inspect": inspect_command,
+    "eval": eval_command,
 }
 SHORT = ["--num-samples", "2", "--seq-len", "32"]
 
