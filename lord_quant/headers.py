@@ -125,7 +125,7 @@ def check_tensors(expected: Mapping[str, torch.Tensor], files: Sequence[str], un
         owner, _, leaf = name.rpartition(".")
         stray = owner.endswith((".down", ".up")) or leaf in packed[:4] or leaf == "order"
         lost_bias = leaf == "bias" and owner in owners and name not in expected
-        if name.startswith(f"{under}.") and (lost_bias or (leaf in packed and stray and owner not in owners)):
+        if name.startswith(f"{under}.") and (lost_bias or (leaf in packed and stray and name not in expected)):
             problems.append(f"unexpected: {name}")
     if problems:
         more = [f"… and {len(problems) - 10} more"] if len(problems) > 10 else []

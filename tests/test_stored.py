@@ -118,12 +118,12 @@ def test_bits_and_group_size_are_read_off_the_tensors_and_shown(
     folder = change(packed, tmp_path / "mixed", repack)
     layers = {layer.site.name: (layer.bits, layer.group_size) for layer in measure(folder).layers}
     assert layers.pop(name) == (bits, size) and set(layers.values()) == {(4, 32)}
-    assert inspect.run(argparse.Namespace(folder=folder, json=False)) == 0
+    assert inspect.run(argparse.Namespace(folder=folder, json=False, verify=False)) == 0
     shown = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert shown[0] == ["layer", "form", "out", "x", "in", "rank", "bits", "group", "bytes", "bpw"]
     (row,) = [row for row in shown if row and row[0] == name]
     assert row[:7] == [name, "dense", "packed", "128x128", "-", str(bits), str(size)]
-    assert inspect.run(argparse.Namespace(folder=packed, json=False)) == 0
+    assert inspect.run(argparse.Namespace(folder=packed, json=False, verify=False)) == 0
     assert "group" not in capsys.readouterr().out.splitlines()[0]
 
 
@@ -247,11 +247,11 @@ def test_groups_are_measured_and_shown(packed: Path, tmp_path: Path, capsys: pyt
     down = 128 * 64 // 2 + 2 * 64 * 4 + 64 * 4 // 2 + 4 * 128
     assert [found[name].weight_bytes for name in (Q, K, V)] == [down + up[128], up[64], up[64]]
     assert {layer.leader for name, layer in layers.items() if name not in found} == {""}
-    assert inspect.run(argparse.Namespace(folder=folder, json=False)) == 0
+    assert inspect.run(argparse.Namespace(folder=folder, json=False, verify=False)) == 0
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line}
     assert rows[Q][:5] == ["grouped", "packed", "128x128", "64", "4/3"]
     assert rows[K][:6] == ["grouped", "packed", "(q_proj)", "64x128", "64", "4/3"]
-    assert inspect.run(argparse.Namespace(folder=folder, json=True)) == 0
+    assert inspect.run(argparse.Namespace(folder=folder, json=True, verify=False)) == 0
     shown = {row["name"]: row for row in json.loads(capsys.readouterr().out)["layers"]}
     assert [(shown[name]["leader"], shown[name]["bits"], shown[name]["up_bits"]) for name in (Q, K)] == [(Q, 4, 3)] * 2
 

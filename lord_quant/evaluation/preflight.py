@@ -15,8 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lord_quant.errors import ConsentError, EvaluationError, HostError, ModelError, nearest_name
 
 
@@ -137,6 +135,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     Raises:
         EvaluationError: One is illegal (all are named).
     """
+    import torch  # late: `--print-include-path` is asked for by scripts
+
     problems = []
     if not re.fullmatch(r"[1-9]\d{0,8}|auto(:[1-9]\d{0,8})?", str(settings["batch_size"])):
         problems.append(f"batch_size is {settings['batch_size']!r}; wanted a number of sequences, or 'auto'")
