@@ -23,10 +23,12 @@ from scene import Scene, make_scene
 from lord_quant.errors import LordError
 
 
+pytestmark = pytest.mark.slow
+
 KEPT = Path(__file__).parents[1] / "fuzz" / "kept"
 MEMORY = 4 * 2**30
 FEW = settings(
-    max_examples=12,
+    max_examples=8,
     derandomize=True,
     database=None,
     deadline=None,
