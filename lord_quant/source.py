@@ -89,7 +89,8 @@ def read_config(path: str) -> tuple[str, PretrainedConfig]:
     try:
         return path, AutoConfig.from_pretrained(path)
     except Exception as error:  # configurations check themselves, or stumble over values nobody thought of
-        raise ModelError(f"model {path!r} cannot be read: {_first_line(error)}") from error
+        what = "config.json " if os.path.isdir(path) else ""
+        raise ModelError(f"model {path!r}: {what}cannot be read: {_first_line(error)}") from error
 
 
 def looks_like_path(name: str) -> bool:

@@ -87,7 +87,7 @@ def measure(folder: str | Path) -> Stored:
     """
     if not os.path.isfile(os.path.join(folder, "config.json")):
         raise ModelError(f"{str(folder)!r} is no checkpoint: it holds no config.json")
-    _, config = read_config(os.path.join(folder, ""))  # a folder, never a name on the hub
+    _, config = read_config(str(folder))
     quantization = getattr(config, "quantization_config", None) or {}
     if hasattr(config, "quantization_config"):
         del config.quantization_config

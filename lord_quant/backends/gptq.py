@@ -11,8 +11,10 @@ import contextlib
 import copy
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from lord_quant.layer_bytes import Packing
 from lord_quant.linalg import require_finite
 from lord_quant.packing import pack_words
 from lord_quant.refine import Quantized
-from lord_quant.silence import hush, silence
+from lord_quant.silence import CACHE_VARIABLES, hush, import_hosts, silence
 
 
 PACK_VARIABLE = "GPTQMODEL_DISABLE_PACK_EXT"
@@ -56,8 +58,32 @@ def host() -> Any:
             from logbar import LogBar
 
             LogBar.shared().setLevel(logging.ERROR)
-        import optimum.gptq.quantizer as quantizer
+        with _cache_that_can_be_made():
+            import optimum.gptq.quantizer as quantizer
     return quantizer
+
+
+@contextlib.contextmanager
+def _cache_that_can_be_made() -> Iterator[None]:
+    """Offers another cache if the user's cannot be made: GPTQModel makes its folders as it is imported, or ends there.
+
+    `silence` takes the names back; all that reads them for good is imported before.
+    """
+    home = Path(os.environ.get("HF_HOME", tempfile.gettempdir()))
+    folders = [home, *(Path(os.environ[name]) for name in CACHE_VARIABLES if name in os.environ)]
+    try:
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        usable = all(os.access(folder, os.W_OK) for folder in folders)
+    except OSError:
+        usable = False
+    if usable:
+        yield
+        return
+    import_hosts()
+    with tempfile.TemporaryDirectory(prefix="lord-quant-") as other:
+        os.environ.update(dict.fromkeys(CACHE_VARIABLES, other))
+        yield
 
 
 def make_quantizer(**arguments: Any) -> Any:
