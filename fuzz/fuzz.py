@@ -25,9 +25,14 @@ import atheris
 
 os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # else torch imports what is to be instrumented first
 with atheris.instrument_imports(include=["lord_quant", "yaml", "json"], enable_loader_override=False):
+    # What readers import when they are called: only imports in here are guides.
     from readers import READERS, seeds
     from scene import make_scene
 
+    import lord_quant.integrations.optimum
+    import lord_quant.integrations.transformers
+    import lord_quant.plots
+    import lord_quant.stored  # noqa: F401
     from lord_quant.errors import LordError
 
 MEMORY = 4 * 2**30

@@ -7,6 +7,7 @@ import contextlib
 import io
 import logging
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator
 
@@ -43,6 +44,26 @@ def silence() -> Iterator[None]:
                 os.environ.pop(key, None)
             else:
                 os.environ[key] = value
+
+
+@contextlib.contextmanager
+def lent_caches() -> Iterator[None]:
+    """Lends hosts a temporary folder, while the body runs, for every cache of theirs that cannot be made.
+
+    One makes all of them as soon as it is imported, whether anything is to be cached or not. Inside `silence`, which gives
+    the variables their values back.
+    """
+    home = os.environ.get("HF_HOME")
+    usual = {} if home is None else {"HF_HUB_CACHE": f"{home}/hub", "HF_MODULES_CACHE": f"{home}/modules"}
+    with tempfile.TemporaryDirectory(prefix="lord-quant-") as lent:
+        for name in CACHE_VARIABLES:
+            place = os.environ.get(name, usual.get(name))
+            try:
+                if place is not None:
+                    os.makedirs(place, exist_ok=True)
+            except OSError:
+                os.environ[name] = lent
+        yield
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs where little is as usual: another locale, odd paths, no home, no network, no compiler, few open files."""
+"""Runs where little is as usual: another locale, odd paths, no home, no network, no compiler, no cache, few open
+files, warnings that are errors."""
 
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ def few_files() -> None:
 
 @pytest.mark.slow
 def test_a_run_where_little_is_as_usual(model_folder: Callable[..., Path], corpus_file: Path, tmp_path: Path) -> None:
-    """Ends with the bytes of a run where all is; nothing is written anywhere else."""
+    """Nobody is warned of anything, it ends with the bytes of a usual run, and nothing is written anywhere else."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(UNREACHABLE)
     odd = tmp_path / "ein Ordner – 模型 [1]"
@@ -58,7 +59,7 @@ def test_a_run_where_little_is_as_usual(model_folder: Callable[..., Path], corpu
     arguments = ["quantize", "--model", model.relative_to(odd), "--dataset", text, "--output", "aus gabe/ü*", *FLAGS]
     environment = bare(PYTHONPATH=str(tmp_path / "site"), TMPDIR=NOWHERE, HF_HOME=f"{NOWHERE}/cache")
     before = set(tmp_path.rglob("*"))
-    done = run(*arguments, cwd=odd, env=environment, preexec_fn=few_files)
+    done = run(*arguments, flags=("-W", "error"), cwd=odd, env=environment, preexec_fn=few_files)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr and "written to" in done.stdout
     output = odd / "aus gabe" / "ü*"
@@ -67,13 +68,6 @@ def test_a_run_where_little_is_as_usual(model_folder: Callable[..., Path], corpu
     usual = tmp_path / "usual"
     assert run_command("quantize", "--model", model, "--dataset", text, "--output", usual, *FLAGS) == 0
     assert families.different_tensors(output, usual) == []
-
-
-@pytest.mark.slow
-def test_warnings_that_are_errors(model_folder: Callable[..., Path], tmp_path: Path) -> None:
-    """Nobody is warned of anything when a command is all right."""
-    done = run("plan", "--model", model_folder("llama"), *FLAGS[:4], flags=("-W", "error"), cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.slow

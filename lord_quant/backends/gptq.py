@@ -11,10 +11,9 @@ import contextlib
 import copy
 import logging
 import os
-import tempfile
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from lord_quant.layer_bytes import Packing
 from lord_quant.linalg import require_finite
 from lord_quant.packing import pack_words
 from lord_quant.refine import Quantized
-from lord_quant.silence import CACHE_VARIABLES, hush, import_hosts, silence
+from lord_quant.silence import hush, lent_caches, silence
 
 
 PACK_VARIABLE = "GPTQMODEL_DISABLE_PACK_EXT"
@@ -58,32 +57,9 @@ def host() -> Any:
             from logbar import LogBar
 
             LogBar.shared().setLevel(logging.ERROR)
-        with _cache_that_can_be_made():
+        with contextlib.nullcontext() if "optimum.gptq.quantizer" in sys.modules else lent_caches():
             import optimum.gptq.quantizer as quantizer
     return quantizer
-
-
-@contextlib.contextmanager
-def _cache_that_can_be_made() -> Iterator[None]:
-    """Offers another cache if the user's cannot be made: GPTQModel makes its folders as it is imported, or ends there.
-
-    `silence` takes the names back; all that reads them for good is imported before.
-    """
-    home = Path(os.environ.get("HF_HOME", tempfile.gettempdir()))
-    folders = [home, *(Path(os.environ[name]) for name in CACHE_VARIABLES if name in os.environ)]
-    try:
-        for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
-        usable = all(os.access(folder, os.W_OK) for folder in folders)
-    except OSError:
-        usable = False
-    if usable:
-        yield
-        return
-    import_hosts()
-    with tempfile.TemporaryDirectory(prefix="lord-quant-") as other:
-        os.environ.update(dict.fromkeys(CACHE_VARIABLES, other))
-        yield
 
 
 def make_quantizer(**arguments: Any) -> Any:

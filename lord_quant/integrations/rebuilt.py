@@ -33,7 +33,7 @@ def told_by_host() -> Iterator[None]:
         yield
     except LordError:
         raise
-    except (ValueError, TypeError, AttributeError, LookupError) as error:
+    except (ValueError, TypeError, AttributeError, LookupError, NotImplementedError) as error:
         raise ConfigError(f"quantization_config holds a value that GPTQ cannot have: {error}") from error
 
 
