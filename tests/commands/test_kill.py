@@ -19,7 +19,7 @@ from families import different_tensors
 
 pytestmark = pytest.mark.slow
 
-KILLS = int(os.environ.get("LORD_QUANT_KILLS", "2"))
+KILLS = int(os.environ.get("LORD_QUANT_KILLS", "1"))
 """How often the run is killed in all, over as many starts as that takes."""
 START = "from optimum.commands.optimum_cli import main; main()"
 # Stands in for a kill behind the rename of the finished folder.
