@@ -24,8 +24,8 @@ import atheris
 
 
 os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # else torch imports what is to be instrumented first
+# What readers import when they are called as well: only what is imported here is a guide.
 with atheris.instrument_imports(include=["lord_quant", "yaml", "json"], enable_loader_override=False):
-    # What readers import when they are called: only imports in here are guides.
     from readers import READERS, seeds
     from scene import make_scene
 
@@ -39,7 +39,7 @@ MEMORY = 4 * 2**30
 """Bytes of address space that a reader may take beside what the process has before."""
 SLOW = 60
 """Seconds that count as hanging."""
-LONGEST = 2**14
+LONGEST = 2**15
 """Bytes of an input."""
 
 
