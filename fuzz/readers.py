@@ -58,7 +58,6 @@ def read_statistics(data: bytes, scene: Scene) -> None:
     statistics = load_statistics(path)
     config = LordConfig.from_dict({"model": str(scene.dense), "joint": {"refine": 1}, "budget": {"target_bpw": 4.5}})
     planner = Planner(config, statistics, Menu())
-    assert config.budget is not None
     planner.settings(planner.choose(BudgetConfig(target_bpw=4.5)))
 
 

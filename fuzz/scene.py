@@ -36,6 +36,7 @@ def make_scene(root: Path) -> Scene:
     """Makes a model of one block, its statistics, a plan and two checkpoints by running the product on it."""
     import_hosts()
     from lord_quant.budget import Planner, digest_of, sense, write_plan
+    from lord_quant.budget_config import BudgetConfig
     from lord_quant.config import LordConfig
     from lord_quant.execution import execute
     from lord_quant.menu import Menu
@@ -56,8 +57,7 @@ def make_scene(root: Path) -> Scene:
     statistics = sense(config)
     save_statistics(statistics, root / "model.stats")
     planner = Planner(config, statistics, Menu())
-    assert config.budget is not None
-    write_plan(planner.settings(planner.choose(config.budget)), root / "plan.yaml")
+    write_plan(planner.settings(planner.choose(BudgetConfig(target_bpw=4.5))), root / "plan.yaml")
     return Scene(root, dense, root / "packed", digest_of(str(dense)))
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from lord_quant.errors import ConfigError, ElsewhereError
 
@@ -103,7 +103,7 @@ class World:
         owners = self.deal(costs, turn)
         own = {piece: tasks[piece]() for piece, owner in enumerate(owners) if owner == self.rank}
         for piece, owner in enumerate(owners):
-            yield self.broadcast(own.pop(piece, None), owner, device)  # type: ignore[misc] # the owner has one
+            yield self.broadcast(own.pop(piece) if owner == self.rank else None, owner, device)
 
     def gather(self, value: T) -> list[T]:
         """Returns the values of all processes, by rank."""
@@ -112,20 +112,20 @@ class World:
         self._meet()
         return _gathered(value, self.size)
 
-    def broadcast(self, value: T, source: int = 0, device: torch.device | str = "cpu") -> T:
+    def broadcast(self, value: T | None, source: int = 0, device: torch.device | str = "cpu") -> T:
         """Returns the value of process `source`; those of others are not looked at.
 
         Args:
-            value: Plain values, and tensors in named tuples, lists and dictionaries.
+            value: Plain values, and tensors in named tuples, lists and dictionaries; None where there is none to tell.
             source: Whose value counts.
             device: Where its tensors are to be.
         """
         if self.size == 1:
-            return value
+            return cast(T, value)
         self._meet()
         box = [_moved(value, "cpu") if self.rank == source else None]
         _exchange(lambda dist: dist.broadcast_object_list(box, src=source))
-        return value if self.rank == source else _moved(box[0], device)
+        return cast(T, value if self.rank == source else _moved(box[0], device))
 
     def total(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns the sum of a tensor over processes."""
@@ -145,7 +145,7 @@ class World:
             shape, dtype = known[name]
             own = tensors.get(name)
             addend = torch.zeros(shape, dtype=dtype, device=device) if own is None else own.clone().contiguous()
-            _exchange(lambda dist, tensor=addend: dist.all_reduce(tensor))  # type: ignore[misc]
+            _add_up(addend)
             sums[name] = addend
         return sums
 
@@ -242,6 +242,11 @@ def _gathered(value: T, size: int) -> list[T]:
     found: list[Any] = [None] * size
     _exchange(lambda dist: dist.all_gather_object(found, value))
     return found
+
+
+def _add_up(tensor: torch.Tensor) -> None:
+    """Replaces a tensor by its sum over processes."""
+    _exchange(lambda dist: dist.all_reduce(tensor))
 
 
 def _exchange(call: Callable[[Any], Any]) -> None:

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -62,6 +62,19 @@ TO_CONTINUE = "put that right, and the same command goes on"
 TO_WRITE_ANYWAY = "nothing was put in place, finished blocks are kept: with --no-verify the same command writes it anyway"
 
 
+class _Streaming(NamedTuple):
+    """A job that goes from file to file, and all it is run with."""
+
+    job: Job
+    output: Path
+    model: PreTrainedModel
+    residency: Streamed
+    phases: Phases
+    progress: Progress
+    world: World
+    verify: bool
+
+
 def execute(job: Job, progress: Progress | None = None, world: World = ALONE, *, verify: bool = True) -> dict[str, Any]:
     """Runs a job and writes its checkpoint; returns the report.
 
@@ -90,7 +103,7 @@ def execute(job: Job, progress: Progress | None = None, world: World = ALONE, *,
                     "to load all of it; wanted a start without torchrun, or the model as save_pretrained writes it"
                 )
         if streamed is not None:
-            return _execute_streamed(job, *streamed, phases, progress, world, verify)
+            return _execute_streamed(_Streaming(job, job.output, *streamed, phases, progress, world, verify))
     with phases.measure("load"), progress.phase("load"):
         model = load_model(job.source, job.device)
     done = compress_model(model, job.plan, job.windows, job.config, itemsize=job.source.dtype.itemsize, progress=progress)
@@ -126,22 +139,15 @@ def refuse_several(config: LordConfig, world: World) -> None:
         raise ConfigError(f"device is {config.device!r} in {world.size} processes, each with one of its own; wanted 'auto'")
 
 
-def _execute_streamed(
-    job: Job,
-    model: PreTrainedModel,
-    residency: Streamed,
-    phases: Phases,
-    progress: Progress,
-    world: World,
-    verify: bool,
-) -> dict[str, Any]:
-    made = made_of(job, world.size)  # before the run adds to the model's configuration
+def _execute_streamed(run: _Streaming) -> dict[str, Any]:
+    residency, world = run.residency, run.world
+    made = made_of(run.job, world.size)  # before the run adds to the model's configuration
     with world.together():
-        journal = _open(job, made, world)
+        journal = _open(run, made)
     residency.scratch = journal.folder
     try:
         with world.together():
-            report = _stream(job, model, residency, phases, progress, world, journal, digest(made), verify)
+            report = _stream(run, journal, digest(made))
     except BaseException as error:
         journal.close(keep=bool(journal.blocks))
         if isinstance(error, CheckpointError):
@@ -161,39 +167,29 @@ def clear_away(job: Job, output: Path, processes: int = 1) -> None:
             Journal(output, made_of(job, processes)).close()
 
 
-def _open(job: Job, made: Mapping[str, Any], world: World) -> Unfinished:
+def _open(run: _Streaming, made: Mapping[str, Any]) -> Unfinished:
     """Opens the journal in the first process, which tells the others what is finished.
 
     Raises:
         ConfigError: The processes do not have the same run before them.
         OutputError: Whatever `Journal` has to say.
     """
-    assert job.output is not None  # `execute` looked
+    world = run.world
     for rank, other in enumerate(world.gather(made)):
         odd = [name for name in made if other[name] != made[name]]
         if odd:
             raise ConfigError(f"processes {world.rank} and {rank} differ in {', '.join(odd)}; wanted the same run in all")
     if world.first:
-        journal = Journal(job.output, made, restart=job.overwrite)
+        journal = Journal(run.output, made, restart=run.job.overwrite)
         world.broadcast(journal.blocks)
         return journal
-    return Unfinished(job.output, world.broadcast([]))
+    return Unfinished(run.output, world.broadcast(None))
 
 
-def _stream(
-    job: Job,
-    model: PreTrainedModel,
-    residency: Streamed,
-    phases: Phases,
-    progress: Progress,
-    world: World,
-    journal: Unfinished,
-    made_of_sha256: str,
-    verify: bool,
-) -> dict[str, Any]:
+def _stream(run: _Streaming, journal: Unfinished, made_of_sha256: str) -> dict[str, Any]:
     """Compresses what is not finished and, in the first process, writes the checkpoint; returns the report in all."""
-    config, plan, output = job.config, job.plan, job.output
-    assert output is not None  # `execute` looked
+    job, output, model, residency, phases, progress, world, verify = run
+    config, plan = job.config, job.plan
     solve, quantizer, sensitivity = None, None, None
     if plan.bits != FLOAT_BITS:
         solve = functools.partial(solvers_of, gptq=config.gptq, num_tokens=job.windows.num_tokens)

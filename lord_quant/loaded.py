@@ -7,6 +7,7 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 from lord_quant.budget import Planner, apply_plan, sense_model, unplanned
+from lord_quant.budget_config import BudgetConfig
 from lord_quant.calibration import TokenWindows
 from lord_quant.cautions import log_cautions
 from lord_quant.config import LordConfig
@@ -46,16 +47,16 @@ def compress_loaded(model: PreTrainedModel, tokenizer: Any, config: LordConfig) 
     context = getattr(model.config, "max_position_embeddings", None) or DEFAULT_SEQ_LEN
     windows = calibrate(config, tokenizer, context)
     if config.budget is not None:
-        config, measured_on = _choose(model, windows, config)
+        config, measured_on = _choose(model, windows, config, config.budget)
         plan = plan_model(model, config, itemsize)
     log_cautions(model, plan, windows, config.stack, measured_on)
     return compress_model(model, plan, windows, config)
 
 
-def _choose(model: PreTrainedModel, windows: TokenWindows, config: LordConfig) -> tuple[LordConfig, str]:
+def _choose(
+    model: PreTrainedModel, windows: TokenWindows, config: LordConfig, budget: BudgetConfig
+) -> tuple[LordConfig, str]:
     """Returns the run that a run's budget chooses, and the digest of the tokens that this rests on."""
-    budget = config.budget
-    assert budget is not None
     statistics = load_statistics(budget.statistics) if budget.statistics else sense_model(model, windows, config)
     menu = Menu(mean_correction=config.lowrank.mean_correction, min_param_ratio=budget.min_param_ratio or 0)
     planner = Planner(config, statistics, menu, model)

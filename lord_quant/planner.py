@@ -132,15 +132,6 @@ class Frontier:
         return chosen
 
 
-def allocate(menus: Sequence[Sequence[Choice]], budget: float, others: Iterable[Allocation] = ()) -> Allocation:
-    """Returns what `Frontier.within` does, for one budget.
-
-    Raises:
-        BudgetError: Not even the smallest choices fit.
-    """
-    return Frontier(menus, others).within(budget)
-
-
 def lower_hull(menu: Sequence[Sized]) -> list[Sized]:
     """Returns what is best at some price per byte, smallest first; losses fall ever more slowly."""
     hull: list[Sized] = []

@@ -22,7 +22,6 @@ from lord_quant.plan import build_plan
 from lord_quant.planner import (
     Allocation,
     Frontier,
-    allocate,
     lower_hull,
     merged,
     patterns,
@@ -71,9 +70,9 @@ def test_an_allocation_fits_and_is_within_a_step_of_the_best(menus: Any, budget:
     smallest = sum(min(menu).num_bytes for menu in menus.values())
     if budget < smallest:
         with pytest.raises(BudgetError, match=str(smallest)):
-            allocate(units(menus), budget)
+            Frontier(units(menus)).within(budget)
         return
-    found = allocate(units(menus), budget)
+    found = Frontier(units(menus)).within(budget)
     assert found == total(found.chosen) and found.num_bytes <= budget
     assert all(each in menus[name] for name, each in found.chosen.items())
     steps = [a.loss - b.loss for menu in menus.values() for a, b in itertools.pairwise(lower_hull(menu))]
@@ -98,7 +97,7 @@ def test_budgets_of_whole_steps_are_met_exactly(menus: Any) -> None:
     budget = sum(hull[0].num_bytes for hull in hulls.values())
     for _, _, size in steps:
         budget += size
-        assert allocate(units(menus), budget).loss == pytest.approx(best_by_trying_all(menus, budget), abs=1e-9)
+        assert Frontier(units(menus)).within(budget).loss == pytest.approx(best_by_trying_all(menus, budget), abs=1e-9)
 
 
 def smallest_by_trying_all(menus: Any, max_loss: float) -> int:
@@ -149,8 +148,8 @@ def test_a_given_plan_that_is_smaller_is_taken_if_it_loses_no_more() -> None:
 def test_a_given_plan_that_is_better_is_taken_if_it_fits() -> None:
     menus = {"a": [candidate(10, 5.0), candidate(20, 4.0)]}
     better = Allocation({"a": candidate(15, 1.0)}, 15, 1.0)
-    assert allocate(units(menus), 16, [better]) is better
-    assert allocate(units(menus), 14, [better]).loss == 5.0
+    assert Frontier(units(menus), [better]).within(16) is better
+    assert Frontier(units(menus), [better]).within(14).loss == 5.0
 
 
 def layer_loss(smaller: int, seed: int, scale: float = 1.0) -> LayerLoss:
@@ -307,8 +306,8 @@ def test_a_group_that_is_better_is_chosen() -> None:
     menus = {"a": [candidate(10, 5.0), candidate(20, 1.0)], "b": [candidate(10, 5.0), candidate(20, 1.0)]}
     group = Choice(22, 3.0, (("a", candidate(15, 3.0)), ("b", candidate(7, 0.0))))
     unit = merged(menus, [group])
-    assert allocate([unit], 25).chosen == dict(group.parts)
-    assert allocate([unit], 40).loss == 2.0 and allocate([unit], 21).loss == 10.0
+    assert Frontier([unit]).within(25).chosen == dict(group.parts)
+    assert Frontier([unit]).within(40).loss == 2.0 and Frontier([unit]).within(21).loss == 10.0
 
 
 @pytest.mark.parametrize("ratio", [0.3, 0.5, 1.0])
@@ -333,11 +332,12 @@ def test_plans_are_never_predicted_worse_than_uniform_ones_or_smaller_budgets() 
     uniform = uniform_plans(SITES, LOSSES, menu)
     assert len(uniform) == 16
     for plan in uniform:
-        assert allocate(units(menus), plan.num_bytes, uniform).loss <= plan.loss
+        assert Frontier(units(menus), uniform).within(plan.num_bytes).loss <= plan.loss
     dense = sum(site.in_features * site.out_features for site in SITES.values())
-    losses = [allocate(units(menus), bpw * dense / 8, uniform).loss for bpw in (2, 2.25, 2.5, 3, 3.5, 4, 5, 8)]
+    losses = [Frontier(units(menus), uniform).within(bpw * dense / 8).loss for bpw in (2, 2.25, 2.5, 3, 3.5, 4, 5, 8)]
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] / 50
-    assert allocate(units(menus), 3 * dense / 8) == allocate(units(menus), 3 * dense / 8)
+    first, again = (Frontier(units(menus)).within(3 * dense / 8) for _ in range(2))
+    assert first == again
 
 
 def test_a_16b_shaped_model_is_planned_in_seconds() -> None:

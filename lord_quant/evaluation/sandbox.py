@@ -206,24 +206,21 @@ class Sandbox:
 
     def _request(self, job: bytes, deadline: float) -> bytes:
         """Has the server run `job`; returns what came as its status until nothing of it was left."""
-        if self._server is None or self._server.poll() is not None:
-            self.close()
-            self._start()
-        assert self._requests is not None
+        requests = self._running()
         job_read, job_write = os.pipe()
         status_read, status_write = os.pipe()
         # A thread writes: the job may be larger than a pipe's buffer, and the child may never read it.
         feeder = threading.Thread(target=_feed, args=(job_write, job), daemon=True)
         feeder.start()
         try:
-            socket.send_fds(self._requests, [b"j"], [job_read, status_write])
+            socket.send_fds(requests, [b"j"], [job_read, status_write])
         except OSError:
             pass  # the server is gone: there will be no status
         finally:
             os.close(job_read)
             os.close(status_write)
         try:
-            status, done = _collect(status_read, self._requests.fileno(), deadline)
+            status, done = _collect(status_read, requests.fileno(), deadline)
             if not done:
                 self.close(patience=0.0)
             return status
@@ -231,7 +228,11 @@ class Sandbox:
             feeder.join()
             os.close(status_read)
 
-    def _start(self) -> None:
+    def _running(self) -> socket.socket:
+        """Returns where the server is told of jobs; starts one if there is none."""
+        if self._requests is not None and self._server is not None and self._server.poll() is None:
+            return self._requests
+        self.close()
         own, other = socket.socketpair()
         # The interpreter itself, not a virtual environment's link to it: without `site` only the path differs.
         python = getattr(sys, "_base_executable", None) or sys.executable
@@ -247,6 +248,7 @@ class Sandbox:
                 start_new_session=True,
             )
         self._requests = own
+        return own
 
 
 def run_program(check: Check, *, limits: Limits | None = None, layers: frozenset[str] = LAYERS) -> SandboxResult:

@@ -15,9 +15,13 @@ import select
 import sys
 import types
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from sandbox_values import MAX_FRAME, MalformedAnswer, decode, encode, read_frame, write_frame  # type: ignore[import-not-found]
+
+if TYPE_CHECKING:
+    from lord_quant.evaluation.sandbox_values import MAX_FRAME, MalformedAnswer, decode, encode, read_frame, write_frame
+else:  # beside this file: the sandbox never imports lord_quant
+    from sandbox_values import MAX_FRAME, MalformedAnswer, decode, encode, read_frame, write_frame
 
 
 _LOOK_SECONDS = 0.05

@@ -322,9 +322,10 @@ class LordGptqHfQuantizer(GptqHfQuantizer):
                 raise CheckpointError(f"{named}; wanted {path!r}, where {type(model).__name__} has its blocks")
             patterns = ours.form_pattern, ours.group_pattern
             apply_rank_pattern(model, ours.rank_pattern or {}, ours.mean_correction, *patterns)
+        mixed = self.pre_quantized and (ours.bits_pattern or ours.group_size_pattern)
+        packings = packings_of(model, ours) if mixed else {}
         with told_by_host(), hush("transformers"):  # the host reads every attribute of every module
-            if self.pre_quantized and (ours.bits_pattern or ours.group_size_pattern):
-                packings = packings_of(model, ours)
+            if mixed:
                 self.optimum_quantizer.block_name_to_quantize = path
                 backend.replace_by_packed(model, self.optimum_quantizer, packings, kwargs.get("device_map"))
             else:
