@@ -19,6 +19,12 @@ def hold():
     time.sleep(0.3)
     return {"held": len(held)}
 
+def work():
+    end = time.process_time() + float(sys.argv[1])
+    while time.process_time() < end:
+        pass
+    return "done"
+
 def leave():
     raise SystemExit(0)
 
@@ -49,6 +55,12 @@ def test_time_memory_and_result_are_those_of_the_process(processes: Any) -> None
     assert large.returned == {"held": 2 * 10**8} and large.gpu_bytes is None
     assert large.peak_bytes - small.peak_bytes == pytest.approx(2 * 10**8, rel=0.1)
     assert small.peak_bytes < 10**8 and 0.3 < small.wall_s < 60
+
+
+def test_processor_time_is_counted_and_limited(processes: Any) -> None:
+    whole, cut = (processes.measured("chore:work", "0.6", limit=limit) for limit in (None, 0.3))
+    assert whole.finished and whole.returned == "done" and 0.6 < whole.processor_s < 60
+    assert not cut.finished and cut.returned is None and 0.3 <= cut.processor_s < 0.6
 
 
 def test_a_command_line_may_leave_in_good_order(processes: Any) -> None:
