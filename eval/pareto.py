@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,7 +45,8 @@ NOTE = (
 BUDGET_NOTE = (
     "Perplexities of what takes at most so many bits per weight: the best of all schemes, and what the planner chooses for "
     "that budget (planned-dense: among bits and group sizes of dense layers only). Difference and excess saved are against "
-    "the line read at the whole budget, although a plan may need less."
+    "the line of the same calibration seed, read at the whole budget, although a plan may need less. No worse: for how "
+    "many seeds the plan's perplexity is at most that of the best plain point of at most the same bits and the same seed."
 )
 
 
@@ -151,18 +152,19 @@ def summarise(
     }
     points = {kind: [Point(x["label"], x["bpw"], x["perplexity"]) for x in found] for kind, found in lines.items()}
     line, reference = frontier(points["plain"]), base[0]["perplexity"]
-    by_label = {found["label"]: [row["perplexity"] for row in results.by_seed(ours, found["label"]).values()]
+    plain_points = points_by_seed(results, plain)
+    by_label = {found["label"]: {seed: row["perplexity"] for seed, row in results.by_seed(ours, found["label"]).items()}
                 for found in lines["ours"]}  # fmt: skip
     for found in lines["ours"]:
         found["plain_line"] = read_line(line, found["bpw"])
         found["over_plain_line"] = excess(found["perplexity"], found["plain_line"])
-        found["excess_saved"] = excess_saved(by_label[found["label"]], reference, found["plain_line"])
+        found["excess_saved"] = excess_saved(by_label[found["label"]].values(), reference, found["plain_line"])
     for found in lines["plain"]:
         found["on_line"] = found["label"] in {point.label for point in line}
     by_budget = []
     for budget in budgets:
         compared = budget_line(budget, points["ours"], points["plain"], line)
-        plans = {kind: planned_line(by_label, kind, budget, reference, compared["plain_line"]) for kind in PLANNED}
+        plans = {kind: planned_line(by_label, kind, budget, reference, plain_points) for kind in PLANNED}
         by_budget.append(compared | plans)
     summary = {"dense": reference, **lines, "budgets": by_budget}
     return summary, "\n\n".join(
@@ -187,20 +189,53 @@ def budget_line(budget: float, ours: list[Point], plain: list[Point], line: list
     }
 
 
+def points_by_seed(results: Results, rows: list[Row]) -> dict[int, list[Point]]:
+    """Returns the points of rows, by their seed."""
+    points: dict[int, list[Point]] = {}
+    for label in dict.fromkeys(row.label for row in rows):
+        for seed, found in results.by_seed(rows, label).items():
+            points.setdefault(seed, []).append(Point(label, found["bpw"], found["perplexity"]))
+    return points
+
+
 def planned_line(
-    by_label: dict[str, list[float]], kind: str, budget: float, dense: float, line: float | None
+    by_label: dict[str, dict[int, float]], kind: str, budget: float, dense: float, plain: dict[int, list[Point]]
 ) -> dict[str, Any] | None:
-    """Returns perplexity and excess saved, over seeds, of what the planner chose for a budget; None without such a row."""
+    """Returns, over seeds, how what the planner chose for a budget compares with plain GPTQ of the same seed.
+
+    Args:
+        by_label: Perplexities of our rows, by label and seed.
+        kind: Which plans, an element of `PLANNED`.
+        budget: Bits per weight.
+        dense: Perplexity of the dense model.
+        plain: Points of plain GPTQ by seed.
+
+    Returns:
+        None without such a row.
+    """
     labels = [label for label in by_label if label.split(":")[0] == kind and float(label.split(":")[1]) == budget]
     if not labels:
         return None
     found = by_label[labels[0]]
-    perplexity = stats(found)
-    over = None if line is None else stats([value / line - 1 for value in found])
-    return {"perplexity": perplexity, "over_plain_line": over, "excess_saved": excess_saved(found, dense, line)}
+    over, saved, beaten = [], [], []
+    for seed, perplexity in found.items():
+        own = plain.get(seed, [])
+        line, best = read_line(frontier(own), budget), best_within(own, budget)
+        if line is None or best is None:
+            continue
+        over.append(perplexity / line - 1)
+        beaten.append(perplexity <= best.perplexity)
+        if line > dense:
+            saved.append(1 - (perplexity - dense) / (line - dense))
+    return {
+        "perplexity": stats(list(found.values())),
+        "over_plain_line": stats(over),
+        "excess_saved": stats(saved),
+        "no_worse": [sum(beaten), len(beaten)],
+    }
 
 
-def excess_saved(perplexities: Sequence[float], dense: float, line: float | None) -> dict[str, Any] | None:
+def excess_saved(perplexities: Iterable[float], dense: float, line: float | None) -> dict[str, Any] | None:
     """Returns, over seeds, which share of the plain line's excess over the dense model is gone; None without an excess."""
     if line is None or line <= dense:
         return None
@@ -244,7 +279,7 @@ def budget_table(lines: list[dict[str, Any]]) -> str:
     """Renders the comparison within budgets."""
     kinds = [kind for kind in reversed(PLANNED) if any(line[kind] for line in lines)]
     headers = ["bpw at most", "best plain GPTQ", "plain line there", "best of ours"]
-    headers += [name for kind in kinds for name in (kind, "over the line", "excess saved")]
+    headers += [name for kind in kinds for name in (kind, "over the line", "excess saved", "no worse")]
     cells = [
         [
             f"{line['budget']:.2f}",
@@ -268,10 +303,14 @@ def _best(point: dict[str, Any] | None) -> str:
 
 def _planned(line: dict[str, Any] | None) -> list[str]:
     if line is None:
-        return ["n/a"] * 3
+        return ["n/a"] * 4
+    beaten, seeds = line["no_worse"]
     return [
-        spread(line["perplexity"], ".3f"), _spread(line["over_plain_line"], "+.2%"), _spread(line["excess_saved"], ".1%")
-    ]  # fmt: skip
+        spread(line["perplexity"], ".3f"),
+        _spread(line["over_plain_line"], "+.2%"),
+        _spread(line["excess_saved"], ".1%"),
+        f"{beaten} of {seeds}",
+    ]
 
 
 def _spread(values: dict[str, Any] | None, form: str) -> str:

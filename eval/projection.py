@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--eigen-efficiency", type=float, default=0.05, help="that of eigendecompositions (default: 0.05)")
     parser.add_argument("--kernel-us", type=float, default=6.0, help="microseconds to start a kernel (default: 6)")
     parser.add_argument("--cpu-gflops", type=float, default=200.0, help="float64 speed of the host (default: 200)")
-    parser.add_argument("--pack-rate", type=float, default=1e7, help="weights packed per second on the host (default: 1e7)")
+    parser.add_argument("--pack-rate", type=float, default=1e8, help="weights packed per second on the host (default: 1e8)")
     parser.add_argument("--disk", type=float, default=2.0, metavar="GB/S", help="speed of files (default: 2)")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.json")
     args = parser.parse_args()
