@@ -29,6 +29,7 @@ from lord_quant.distributed import ALONE, World
 from lord_quant.errors import CheckpointError, ConfigError, ModelError, OutputError, reason_of
 from lord_quant.fingerprint import TOLERANCE, Fingerprint
 from lord_quant.headers import read_headers, weight_files
+from lord_quant.joint import ranked_layers
 from lord_quant.journal import Journal, Unfinished, folder_of
 from lord_quant.manifest import write_manifest
 from lord_quant.outcomes import plan_as_run
@@ -204,8 +205,9 @@ def _stream(run: _Streaming, journal: Unfinished, made_of_sha256: str) -> dict[s
     if len(fisher_windows(job.windows, config)) and plan.rank_pattern:
         with phases.measure("sensitivity"):
             batches, seed = backward_batches(job.windows, config), config.calibration.seed
+            asked: dict[str, Any] = {"names": ranked_layers(model, plan), "dtype": others["dtype"]}
             sensitivity = Sensitivity.measure(
-                model, batches, seed=seed, residency=residency, progress=progress, world=world
+                model, batches, seed=seed, **asked, residency=residency, progress=progress, world=world
             )
     elif world.first and not journal.blocks:  # the backward pass would have come upon all of them
         residency.look_through()

@@ -3,12 +3,13 @@
 
 Those of a whole model would not fit in memory. So what is kept is the gradient at every block's output, found by going back
 through the blocks one at a time, each being run again for it; gradients at a block's layers are made when the block's turn
-comes, by going back through that block once more.
+comes, by going back through that block once more. Whoever has room for all that he makes of them takes them on the first
+way back (`Visit`), and no block is run for them again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -44,6 +45,19 @@ class Rows(NamedTuple):
 
     inputs: torch.Tensor
     gradients: torch.Tensor
+
+
+class Visit(NamedTuple):
+    """What is looked at on the way back through the blocks.
+
+    Attributes:
+        names: Layers by path inside their block, per block.
+        take: Is given every block's number, from the last to the first, and what each batch says of its layers, as
+            `BlockGradients.through` yields it; must go through all of it.
+    """
+
+    names: Sequence[Sequence[str]]
+    take: Callable[[int, Iterator[dict[str, Rows]]], None]
 
 
 class BlockGradients:
@@ -83,11 +97,10 @@ class BlockGradients:
             NumericsError: Hidden states or gradients hold NaN or inf; the block is named.
             OutputError: They cannot be written to where they wait.
         """
-        progress, count = progress or Progress(), len(find_blocks(model).modules)
+        count = len(find_blocks(model).modules)
         if not batches:
             return cls([], [Kept(()) for _ in range(count)], 0)
-        with progress.phase(title, 2 * count - 1):
-            return cls(*_forth_and_back(model, batches, labels, residency, progress))
+        return cls(*_forth_and_back(model, batches, labels, title, residency, progress))
 
     def through(self, index: int, block: nn.Module, kind: str, names: Sequence[str]) -> Iterator[dict[str, Rows]]:
         """Yields what every batch says of layers of a block, by name; layers that were not called are missing.
@@ -104,21 +117,52 @@ class BlockGradients:
         if index != self._next:
             raise ValueError(f"gradients of block {index}; wanted block {self._next}: each is made once, in order")
         for call, gradient in zip(self._stream, self._gradients[index].take(), strict=True):
-            with _weights_fixed(block), torch.set_grad_enabled(bool(names)), _calls(block, names) as calls:
-                leaving = call.run(block, kind, call.hidden.detach().requires_grad_(bool(names)).clone())
-            live = [name for name, (_, output) in calls.items() if output.requires_grad]  # a router may cut its graph
-            seen = [calls[name][1] for name in live]
-            found = torch.autograd.grad(leaving, seen, gradient, allow_unused=True) if seen else ()
-            parts = dict(zip(live, found, strict=True))
-            call.hidden = leaving.detach()
-            yield {name: _rows(entering, output, parts.get(name)) for name, (entering, output) in calls.items()}
+            run = _Run.of(block, kind, call, call.hidden, names, graph=bool(names))
+            call.hidden = run.leaving.detach()
+            yield run.rows(run.back(gradient))
         self._next += 1
 
 
+def visit(
+    model: nn.Module,
+    batches: Sequence[torch.Tensor],
+    labels: Labels,
+    title: str,
+    seen: Visit,
+    residency: Residency = RESIDENT,
+    progress: Progress | None = None,
+) -> int:
+    """Runs a model forth and back as `BlockGradients.measure` does and shows the gradients of layers on the way back.
+
+    Returns:
+        How many tokens have a label. Without batches nothing is shown.
+    """
+    return _forth_and_back(model, batches, labels, title, residency, progress, seen)[2] if batches else 0
+
+
 def _forth_and_back(
-    model: nn.Module, batches: Sequence[torch.Tensor], labels: Labels, residency: Residency, progress: Progress
+    model: nn.Module,
+    batches: Sequence[torch.Tensor],
+    labels: Labels,
+    title: str,
+    residency: Residency,
+    progress: Progress | None,
+    seen: Visit | None = None,
 ) -> tuple[list[BlockCall], list[Kept], int]:
-    """Returns what a `BlockGradients` is made of."""
+    """Returns what a `BlockGradients` is made of; no gradients where they were seen."""
+    progress, count = progress or Progress(), len(find_blocks(model).modules)
+    with progress.phase(title, 2 * count - (seen is None)):
+        return _passes(model, batches, labels, residency, progress, seen)
+
+
+def _passes(
+    model: nn.Module,
+    batches: Sequence[torch.Tensor],
+    labels: Labels,
+    residency: Residency,
+    progress: Progress,
+    seen: Visit | None,
+) -> tuple[list[BlockCall], list[Kept], int]:
     path, blocks = find_blocks(model)
     kinds, last = block_kinds(model, len(blocks)), len(blocks) - 1
     with torch.no_grad():
@@ -139,13 +183,18 @@ def _forth_and_back(
     ]
     gradient = [found for found, _ in ends]
     _require_finite(gradient, f"gradients of the loss behind {path}.{last}")
-    gradients = [residency.keep(gradient)]
-    for index in range(last, 0, -1):
-        arriving = entering.pop().take()
-        with residency.of(index, then=index - 1):
-            gradient = [_back(blocks[index], kinds[index], *each) for each in zip(stream, arriving, gradient, strict=True)]
+    gradients = [residency.keep(gradient)] if seen is None else []
+    take = _pass_over if seen is None else seen.take
+    for index in range(last, 0 if seen is None else -1, -1):
+        arriving, names = entering.pop().take(), () if seen is None else seen.names[index]
+        before: list[torch.Tensor] = []
+        with residency.of(index, then=max(index - 1, 0)):  # whoever goes through the blocks next begins with the first
+            rows = _going_back(blocks[index], kinds[index], zip(stream, arriving, gradient, strict=True), names, before)
+            take(index, rows)
+        gradient = before
         _require_finite(gradient, f"gradients of the loss in front of {path}.{index}")
-        gradients.append(residency.keep(gradient))
+        if seen is None:
+            gradients.append(residency.keep(gradient))
         progress.block(f"{path}.{index}")
     return stream, gradients[::-1], sum(count for _, count in ends)
 
@@ -187,12 +236,70 @@ def _gradient_at_the_end(
     return gradient, int((own != UNLABELLED).sum())
 
 
-def _back(block: nn.Module, kind: str, call: BlockCall, entering: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """Returns the gradient at a block's input, given that at its output."""
-    entering = entering.detach().requires_grad_()
-    with _weights_fixed(block), torch.enable_grad():
-        leaving = call.run(block, kind, entering.clone())
-    return torch.autograd.grad(leaving, entering, gradient)[0]
+def _pass_over(index: int, rows: Iterator[dict[str, Rows]]) -> None:
+    for _ in rows:
+        pass
+
+
+class _Run(NamedTuple):
+    """A block that ran on a batch.
+
+    Attributes:
+        entering: Its hidden states, a leaf.
+        leaving: What left it.
+        calls: Inputs and outputs of the layers that are looked at, by name.
+    """
+
+    entering: torch.Tensor
+    leaving: torch.Tensor
+    calls: dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+    @classmethod
+    def of(
+        cls, block: nn.Module, kind: str, call: BlockCall, hidden: torch.Tensor, names: Sequence[str], *, graph: bool
+    ) -> _Run:
+        """Runs a block; with its graph, if someone wants to go back."""
+        entering = hidden.detach().requires_grad_(graph)
+        with _weights_fixed(block), torch.set_grad_enabled(graph), _calls(block, names) as calls:
+            leaving = call.run(block, kind, entering.clone())
+        return cls(entering, leaving, calls)
+
+    def back(self, gradient: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor | None]:
+        """Goes back once and returns the gradients at the layers' outputs, then at other tensors; None where unused."""
+        places = [output for _, output in self.calls.values()] + list(others)
+        live = [place for place in places if place.requires_grad]  # a router may cut its graph
+        found = iter(torch.autograd.grad(self.leaving, live, gradient, allow_unused=True) if live else ())
+        return [next(found) if place.requires_grad else None for place in places]
+
+    def rows(self, gradients: Iterable[torch.Tensor | None]) -> dict[str, Rows]:
+        """Returns what the batch says of the layers, given the gradients at their outputs."""
+        return {
+            name: _rows(inputs, outputs, gradient)
+            for (name, (inputs, outputs)), gradient in zip(self.calls.items(), gradients, strict=True)
+        }
+
+
+def _going_back(
+    block: nn.Module,
+    kind: str,
+    batches: Iterable[tuple[BlockCall, torch.Tensor, torch.Tensor]],
+    names: Sequence[str],
+    before: list[torch.Tensor],
+) -> Iterator[dict[str, Rows]]:
+    """Yields what every batch says of layers of a block, and adds the gradients at the block's input to `before`.
+
+    Args:
+        block: The block.
+        kind: Its kind.
+        batches: What it is called with, the hidden states in front of it and the gradient at its output.
+        names: Its layers, by path inside the block.
+        before: What is added to.
+    """
+    for call, hidden, gradient in batches:
+        run = _Run.of(block, kind, call, hidden, names, graph=True)
+        *found, entering = run.back(gradient, run.entering)
+        before.append(torch.zeros_like(hidden) if entering is None else entering)
+        yield run.rows(found)
 
 
 @contextmanager

@@ -247,6 +247,16 @@ def stack_model(
     return run.done
 
 
+def ranked_layers(model: nn.Module, plan: Plan) -> list[list[str]]:
+    """Returns the layers whose sensitivities a run asks for, those that get a rank, per block, by path inside it."""
+    blocks = find_blocks(model)
+    found: list[list[str]] = [[] for _ in blocks.modules]
+    for layer in plan.layers:
+        if layer.rank is not None:
+            found[layer.block].append(layer.name.removeprefix(f"{blocks.path}.{layer.block}."))
+    return found
+
+
 def _cost(layers: Sequence[LayerPlan]) -> float:
     """Returns the operations that compressing layers as one takes, up to a factor."""
     height, width = sum(layer.out_features for layer in layers), layers[0].in_features

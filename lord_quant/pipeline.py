@@ -30,7 +30,7 @@ from lord_quant.engine import DecompositionRecord, decompose_model
 from lord_quant.errors import CalibrationError, ConfigError, ModelError
 from lord_quant.estimate import Estimate, estimate
 from lord_quant.fingerprint import Fingerprint, fingerprint_of
-from lord_quant.joint import stack_model
+from lord_quant.joint import ranked_layers, stack_model
 from lord_quant.linalg import require_finite
 from lord_quant.operations import Workload
 from lord_quant.outcomes import StackRecord, plan_as_run
@@ -262,7 +262,8 @@ def _compress_jointly(
     if len(few) and plan.rank_pattern:
         with phases.measure("sensitivity"):
             passed, seed = backward_batches(windows, config), config.calibration.seed
-            sensitivity = Sensitivity.measure(model, passed, seed=seed, progress=progress)
+            names = ranked_layers(model, plan)
+            sensitivity = Sensitivity.measure(model, passed, seed=seed, names=names, dtype=dtype, progress=progress)
     with phases.measure("stack"):
         stacked = stack_model(
             model,

@@ -35,7 +35,13 @@ WAITING_BYTES = 2**27
 
 
 class Residency:
-    """All blocks have their weights, always."""
+    """All blocks have their weights, always.
+
+    Attributes:
+        spare_bytes: How much more than otherwise may wait at once where that saves running blocks again.
+    """
+
+    spare_bytes = 2**28
 
     def keep(self, tensors: Sequence[torch.Tensor]) -> Kept:
         """Keeps tensors until they are needed again."""
@@ -81,6 +87,8 @@ class Streamed(Residency):
         ModelError: A file cannot be read.
         NumericsError: A weight holds NaN or inf.
     """
+
+    spare_bytes = 2**31  # in files
 
     def __init__(
         self,

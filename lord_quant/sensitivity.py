@@ -20,28 +20,30 @@ The gradient of fit says something else: whether the text would rather have the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from lord_quant.distributed import ALONE, World
-from lord_quant.gradients import ROWS, UNLABELLED, BlockGradients
+from lord_quant.gradients import ROWS, UNLABELLED, BlockGradients, Rows, Visit, visit
+from lord_quant.kept import Kept
 from lord_quant.moments import add_gram
 from lord_quant.progress import Progress
 from lord_quant.residency import RESIDENT, Residency
+from lord_quant.targets import dense_weight, find_blocks
 
 
 class Sensitivity:
     """Output sensitivities of a model's layers, one block after another.
 
     Args:
-        gradients: Of the loss of labels drawn from the model's predictions; used up.
+        gradients: Of the loss of labels drawn from the model's predictions; used up. Or the sums already made of them.
         world: The processes, each with gradients of its own windows.
     """
 
-    def __init__(self, gradients: BlockGradients, world: World = ALONE) -> None:
+    def __init__(self, gradients: BlockGradients | _Sums, world: World = ALONE) -> None:
         self._gradients, self._world = gradients, world
         self._num_labels = sum(world.gather(gradients.num_labels))
 
@@ -52,6 +54,8 @@ class Sensitivity:
         batches: Sequence[torch.Tensor],
         *,
         seed: int = 0,
+        names: Sequence[Sequence[str]] = (),
+        dtype: torch.dtype = torch.float32,
         residency: Residency = RESIDENT,
         progress: Progress | None = None,
         world: World = ALONE,
@@ -62,8 +66,11 @@ class Sensitivity:
             model: A loaded causal language model in evaluation mode.
             batches: Token windows with shape (batch, seq_len), all without padding.
             seed: Of the labels drawn from the model's predictions: the same ones for a window whichever process has it.
-            residency: Which blocks have their weights.
-            progress: Where it is told how far the pass is.
+            names: The layers that will be asked for, by path inside their block, per block. If the sensitivities of all of
+                them may wait together they are made on the way back, and no block is run again for them.
+            dtype: dtype in which they will be asked for, if `names` are given.
+            residency: Which blocks have their weights, and where what is not needed yet waits.
+            progress: Where it is told how far the run is.
             world: The processes that share the windows.
 
         Raises:
@@ -77,8 +84,12 @@ class Sensitivity:
         def drawn(number: int, logits: torch.Tensor) -> torch.Tensor:
             return _draw(logits, own[number].flatten())
 
-        gradients = BlockGradients.measure(model, world.share(batches), drawn, "sensitivity", residency, progress)
-        return cls(gradients, world)
+        arguments = model, world.share(batches), drawn, "sensitivity"
+        if not names or _nbytes(model, names, dtype) > residency.spare_bytes:
+            return cls(BlockGradients.measure(*arguments, residency, progress), world)
+        sums = _Sums(names, dtype, residency)
+        sums.num_labels = visit(*arguments, Visit(names, sums.take), residency, progress)
+        return cls(sums, world)
 
     def of_block(
         self, index: int, block: nn.Module, kind: str, names: Sequence[str], dtype: torch.dtype = torch.float32
@@ -97,16 +108,65 @@ class Sensitivity:
             called are missing; zero stands for a layer the loss does not depend on.
 
         Raises:
-            ValueError: It is another block's turn.
+            ValueError: It is another block's turn, or layers or a dtype are asked for that `measure` was not told of.
         """
-        sums: dict[str, torch.Tensor] = {}
-        for batch in self._gradients.through(index, block, kind, names):
-            for name, rows in batch.items():
-                gradients = rows.gradients.to(dtype)
-                features = gradients.shape[1]
-                add_gram(sums.setdefault(name, gradients.new_zeros(features, features)), gradients)
+        if isinstance(self._gradients, _Sums):
+            sums = self._gradients.of_block(index, names, dtype)
+        else:
+            sums = _summed(self._gradients.through(index, block, kind, names), dtype)
         totals = self._world.totals(sums, next(block.parameters()).device)
         return {name: total.div_(self._num_labels) for name, total in totals.items()}
+
+
+class _Sums:
+    """Sums of outer products of the gradients of all blocks, which wait for their turn.
+
+    Args:
+        names: Layers by path inside their block, per block.
+        dtype: dtype of the sums.
+        residency: Where they wait.
+
+    Attributes:
+        num_labels: Tokens that have a label.
+    """
+
+    def __init__(self, names: Sequence[Sequence[str]], dtype: torch.dtype, residency: Residency) -> None:
+        self._names, self._dtype, self._residency, self.num_labels = names, dtype, residency, 0
+        self._waiting: dict[int, tuple[list[str], Kept]] = {}
+        self._next = 0
+
+    def take(self, index: int, batches: Iterator[dict[str, Rows]]) -> None:
+        """Sums up what the batches say of a block's layers, and lets it wait."""
+        sums = _summed(batches, self._dtype)
+        self._waiting[index] = list(sums), self._residency.keep(list(sums.values()))
+
+    def of_block(self, index: int, names: Sequence[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Returns the sums of layers of a block, once, blocks in order."""
+        if index != self._next:
+            raise ValueError(f"sensitivities of block {index}; wanted block {self._next}: each is there once, in order")
+        if set(names) - set(self._names[index]) or dtype != self._dtype:
+            raise ValueError(f"sensitivities of {', '.join(names)} in {dtype}; wanted layers and dtype as measured")
+        self._next += 1
+        found, kept = self._waiting.pop(index, ([], Kept(())))
+        return {name: total for name, total in zip(found, kept.take(), strict=True) if name in names}
+
+
+def _summed(batches: Iterable[dict[str, Rows]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Returns the sums of g gᵀ over all tokens, by layer."""
+    sums: dict[str, torch.Tensor] = {}
+    for batch in batches:
+        for name, rows in batch.items():
+            gradients = rows.gradients.to(dtype)
+            features = gradients.shape[1]
+            add_gram(sums.setdefault(name, gradients.new_zeros(features, features)), gradients)
+    return sums
+
+
+def _nbytes(model: nn.Module, names: Sequence[Sequence[str]], dtype: torch.dtype) -> int:
+    """Returns how much all sums would take together."""
+    blocks = find_blocks(model).modules
+    layers = [block.get_submodule(name) for block, own in zip(blocks, names, strict=True) for name in own]
+    return sum(len(dense_weight(layer)) ** 2 * dtype.itemsize for layer in layers)
 
 
 class Steepness(NamedTuple):

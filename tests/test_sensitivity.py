@@ -3,17 +3,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from model_runs import BATCHES, TOKENS, plan_of, run_joint, sensitivities, slopes
+from model_runs import BATCHES, TOKENS, block_by_block, plan_of, run_joint, sensitivities, slopes
 from models import tiny_model
 from torch import nn
 
 from lord_quant.errors import NumericsError
+from lord_quant.residency import Residency
 from lord_quant.sensitivity import Sensitivity, _draw
+from lord_quant.targets import find_blocks
 
 
 F64 = torch.float64
@@ -66,6 +70,48 @@ def test_it_is_the_gradient_of_errors_added_to_the_outputs(family: str) -> None:
         # logits pass through float32 on their way to the loss
         torch.testing.assert_close(matrix, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
         assert torch.equal(matrix, matrix.T)
+
+
+def at_once(model: nn.Module, names: Sequence[Sequence[str]], dtype: torch.dtype = F64, spare: int = 2**20) -> Sensitivity:
+    """Measures what will be asked for on the way back, if it takes no more than `spare` bytes."""
+    residency = Residency()
+    residency.spare_bytes = spare
+    return Sensitivity.measure(model, BATCHES, names=names, dtype=dtype, residency=residency)
+
+
+@pytest.mark.parametrize("family", ["bigcode", "olmo", "llama"])
+def test_made_on_the_way_back_it_is_the_same(family: str) -> None:
+    model, names = tiny_model(family), FAMILIES[family]
+    blocks = find_blocks(model)
+    inside = [
+        [name.split(f".{index}.")[1] for name in names if f".{index}." in name] for index in range(len(blocks.modules))
+    ]
+    wanted = sensitivities(model, names)
+    room = sum(8 * len(matrix) ** 2 for matrix in wanted.values())
+    measured = {spare: at_once(model, inside, spare=spare) for spare in (room - 1, room)}
+    runs = Counter[bool]()
+    for spare, sensitivity in measured.items():
+        handles = [
+            block.register_forward_pre_hook(lambda *_, once=spare == room: runs.update([once])) for block in blocks.modules
+        ]
+        found = block_by_block(model, names, sensitivity)
+        for handle in handles:
+            handle.remove()
+        assert list(found) == names
+        assert all(torch.equal(found[name], wanted[name]) for name in names)
+    assert runs == {False: len(blocks.modules) * len(BATCHES)}  # with room for all, no block is run again
+
+
+def test_made_on_the_way_back_it_refuses_what_it_was_not_told_of() -> None:
+    model = tiny_model("llama")
+    block, layers = model.model.layers[0], ["mlp.down_proj"]
+    sensitivity = at_once(model, [layers] * len(model.model.layers))
+    with pytest.raises(ValueError, match="block 1; wanted block 0"):
+        sensitivity.of_block(1, block, "block", layers, F64)
+    for names, dtype in ((["mlp.up_proj"], F64), (layers, torch.float32)):
+        with pytest.raises(ValueError, match="wanted layers and dtype as measured"):
+            sensitivity.of_block(0, block, "block", names, dtype)
+    assert sensitivity.of_block(0, block, "block", [], F64) == {}  # goes on to the next block
 
 
 def test_batches_change_nothing_and_seeds_do() -> None:
