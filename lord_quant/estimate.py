@@ -15,7 +15,7 @@ import torch
 
 from lord_quant.operations import Workload, count_phases
 from lord_quant.plan import Plan
-from lord_quant.residency import WAITING_BYTES
+from lord_quant.residency import waiting_bytes
 
 
 EIGEN_EFFICIENCY = 0.15
@@ -63,7 +63,8 @@ def memory_bytes(plan: Plan, load: Workload, device: torch.device) -> int:
         inside = [layer for layer in plan.layers if layer.block == plan.layers[0].block]
         per_token = held * sum(layer.in_features + layer.out_features for layer in inside)
         waiting = activations + load.num_tokens * per_token + load.fisher_tokens * held * 2 * blocks * width
-        activations = min(waiting, WAITING_BYTES) + min(load.num_tokens, TOKENS_AT_WORK) * per_token
+        in_memory = waiting_bytes(dense // blocks * held)
+        activations = min(waiting, in_memory) + min(load.num_tokens, TOKENS_AT_WORK) * per_token
         squares = sum(layer.out_features**2 for layer in inside if layer.rank is not None)
         activations += 4 * squares * bool(load.fisher_tokens)
     return int(weights + activations + 4 * 4 * widest**2)

@@ -31,7 +31,16 @@ from lord_quant.targets import find_blocks
 
 
 WAITING_BYTES = 2**27
-"""How much of what waits stays in memory beside a skeleton."""
+"""How much of what waits stays in memory beside a skeleton with large blocks."""
+
+
+def waiting_bytes(block: int) -> int:
+    """Returns how much of what waits stays in memory beside a skeleton whose largest block takes `block` bytes.
+
+    A block at work takes about eight times its size, weights, statistics and factors together. Where that is little, twice
+    as much may wait beside it: writing files would be a tenth of so small a run.
+    """
+    return max(WAITING_BYTES, 2 * WAITING_BYTES - 8 * block)
 
 
 class Residency:
@@ -105,6 +114,8 @@ class Streamed(Residency):
         self.read_ahead = device.type != "cpu" if read_ahead is None else read_ahead
         self._ahead: dict[int, Future[dict[str, torch.Tensor]]] = {}
         self._waiting = 0
+        sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in self.blocks.modules]
+        self._largest = max(sizes) * dtype.itemsize
         self._fill(self._read([name for name in self.places if not name.startswith(f"{self.blocks.path}.")]))
         for module in model.modules():  # what is computed, not stored
             for name, buffer in module.named_buffers(recurse=False):
@@ -149,7 +160,7 @@ class Streamed(Residency):
             OutputError: It cannot be written.
         """
         size = sum(tensor.nbytes for tensor in tensors)
-        if self._waiting + size <= WAITING_BYTES:
+        if self._waiting + size <= waiting_bytes(self._largest):
             kept = Kept(tensors)
             self._waiting += size
             weakref.finalize(kept, self._let_go, size)

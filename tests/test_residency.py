@@ -255,6 +255,12 @@ def test_little_that_waits_stays_in_memory(tmp_path: Path, monkeypatch: pytest.M
     assert [len(kept.get()[0]) for kept in (second, third, fourth)] == [12, 12, 13]
 
 
+def test_more_waits_in_memory_beside_small_blocks_and_no_less_beside_large_ones() -> None:
+    least = places.WAITING_BYTES
+    blocks = [0, least // 16, least // 8, 2**40]
+    assert [places.waiting_bytes(block) for block in blocks] == [2 * least, least * 3 // 2, least, least]
+
+
 def test_without_a_folder_of_its_own_a_temporary_one_is_made_and_removed(tmp_path: Path, all_in_files: None) -> None:
     model, residency = streamed(save(build("llama"), tmp_path / "model"))
     sensitivity = Sensitivity.measure(model, [probe_tokens()], residency=residency)
