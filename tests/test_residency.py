@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import platform
 import re
 import threading
 from collections.abc import Sequence
@@ -253,6 +254,28 @@ def test_little_that_waits_stays_in_memory(tmp_path: Path, monkeypatch: pytest.M
     fourth = residency.keep([torch.ones(13)])
     assert files() == 1
     assert [len(kept.get()[0]) for kept in (second, third, fourth)] == [12, 12, 13]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_what_a_block_took_goes_back_to_the_system_whatever_waits_behind_it(tmp_path: Path) -> None:
+    """What waits lies between the pieces that were freed, and at the end of the heap."""
+
+    def resident() -> int:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) // 1024
+
+    _, residency = streamed(save(build("llama"), tmp_path / "model"))
+    waiting = []
+    with residency.of(0):
+        torch.ones(2**22)  # 16 MiB, let go: from now on smaller ones lie on the heap
+        at_work = []
+        for _ in range(64):
+            at_work.append(torch.ones(2**20))
+            waiting.append(torch.ones(2**18))
+        del at_work
+        before = resident()
+    assert before - resident() > 128
+    del waiting
 
 
 def test_more_waits_in_memory_beside_small_blocks_and_no_less_beside_large_ones() -> None:
