@@ -18,7 +18,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -283,6 +283,8 @@ def atomic_folder(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         _put_in_place(staging, output, overwrite)
     except OSError as error:
+        with suppress(OSError):  # the next run removes what has the name of something unfinished
+            staging = staging.rename(staging.with_name(f".{output.name}.kept-{staging.name.rpartition('-')[2]}"))
         raise OutputError(
             f"{str(output)!r} could not be put in place ({reason_of(error)}); it is kept at {str(staging)!r}"
         ) from error

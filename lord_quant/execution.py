@@ -24,13 +24,14 @@ from lord_quant.checkpoint import (
     quantization_config,
     write_model,
 )
+from lord_quant.claim import claimed, folder_of
 from lord_quant.config import FLOAT_BITS, LordConfig
 from lord_quant.distributed import ALONE, World
 from lord_quant.errors import CheckpointError, ConfigError, ModelError, OutputError, reason_of
 from lord_quant.fingerprint import TOLERANCE, Fingerprint
 from lord_quant.headers import read_headers, weight_files
 from lord_quant.joint import ranked_layers
-from lord_quant.journal import Journal, Unfinished, folder_of
+from lord_quant.journal import Journal, Unfinished
 from lord_quant.manifest import write_manifest
 from lord_quant.outcomes import plan_as_run
 from lord_quant.pipeline import (
@@ -91,7 +92,8 @@ def execute(job: Job, progress: Progress | None = None, world: World = ALONE, *,
     Raises:
         CheckpointError: What was written is not what was compressed.
         ElsewhereError: Another process failed.
-        LordError: Whatever goes wrong. A streamed run keeps the blocks that are finished.
+        OutputError: Another run is writing the output, or it cannot be written.
+        LordError: Whatever else goes wrong. A streamed run keeps the blocks that are finished.
     """
     phases, progress = Phases(), progress or Progress()
     refuse_several(job.config, world)
@@ -105,6 +107,12 @@ def execute(job: Job, progress: Progress | None = None, world: World = ALONE, *,
                 )
         if streamed is not None:
             return _execute_streamed(_Streaming(job, job.output, *streamed, phases, progress, world, verify))
+    with contextlib.nullcontext() if job.output is None else claimed(job.output):
+        return _execute_whole(job, phases, progress, verify)
+
+
+def _execute_whole(job: Job, phases: Phases, progress: Progress, verify: bool) -> dict[str, Any]:
+    """Runs a job on a model that is loaded whole."""
     with phases.measure("load"), progress.phase("load"):
         model = load_model(job.source, job.device)
     done = compress_model(model, job.plan, job.windows, job.config, itemsize=job.source.dtype.itemsize, progress=progress)

@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 
 from lord_quant.checkpoint import METHOD_GPTQ, atomic_folder, check_output
+from lord_quant.claim import claimed
 from lord_quant.errors import CheckpointError
 from lord_quant.headers import read_headers, weight_files
 from lord_quant.manifest import MANIFEST_NAME, read_manifest, write_manifest
@@ -35,13 +36,14 @@ def convert_to_gptq_v1(folder: str | Path, output: str | Path) -> None:
 
     Raises:
         CheckpointError: The folder holds no packed checkpoint in the second format, or zeros of 0; layers are named.
-        OutputError: The output is not empty or cannot be written.
+        OutputError: The output is not empty, cannot be written, or another run is writing it.
     """
     source = Path(folder).expanduser()
     config = _read_config(source)
     files, manifest = weight_files(source), read_manifest(source)
     inputs, words = _sizes_of(files)
-    with atomic_folder(check_output(output, model=str(source))) as staging:
+    place = check_output(output, model=str(source))
+    with claimed(place), atomic_folder(place) as staging:
         refused = [name for file in files for name in _convert_file(Path(file), staging, inputs, words)]
         if refused:
             more = [f"… and {len(refused) - 10} more"] if len(refused) > 10 else []

@@ -3,36 +3,28 @@
 
 Everything lies in a hidden folder beside the output. A block counts when its line is in the journal, and the line is
 written last. The first line says what the run is made of, and a run that differs in anything does not continue it. One run
-at a time: a second one is refused.
+at a time: a second one is refused (`claim.py`).
 
 Of several processes the first writes the journal and the blocks; each keeps there where its own streams stood.
 """
 
 from __future__ import annotations
 
-import glob
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from lord_quant.checkpoint import atomic_file
+from lord_quant.claim import Claim, folder_of
 from lord_quant.errors import OutputError
 from lord_quant.reading import parse_json
 
 
 JOURNAL = "journal.jsonl"
-LOCK = "lock"
-
-
-def folder_of(output: Path) -> Path:
-    """Returns where what survives of a run lies."""
-    return output.parent / f".{output.name}.unfinished"
 
 
 class Unfinished:
@@ -120,29 +112,27 @@ class Journal(Unfinished):
     def __init__(self, output: Path, made_of: Mapping[str, Any], *, restart: bool = False) -> None:
         super().__init__(output, [])
         self.made_of = json.loads(json.dumps(made_of))
-        self._lock = FileLock(self.folder / LOCK)
+        claim = None
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
+            claim = self._claim = Claim(output)
             lines = self._lines()
             if lines and lines[0] != self.made_of and not restart:
                 raise OutputError(self._differs(lines[0]))
             if lines and lines[0] == self.made_of:
                 self.blocks = lines[1:]
             else:
-                for path in self.folder.iterdir():
-                    if path.name != LOCK:
-                        path.unlink()
+                for path in claim.others():
+                    path.unlink()
                 self._append(self.made_of)
             for path in self.folder.glob(".*.partial-*"):  # what a killed run was just writing
                 path.unlink()
-            for path in output.parent.glob(f".{glob.escape(output.name)}.partial-*"):
-                shutil.rmtree(path)
-        except Timeout:
-            raise OutputError(f"another run is writing {str(output)!r}; wanted one at a time") from None
+        except OutputError:
+            if claim is not None:
+                claim.release(keep=True)
+            raise
         except OSError as error:
-            if self._lock.is_locked:
-                self.close(keep=bool(self.blocks))
+            if claim is not None:
+                claim.release(keep=bool(self.blocks))
             raise OutputError(f"{str(self.folder)!r} cannot be used: {error.strerror or error}") from error
 
     def finish(self, block: Mapping[str, Any]) -> None:
@@ -170,9 +160,7 @@ class Journal(Unfinished):
 
     def close(self, *, keep: bool = False) -> None:
         """Lets other runs have the folder; removes it, unless something in it is still needed."""
-        if not keep:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self._lock.release()
+        self._claim.release(keep=keep)
 
     def _lines(self) -> list[dict[str, Any]]:
         """Reads the journal up to the first line that was not written to its end."""

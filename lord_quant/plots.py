@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lord_quant.checkpoint import atomic_folder, check_output
+from lord_quant.claim import claimed
 from lord_quant.errors import ConfigError
 from lord_quant.plot_data import Fate, PlotData
 from lord_quant.reading import parse_json
@@ -64,7 +65,7 @@ def write_plots(data: PlotData, output: Path, *, overwrite: bool = False) -> Non
     Raises:
         OutputError: It cannot be written.
     """
-    with atomic_folder(output, overwrite=overwrite) as staging:
+    with claimed(output), atomic_folder(output, overwrite=overwrite) as staging:
         numbers = {MARK: VERSION, **dataclasses.asdict(data)}
         (staging / NUMBERS).write_text(to_json(numbers), encoding="utf-8")
         for name, draw in PICTURES.items():

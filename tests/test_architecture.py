@@ -43,6 +43,7 @@ LAYERS = [
         "remedies",
         "report",
         "shards",
+        "claim",
         "journal",
         "fingerprint",
         "manifest",

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from lord_quant.checkpoint import atomic_file, atomic_folder, check_file, check_output
+from lord_quant.claim import claimed
 from lord_quant.errors import OutputError
 
 
@@ -167,12 +168,14 @@ def test_a_failing_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: 
 
 def test_what_appears_during_the_run_is_not_replaced_unasked(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(OutputError, match=r"appeared.*kept at"), atomic_folder(out) as staging:
+    with pytest.raises(OutputError, match=r"appeared.*kept at") as caught, atomic_folder(out) as staging:
         (staging / "config.json").write_text("new")
         out.mkdir()
         (out / "precious.txt").write_text("years of work")
     assert (out / "precious.txt").read_text() == "years of work"
-    assert (staging / "config.json").read_text() == "new"
+    with claimed(out):  # another run, which removes what a killed one left
+        kept = next(tmp_path.glob(".out.kept-*"))
+    assert str(kept) in str(caught.value) and (kept / "config.json").read_text() == "new"
 
 
 def test_the_folder_has_the_permissions_of_any_new_folder(tmp_path: Path) -> None:

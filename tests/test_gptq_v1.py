@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from lord_quant import convert_to_gptq_v1
+from lord_quant.claim import claimed
 from lord_quant.errors import CheckpointError, OutputError
 from lord_quant.manifest import changed_files, read_manifest, write_manifest
 from lord_quant.packing import pack_words, unpack_words
@@ -72,6 +73,12 @@ def test_what_vouches_for_the_files_is_made_anew(packed: Path, tmp_path: Path) -
     convert_to_gptq_v1(own, tmp_path / "v1")
     manifest = read_manifest(tmp_path / "v1")
     assert manifest is not None and list(changed_files(tmp_path / "v1", manifest)) == []
+
+
+def test_two_at_a_time_are_refused(packed: Path, tmp_path: Path) -> None:
+    with claimed(tmp_path / "v1"), pytest.raises(OutputError, match=r"another run is writing .*v1'"):
+        convert_to_gptq_v1(packed, tmp_path / "v1")
+    assert not list(tmp_path.iterdir())
 
 
 def test_zeros_of_0_are_refused_and_named(packed: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from lord_quant import plots
+from lord_quant.claim import claimed
 from lord_quant.errors import ConfigError, OutputError
 from lord_quant.layer_bytes import PIVOTED, TWO_FACTOR
 from lord_quant.menu import DENSE, Candidate
@@ -160,6 +161,8 @@ def test_what_cannot_be_finished_leaves_nothing_behind(data: PlotData, tmp_path:
         write_plots(broken, ours, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
     assert sorted(path.name for path in ours.iterdir()) == ["plots.json", "types.png"]
+    with claimed(ours), pytest.raises(OutputError, match=r"another run is writing .*ours'"):
+        write_plots(data, ours, overwrite=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"output '.*file/out' cannot be written"):
         write_plots(data, tmp_path / "file" / "out")

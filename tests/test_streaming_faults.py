@@ -14,10 +14,11 @@ from families import build, copy_tokenizer
 from test_streaming import config_of, require_same, run
 
 from lord_quant import execution, joint, residency, streaming
+from lord_quant.claim import folder_of
 from lord_quant.config import LordConfig
 from lord_quant.errors import ModelError, OutputError
 from lord_quant.execution import clear_away, is_finished
-from lord_quant.journal import Journal, folder_of
+from lord_quant.journal import Journal
 from lord_quant.pipeline import prepare
 
 

@@ -14,10 +14,10 @@ from models import tiny_model
 from safetensors.torch import save_file
 
 from lord_quant.backends import gptq as backend
+from lord_quant.claim import folder_of
 from lord_quant.config import LordConfig
 from lord_quant.errors import CheckpointError
 from lord_quant.execution import execute
-from lord_quant.journal import folder_of
 from lord_quant.manifest import MANIFEST_NAME, read_manifest, write_manifest
 from lord_quant.pipeline import prepare
 from lord_quant.verification import tensor_problems, verify

@@ -18,6 +18,7 @@ from lord_quant.backends import gptq as backend
 from lord_quant.calibration import TokenWindows, as_windows
 from lord_quant.cautions import log_cautions
 from lord_quant.checkpoint import check_output
+from lord_quant.claim import claimed
 from lord_quant.config import LordConfig
 from lord_quant.corpus import STDLIB, Corpus
 from lord_quant.engine import DecompositionRecord
@@ -200,14 +201,16 @@ class LordGPTQQuantizer(_GPTQQuantizer):
             **kwargs: Taken for compatibility with the base class (`max_shard_size`, `safe_serialization`) and ignored.
 
         Raises:
-            OutputError: The folder is not empty or cannot be written.
+            OutputError: The folder is not empty, cannot be written, or another run is writing it.
             CheckpointError: What was written is not what was compressed.
             ConfigError: Nothing was quantized yet.
         """
         if self._report is None:
             raise ConfigError("nothing to save: call quantize_model first")
         told: dict[str, Any] = {"fingerprint": self._fingerprint, "verify": verify}
-        write_checkpoint(model, self._tokenizer, check_output(save_dir), self._report, **told)
+        output = check_output(save_dir)
+        with claimed(output):
+            write_checkpoint(model, self._tokenizer, output, self._report, **told)
 
     def _windows(self, model: PreTrainedModel, tokenizer: Any) -> TokenWindows:
         dataset: Any = self.dataset

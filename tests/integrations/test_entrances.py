@@ -16,6 +16,9 @@ import families
 import pytest
 import torch
 
+from lord_quant.claim import claimed
+from lord_quant.errors import OutputError
+
 
 # label → (family, bits, settings by section)
 RUNS: dict[str, tuple[str, int, dict[str, Any]]] = {
@@ -142,6 +145,14 @@ def test_every_entrance_gives_the_pipelines_tensors(label: str, entrances: Entra
     kept = {key: value for key, value in other.pop("quantization_config").items() if key not in ignored}
     assert kept == one.pop("quantization_config")
     assert one == other
+
+
+@pytest.mark.slow
+def test_saving_is_refused_while_another_writes(entrances: Entrances, tmp_path: Path) -> None:
+    label = next(iter(RUNS))
+    with claimed(tmp_path / "out"), pytest.raises(OutputError, match=r"another run is writing .*out'"):
+        entrances.quantizers[label].save(entrances.saved[f"dropin-{label}"].model, str(tmp_path / "out"), verify=False)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
