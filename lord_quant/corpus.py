@@ -160,7 +160,10 @@ def _folder(root: Path) -> Iterator[str]:
 
 
 def _source_files(root: Path) -> Iterator[Path]:
-    for folder, folders, names in os.walk(root):
+    def refuse(error: OSError) -> None:  # a folder that is left out would be text that is left out
+        raise CalibrationError(f"dataset folder {error.filename!r} cannot be read: {error.strerror}") from error
+
+    for folder, folders, names in os.walk(root, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in _FOLDERS_SKIPPED]
         for path in (Path(folder, name) for name in names):
             if path.suffix.lower() in SOURCE_SUFFIXES and path.is_file():

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from lord_quant.errors import CheckpointError
-from lord_quant.reading import parse_json
+from lord_quant.reading import open_tensors, parse_json
 
 
 Header = tuple[tuple[int, ...], str, int]
@@ -36,11 +36,11 @@ def read_headers(files: Sequence[str]) -> dict[str, Header]:
 
 
 def _headers_of(file: str) -> dict[str, Header]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     headers = {}
     try:
-        with safe_open(file, framework="pt") as handle:
+        with open_tensors(file) as handle:
             for name in handle.keys():  # noqa: SIM118 (not a dict)
                 part = handle.get_slice(name)
                 shape, dtype = tuple(part.get_shape()), part.get_dtype()

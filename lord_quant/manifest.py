@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lord_quant.errors import CheckpointError
+from lord_quant.errors import CheckpointError, reason_of
 from lord_quant.fingerprint import Fingerprint
 
 
@@ -71,8 +71,12 @@ def changed_files(folder: Path, manifest: Manifest) -> Iterator[str]:
             yield f"{name}: missing"
         elif present[name].stat().st_size != size:
             yield f"{name}: {present[name].stat().st_size} bytes, written were {size}"
-        elif sha256(present[name]) != digest:
-            yield f"{name}: its contents were changed after it was written"
+        else:
+            try:
+                if sha256(present[name]) != digest:
+                    yield f"{name}: its contents were changed after it was written"
+            except OSError as error:
+                yield f"{name}: cannot be read: {reason_of(error)}"
     for name in sorted(present.keys() - manifest.files.keys()):
         if present[name].suffix in READ_BY_LOADERS:
             yield f"{name}: not written by the run"

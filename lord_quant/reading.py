@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Hashable
 from pathlib import Path
@@ -123,3 +124,27 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"it holds the key {name!r} twice")
     return found
+
+
+def open_tensors(file: str | Path) -> Any:
+    """Opens a safetensors file as `safe_open` does; of one that may not be read, that would say that it is not there.
+
+    Raises:
+        OSError: It cannot be opened.
+        SafetensorError: It is no safetensors file.
+    """
+    from safetensors import safe_open
+
+    with open(file, "rb"):
+        return safe_open(file, framework="pt")
+
+
+def denied(file: str | Path) -> str:
+    """Returns why one may not even look whether a file is there; nothing if one may, and it is there or not."""
+    try:
+        os.stat(file)
+    except PermissionError as error:
+        return f"{str(file)!r} cannot be read: {error.strerror}"
+    except OSError:
+        pass
+    return ""

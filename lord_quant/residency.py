@@ -29,6 +29,7 @@ from torch import nn
 from lord_quant.errors import LayoutError, ModelError, OutputError, reason_of
 from lord_quant.kept import Kept, KeptInFile
 from lord_quant.linalg import require_finite
+from lord_quant.reading import open_tensors
 from lord_quant.targets import find_blocks
 
 
@@ -206,12 +207,12 @@ class Streamed(Residency):
 
     def _read(self, names: Sequence[str], given_up: Event | None = None) -> dict[str, torch.Tensor]:
         """Reads tensors into host memory of their own, pinned if a GPU will fetch them; stops early when given up."""
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
         found: dict[str, torch.Tensor] = {}
         for file in dict.fromkeys(self.places[name].file for name in names):
             try:
-                with safe_open(file, framework="pt") as handle:
+                with open_tensors(file) as handle:
                     for name in names:
                         if given_up is not None and given_up.is_set():
                             return found
@@ -244,12 +245,12 @@ def places_of(model: nn.Module, files: Sequence[str]) -> dict[str, Place]:
         LayoutError: Tensors are missing, or have other shapes.
         ModelError: A file cannot be read.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     stored: dict[str, tuple[str, tuple[int, ...]]] = {}
     for file in files:
         try:
-            with safe_open(file, framework="pt") as handle:
+            with open_tensors(file) as handle:
                 stored |= {key: (file, tuple(handle.get_slice(key).get_shape())) for key in handle.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise ModelError(f"the model's file {file!r} cannot be read: {error}") from error

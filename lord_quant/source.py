@@ -16,6 +16,7 @@ import torch
 from lord_quant.errors import CheckpointError, LayoutError, ModelError
 from lord_quant.headers import weight_files
 from lord_quant.linalg import require_finite
+from lord_quant.reading import denied
 from lord_quant.residency import Streamed
 from lord_quant.silence import hush
 
@@ -82,7 +83,9 @@ def read_config(path: str) -> tuple[str, PretrainedConfig]:
 
     expanded = os.path.expanduser(path)
     if looks_like_path(path) and not os.path.isfile(os.path.join(expanded, "config.json")):
-        found = "holds no config.json" if os.path.isdir(expanded) else "no such folder"
+        found = "no such folder"
+        if os.path.isdir(expanded):
+            found = denied(os.path.join(expanded, "config.json")) or "holds no config.json"
         raise ModelError(f"model {path!r}: {found}; wanted a folder with config.json, or a hub name")
     if os.path.exists(expanded):
         path = expanded

@@ -25,7 +25,7 @@ from lord_quant.engine import gather
 from lord_quant.errors import CheckpointError, NumericsError
 from lord_quant.probe import PROBED_BITS, SLOPES, FactorNoise, LayerLoss, probe
 from lord_quant.progress import Progress
-from lord_quant.reading import parse_json
+from lord_quant.reading import open_tensors, parse_json
 from lord_quant.residency import RESIDENT, Residency
 from lord_quant.sensitivity import Sensitivity, Slope, Steepness
 from lord_quant.stream import block_kinds, capture
@@ -184,10 +184,10 @@ def load_statistics(path: str | Path) -> Statistics:
     Raises:
         CheckpointError: The file is missing, not one of ours, newer, or its parts do not fit together.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     try:
-        with safe_open(path, framework="pt") as handle:
+        with open_tensors(path) as handle:
             about = parse_json((handle.metadata() or {})[METADATA])
             if about["version"] != VERSION:
                 raise CheckpointError(

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from lord_quant.checkpoint import METHOD_GPTQ
 from lord_quant.errors import CheckpointError, ModelError
 from lord_quant.headers import Header, read_headers, weight_files
+from lord_quant.reading import denied
 from lord_quant.source import read_config, skeleton_of
 from lord_quant.targets import LinearSite, find_linears
 
@@ -86,7 +87,8 @@ def measure(folder: str | Path) -> Stored:
         CheckpointError: It holds no readable safetensors, or a layer lacks tensors; up to ten are named.
     """
     if not os.path.isfile(os.path.join(folder, "config.json")):
-        raise ModelError(f"{str(folder)!r} is no checkpoint: it holds no config.json")
+        found = denied(os.path.join(folder, "config.json")) or "it holds no config.json"
+        raise ModelError(f"{str(folder)!r} is no checkpoint: {found}")
     _, config = read_config(str(folder))
     quantization = getattr(config, "quantization_config", None) or {}
     if hasattr(config, "quantization_config"):

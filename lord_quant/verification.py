@@ -29,6 +29,7 @@ from lord_quant.headers import read_headers, weight_files
 from lord_quant.linalg import is_finite
 from lord_quant.manifest import changed_files, read_manifest
 from lord_quant.packing import WORD
+from lord_quant.reading import open_tensors
 
 
 MOST = 10
@@ -93,8 +94,10 @@ def verify_afresh(folder: Path, reference: Fingerprint | None) -> Verified:
 
     Raises:
         CheckpointError: It cannot be loaded, or says something else.
+        OSError: There is no room beside it for what the process says.
     """
-    with tempfile.TemporaryDirectory(prefix="lord-quant-") as scratch:
+    # Beside what is written, where there is room, and removed by the next run if this one is killed.
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as scratch:
         result = Path(scratch) / "result.json"
         done = subprocess.run(
             [sys.executable, "-c", START, str(folder.resolve()), str(result)],
@@ -140,11 +143,9 @@ def compared(reference: Fingerprint | None, found: Fingerprint) -> float | None:
 
 def tensor_problems(files: Sequence[str]) -> Iterator[str]:
     """Names tensors that no checkpoint may hold; reads them one at a time."""
-    from safetensors import safe_open
-
     headers = read_headers(list(files))
     for file in files:
-        with safe_open(file, framework="pt") as handle:
+        with open_tensors(file) as handle:
             for name in handle.keys():  # noqa: SIM118 (not a dict)
                 owner, _, leaf = name.rpartition(".")
                 yield from _of_tensor(

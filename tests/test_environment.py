@@ -96,6 +96,45 @@ def test_no_room_for_temporary_files(
     assert "OutputError: no folder takes temporary files: No usable temporary directory" in capfd.readouterr().err
 
 
+FILL = """
+mount -t tmpfs -o size=64k none "$1" && dd if=/dev/zero of="$1/fill" bs=4096 2>/dev/null
+truncate --size=-"$2" "$1/fill"
+cd "$1"
+for place in $3; do test ! -d "$place" || mount --bind . "$place"; done
+shift 3 && exec "$@"
+"""
+"""Mounts a file system, fills it but for some bytes, puts it in the place of folders, and runs a command in it."""
+USUAL_PLACES = "/tmp /var/tmp /usr/tmp"
+
+
+def run_in_full(folder: Path, free: int, places: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Runs a command in a file system of which some bytes are free, with TMPDIR there; nobody else sees it."""
+    folder.mkdir()
+    if subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "none", folder], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("this user may not mount a file system of its own (unshare -m, mount -t tmpfs)")
+    shell = ["unshare", "-m", "sh", "-c", FILL, "sh", folder, str(free), places]
+    command = [*shell, sys.executable, "-c", MAIN, "lord", *map(str, arguments)]
+    environment = os.environ | {"TMPDIR": str(folder)}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+
+
+def test_every_folder_for_temporary_files_is_full(tmp_path: Path) -> None:
+    done = run_in_full(tmp_path / "full", 0, USUAL_PLACES, "inspect", "/nowhere")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "OutputError: no folder takes temporary files: No usable temporary directory" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_whose_temporary_folder_has_a_page_left(
+    model_folder: Callable[..., Path], corpus_file: Path, tmp_path: Path
+) -> None:
+    """Enough to be taken for a folder that takes files. What a run needs room for lies beside its output."""
+    source = ["--model", model_folder("llama"), "--dataset", corpus_file, "--output", tmp_path / "out"]
+    done = run_in_full(tmp_path / "full", 4096, "", "quantize", *source, *FLAGS)
+    assert done.returncode == 0, done.stderr
+    assert "verified " in done.stdout and {path.name for path in tmp_path.iterdir()} == {"full", "out"}
+
+
 def test_a_current_folder_that_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

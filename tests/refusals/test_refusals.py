@@ -12,11 +12,12 @@ from argument_cases import ARGUMENTS
 from checkpoint_cases import CHECKPOINTS
 from file_cases import FILES
 from refusal import Ground
+from unreadable_cases import UNREADABLE
 
 from lord_quant.errors import LordError
 
 
-CASES = FILES | CHECKPOINTS | ARGUMENTS
+CASES = FILES | CHECKPOINTS | ARGUMENTS | {f"unreadable: {label}": case for label, case in UNREADABLE.items()}
 PREFIX = "optimum-cli lord: "
 
 
