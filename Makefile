@@ -46,7 +46,7 @@ test-latest:
 
 # Known vulnerabilities of what is pinned: a report, not a gate. It asks PyPI itself.
 audit:
-	test -x .venv-audit/bin/pip-audit || ($(PYTHON) -m venv .venv-audit && .venv-audit/bin/pip install --quiet pip-audit)
+	test -x .venv-audit/bin/pip-audit || ($(PYTHON) -m venv .venv-audit && .venv-audit/bin/pip install --quiet --quiet pip-audit)
 	.venv-audit/bin/python .ci/audit.py .venv-audit/bin/pip-audit constraints.txt
 
 lint: $(READY)

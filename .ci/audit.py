@@ -14,7 +14,7 @@ import subprocess
 import sys
 
 
-SECONDS = 120
+SECONDS = 45
 
 
 def main() -> None:

@@ -100,11 +100,11 @@ FILL = """
 mount -t tmpfs -o size=64k none "$1" && dd if=/dev/zero of="$1/fill" bs=4096 2>/dev/null
 truncate --size=-"$2" "$1/fill"
 cd "$1"
-for place in $3; do test ! -d "$place" || mount --bind . "$place"; done
+for place in $3; do test ! -d "$place" || mount --bind "$1" "$place"; done
 shift 3 && exec "$@"
 """
 """Mounts a file system, fills it but for some bytes, puts it in the place of folders, and runs a command in it."""
-USUAL_PLACES = "/tmp /var/tmp /usr/tmp"
+USUAL_PLACES = "/var/tmp /usr/tmp /tmp"  # the last may hold what is mounted
 
 
 def run_in_full(folder: Path, free: int, places: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
