@@ -21,6 +21,7 @@ import torch
 from lord_quant.checkpoint import atomic_file
 from lord_quant.claim import Claim, folder_of
 from lord_quant.errors import OutputError
+from lord_quant.kept import read_tensors
 from lord_quant.reading import parse_json
 
 
@@ -65,10 +66,9 @@ class Unfinished:
             OutputError: They cannot be read.
         """
         from safetensors import SafetensorError
-        from safetensors.torch import load_file
 
         try:
-            return load_file(self._file(name))
+            return read_tensors(self._file(name))
         except (OSError, SafetensorError) as error:
             raise OutputError(
                 f"{str(self._file(name))!r} of an unfinished run cannot be read ({error}); --overwrite starts again"

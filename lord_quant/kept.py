@@ -65,9 +65,7 @@ class KeptInFile(Kept):
 
     def get(self) -> list[torch.Tensor]:
         """Returns the tensors on their devices."""
-        from safetensors.torch import load_file
-
-        found = load_file(self._path)
+        found = read_tensors(self._path)
         return [found[str(number)].to(device) for number, device in enumerate(self._devices)]
 
     def take(self) -> list[torch.Tensor]:
@@ -75,6 +73,17 @@ class KeptInFile(Kept):
         tensors = self.get()
         self._finalizer()
         return tensors
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Reads a safetensors file into memory of its own, aligned as that of any tensor.
+
+    safetensors returns the file mapped into memory, where a tensor may begin at any multiple of 8 bytes. On some processors
+    products of such tensors are rounded in another order, and a run would not make the same bytes wherever tensors waited.
+    """
+    from safetensors.torch import load_file
+
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 
 class Batches(Sequence[torch.Tensor]):

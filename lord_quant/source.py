@@ -162,6 +162,8 @@ def load_model(source: Source, device: torch.device) -> PreTrainedModel:
         missing = sorted(info["missing_keys"])
         raise ModelError(f"model {source.path!r}: {len(missing)} tensors are missing, such as {missing[0]!r}")
     for name, parameter in model.named_parameters():
+        if device.type == "cpu":  # memory of its own: see `kept.read_tensors`, and the file may change
+            parameter.data = parameter.data.clone()
         require_finite(parameter.detach(), f"weight {name!r} of {source.path!r}")
     return model.to(device).eval()
 
