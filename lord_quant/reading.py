@@ -135,8 +135,11 @@ def open_tensors(file: str | Path) -> Any:
     """
     from safetensors import safe_open
 
-    with open(file, "rb"):
-        return safe_open(file, framework="pt")
+    try:
+        with open(file, "rb"):
+            return safe_open(file, framework="pt")
+    except ValueError as error:  # no path at all: it holds a zero byte
+        raise OSError(str(error)) from error
 
 
 def denied(file: str | Path) -> str:

@@ -56,7 +56,8 @@ def layer_of(m: int, n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(6 * n, n, generator=generator) @ torch.randn(n, n, generator=generator) / n**0.5
     x *= torch.logspace(-0.5, 0.5, n)[torch.randperm(n, generator=generator)]
-    return torch.randn(m, n, generator=generator), x.T @ x / len(x)
+    weight, hessian = torch.randn(m, n, generator=generator), x.T @ x / len(x)
+    return weight, (hessian + hessian.T) / 2  # a product need not be symmetric to the last bit
 
 
 def perturbed(factors: Factors, seed: int) -> Iterator[torch.Tensor]:

@@ -141,6 +141,7 @@ def confine(tools: Any, job: dict[str, Any], active: list[str], folder: str, *, 
     """Confines this process for good; returns the names of what the kernel granted."""
     kernel, layers, granted = tools.kernel, job["layers"], []
     kernel.die_with_parent()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where all was started by nohup
     os.setsid()
     if {"landlock", "seccomp"} & set(layers) and kernel.forbid_new_privileges():
         if "landlock" in layers:
