@@ -7,16 +7,34 @@ Checks collect *all* offenders before raising, so that one run names every probl
 Errors of user input derive from `ValueError` as well, so that callers who know nothing of this package can catch them.
 Errors that may be raised while a host library drives a forward pass derive from `RuntimeError` instead: Optimum's
 first-block capture swallows every `ValueError` (``optimum/gptq/quantizer.py``), and an error must never vanish there.
+
+A command that ends with an error exits with the error's `exit_code`, which tells scripts what kind of thing is wrong:
+
+2. What was asked for, as with argparse: `LordError`, `ConfigError` (plans too), `TargetError`, `RankError`, `BudgetError`,
+   `GroupSizeError`, `EvaluationError`, `ConsentError`.
+3. What was to be read: `ModelError` and `LayoutError`, `CalibrationError`, `CheckpointError` and `FormatVersionError`.
+4. What was to be written: `OutputError`.
+5. Numbers that are not finite: `NumericsError`.
+6. A host library or another process: `HostError`, `ElsewhereError`.
+
+Any other exception is a fault of the program: a traceback, and Python's own exit code 1.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import ClassVar
 
 
 class LordError(Exception):
-    """Base of all errors raised on purpose."""
+    """Base of all errors raised on purpose.
+
+    Attributes:
+        exit_code: What a command that ends with the error exits with; see the module.
+    """
+
+    exit_code: ClassVar[int] = 2
 
 
 class ConfigError(LordError, ValueError):
@@ -29,6 +47,8 @@ class TargetError(LordError, ValueError):
 
 class ModelError(LordError, ValueError):
     """The model cannot be compressed: not found, not a causal language model, already quantized, no tokenizer."""
+
+    exit_code = 3
 
 
 class LayoutError(ModelError):
@@ -50,13 +70,19 @@ class GroupSizeError(LordError, ValueError):
 class CalibrationError(LordError, ValueError):
     """The calibration data is missing, empty, binary or too short."""
 
+    exit_code = 3
+
 
 class OutputError(LordError, ValueError):
     """The output folder is not empty or cannot be written."""
 
+    exit_code = 4
+
 
 class CheckpointError(LordError, ValueError):
     """A saved checkpoint does not hold what its configuration says."""
+
+    exit_code = 3
 
 
 class FormatVersionError(CheckpointError):
@@ -74,13 +100,19 @@ class ConsentError(LordError, PermissionError):
 class NumericsError(LordError, RuntimeError):
     """NaN or inf in weights, activations or factors; the message names the tensor."""
 
+    exit_code = 5
+
 
 class HostError(LordError, RuntimeError):
     """A host library did something other than its contract says."""
 
+    exit_code = 6
+
 
 class ElsewhereError(LordError, RuntimeError):
     """Another process of the run failed or is gone; where it failed it tells why itself."""
+
+    exit_code = 6
 
 
 def reason_of(error: Exception) -> str:

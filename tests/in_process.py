@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from lord_quant import errors
 from lord_quant.commands import eval as eval_command
 from lord_quant.commands import inspect as inspect_command
 from lord_quant.commands import plan as plan_command
@@ -32,6 +33,11 @@ def run_command(name: str, *arguments: str | Path) -> int:
     parser = argparse.ArgumentParser(prog=f"optimum-cli lord {name}")
     COMMANDS[name].add_arguments(parser)
     return _guarded(COMMANDS[name], parser.parse_args([*map(str, arguments)]))
+
+
+def exit_code_of(error: str) -> int:
+    """The exit code of an error of ours: of its name, which a message begins with."""
+    return getattr(errors, error.partition(":")[0]).exit_code
 
 
 def write_file(path: Path, content: bytes | str) -> Path:

@@ -19,6 +19,7 @@ import families
 import pytest
 from in_process import COMMANDS, Box, run_command
 
+from lord_quant.errors import ConfigError, OutputError
 from lord_quant.journal import Journal
 
 
@@ -74,7 +75,7 @@ def test_a_run_where_little_is_as_usual(model_folder: Callable[..., Path], corpu
 def test_names_that_the_encoding_does_not_have(tmp_path: Path) -> None:
     """Tokenizers and safetensors take UTF-8 alone, whatever the locale."""
     done = run("inspect", tmp_path / "modèle", env=bare(PYTHONUTF8="0", PYTHONCOERCECLOCALE="0"), cwd=tmp_path)
-    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+    assert done.returncode == ConfigError.exit_code and done.stdout == "" and "Traceback" not in done.stderr
     assert done.stderr.startswith("optimum-cli lord: ConfigError: ") and "wanted names in UTF-8" in done.stderr
 
 
@@ -92,7 +93,7 @@ def test_no_room_for_temporary_files(
     with monkeypatch.context() as patched:
         patched.setattr(tempfile, "tempdir", None)
         patched.setattr(tempfile, "_candidate_tempdir_list", lambda: [NOWHERE])
-        assert run_command("inspect", tmp_path) == 2
+        assert run_command("inspect", tmp_path) == OutputError.exit_code
     assert "OutputError: no folder takes temporary files: No usable temporary directory" in capfd.readouterr().err
 
 
@@ -120,7 +121,7 @@ def run_in_full(folder: Path, free: int, places: str, *arguments: str | Path) ->
 
 def test_every_folder_for_temporary_files_is_full(tmp_path: Path) -> None:
     done = run_in_full(tmp_path / "full", 0, USUAL_PLACES, "inspect", "/nowhere")
-    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.returncode == OutputError.exit_code and "Traceback" not in done.stderr
     assert "OutputError: no folder takes temporary files: No usable temporary directory" in done.stderr
 
 
@@ -142,7 +143,7 @@ def test_a_current_folder_that_is_gone(
     with monkeypatch.context() as patched:
         patched.chdir(tmp_path / "gone")
         (tmp_path / "gone").rmdir()
-        assert run_command("inspect", tmp_path) == 2
+        assert run_command("inspect", tmp_path) == ConfigError.exit_code
     assert "ConfigError: the current folder cannot be read" in capfd.readouterr().err
 
 
@@ -153,7 +154,7 @@ def test_a_second_run_into_the_same_folder_is_refused(
     first = Journal(box.output, {"made": "of something"})
     try:
         for flags in ((), ("--overwrite",)):
-            assert run_command("quantize", *box.arguments(), *flags) == 2
+            assert run_command("quantize", *box.arguments(), *flags) == OutputError.exit_code
             assert f"another run is writing {str(box.output)!r}; wanted one at a time" in capfd.readouterr().err
     finally:
         first.close()

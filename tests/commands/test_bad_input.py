@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bad input to `quantize`: exit code 2, one message that says what, where, found and wanted, and nothing written."""
+"""Bad input to `quantize`: its error's exit code, one message that says what, where, found and wanted, nothing written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import families
 import pytest
 import torch
 from families import edit_tensors
-from in_process import Box, run_command, write_file
+from in_process import Box, exit_code_of, run_command, write_file
+
+from lord_quant.errors import ConfigError, ModelError
 
 
 def snapshot(root: Path) -> dict[str, bytes]:
@@ -313,7 +315,7 @@ def test_bad_input_is_refused(case: str, box: Box, capfd: pytest.CaptureFixture[
     capfd.readouterr()
     code = run_command("quantize", *box.arguments())
     stderr = capfd.readouterr().err
-    assert code == 2, stderr
+    assert code == exit_code_of(error), stderr
     message = stderr[stderr.index("optimum-cli lord: ") :]
     assert "LOAD REPORT" not in stderr
     assert message.startswith(f"optimum-cli lord: {error}: "), message
@@ -330,10 +332,10 @@ def test_nothing_but_the_message_is_printed(box: Box, capfd: pytest.CaptureFixtu
     from lord_quant.silence import import_hosts
 
     import_hosts()
-    for spoil in (without_tokenizer, lambda box: box.flags.update({"--bits": 5})):
+    for spoil, error in ((without_tokenizer, ModelError), (lambda box: box.flags.update({"--bits": 5}), ConfigError)):
         spoil(box)
         capfd.readouterr()
-        assert run_command("quantize", *box.arguments()) == 2
+        assert run_command("quantize", *box.arguments()) == error.exit_code
         out, err = capfd.readouterr()
         assert out == "" and err.startswith("optimum-cli lord: ")
 

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from in_process import run_command
+from in_process import exit_code_of, run_command
 
 from lord_quant.commands.options import settings_from
+from lord_quant.errors import CheckpointError, ConfigError, OutputError
 from lord_quant.stored import measure
 
 
@@ -120,13 +121,16 @@ def test_flags_restrict_the_choice(model: Path, statistics: Path, capfd: pytest.
         (["--rank-ratio", "0.5"], "ConfigError: --statistics is given without a budget"),
         (["--min-param-ratio", "0.5"], "ConfigError: --min-param-ratio, --statistics is given without a budget; wanted"),
         (["--target-bpw", "3", "--min-param-ratio", "1.5"], "BudgetError: min_param_ratio is 1.5"),
-        (["--target-bpw", "3", "--min-param-ratio", "1", "--form", "pivoted", "--bits", "8"], "no plan is as small"),
+        (
+            ["--target-bpw", "3", "--min-param-ratio", "1", "--form", "pivoted", "--bits", "8"],
+            "BudgetError: no plan is as small",
+        ),
     ],
 )
 def test_plan_refuses(
     flags: list[str], error: str, model: Path, statistics: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_command("plan", "--model", model, "--statistics", statistics, "--refine", "1", *flags) == 2
+    assert run_command("plan", "--model", model, "--statistics", statistics, "--refine", "1", *flags) == exit_code_of(error)
     printed = capfd.readouterr()
     assert re.search(error, printed.err, re.DOTALL) and not printed.out
 
@@ -142,7 +146,7 @@ def test_a_file_restricts_the_choice_too(
     assert {(layer["bits"], layer["group_size"]) for layer in printed["layers"]} == {(3, 64)}
     assert printed["planned"]["predicted_loss"] > 0
     file.write_text("gptq: {bits_pattern: {mlp: 3}}\njoint: {refine: 1}")
-    assert run_command("plan", *arguments) == 2
+    assert run_command("plan", *arguments) == ConfigError.exit_code
     assert "a budget and bits_pattern are given" in capfd.readouterr().err
 
 
@@ -170,7 +174,7 @@ def test_a_file_may_hold_the_budget_and_flags_win(
     ranks = planned("--rank-ratio", "0.5", "--group-size", "32")
     assert "planned" not in ranks and set(ranks["rank_pattern"].values()) == {64}
     file.write_text(file.read_text() + "lowrank: {param_ratio: 0.5}\n")
-    assert run_command("plan", "--config", file) == 2
+    assert run_command("plan", "--config", file) == ConfigError.exit_code
     assert "a budget and param_ratio are given" in capfd.readouterr().err
 
 
@@ -212,14 +216,17 @@ def test_budgets_are_swept(
         (["--sweep", "3", "--heldout", "no.py"], "CalibrationError: .*no.py"),
         (["--sweep", "3", "--heldout", "python-stdlib", "--target-bpw", "3"], "ConfigError: --sweep and --target-bpw are"),
         (["--sweep", "3", "--heldout", "python-stdlib", "--plots", "p"], "ConfigError: --sweep and --plots are given"),
-        (["--sweep", "3", "--heldout", "python-stdlib", "--rank-ratio", "0.5"], "a budget and --rank-ratio are given"),
+        (
+            ["--sweep", "3", "--heldout", "python-stdlib", "--rank-ratio", "0.5"],
+            "ConfigError: a budget and --rank-ratio are",
+        ),
         (["--heldout", "python-stdlib", "--target-bpw", "3"], "ConfigError: --heldout is given without --sweep"),
     ],
 )
 def test_a_sweep_refuses(
     flags: list[str], error: str, model: Path, statistics: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_command("plan", "--model", model, "--statistics", statistics, "--refine", "1", *flags) == 2
+    assert run_command("plan", "--model", model, "--statistics", statistics, "--refine", "1", *flags) == exit_code_of(error)
     printed = capfd.readouterr()
     assert re.search(error, printed.err, re.DOTALL) and not printed.out
 
@@ -227,12 +234,15 @@ def test_a_sweep_refuses(
 def test_saving_needs_a_budget_and_a_free_place(
     model: Path, statistics: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_command("plan", "--model", model, "--rank-ratio", "0.5", "--save", tmp_path / "plan.yaml") == 2
+    assert (
+        run_command("plan", "--model", model, "--rank-ratio", "0.5", "--save", tmp_path / "plan.yaml")
+        == ConfigError.exit_code
+    )
     assert "--save is given without a budget" in capfd.readouterr().err
     budget = ["--statistics", statistics, "--target-bpw", "3", "--refine", "1"]
-    assert run_command("plan", "--model", model, *budget, "--save", tmp_path) == 2
+    assert run_command("plan", "--model", model, *budget, "--save", tmp_path) == OutputError.exit_code
     assert "is a folder; wanted a file" in capfd.readouterr().err
-    assert run_command("quantize", "--model", model, "--target-bpw", "3", "--dry-run") == 2
+    assert run_command("quantize", "--model", model, "--target-bpw", "3", "--dry-run") == ConfigError.exit_code
     assert "--dry-run reads no weights" in capfd.readouterr().err
     assert not any(tmp_path.iterdir())
 
@@ -240,16 +250,18 @@ def test_saving_needs_a_budget_and_a_free_place(
 def test_plots_need_a_budget_and_a_place_of_their_own(
     model: Path, statistics: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_command("plan", "--model", model, "--rank-ratio", "0.5", "--plots", tmp_path / "plots") == 2
+    assert (
+        run_command("plan", "--model", model, "--rank-ratio", "0.5", "--plots", tmp_path / "plots") == ConfigError.exit_code
+    )
     assert "--plots is given without a budget" in capfd.readouterr().err
     # Refused before the statistics are even looked for.
     budget = ["plan", "--model", model, "--statistics", tmp_path / "none", "--target-bpw", "3", "--refine", "1"]
-    assert run_command(*budget, "--plots", statistics.parent) == 2
+    assert run_command(*budget, "--plots", statistics.parent) == OutputError.exit_code
     assert "is not empty; wanted a new folder, or --overwrite" in capfd.readouterr().err
-    assert run_command(*budget, "--plots", statistics.parent, "--overwrite") == 2
+    assert run_command(*budget, "--plots", statistics.parent, "--overwrite") == OutputError.exit_code
     assert "no folder of plots" in capfd.readouterr().err
     for save, plots in (("out/plan.yaml", "out"), ("out", "out"), ("out", "out/plots")):
-        assert run_command(*budget, "--save", tmp_path / save, "--plots", tmp_path / plots) == 2
+        assert run_command(*budget, "--save", tmp_path / save, "--plots", tmp_path / plots) == ConfigError.exit_code
         assert "lie in each other; wanted places apart" in capfd.readouterr().err
     assert not any(tmp_path.iterdir())
 
@@ -266,7 +278,7 @@ def test_plots_are_of_the_plan_that_is_printed(
     keys = ("form", "rank", "bits", "group_size", "bpw")
     for told, each in zip(printed["layers"], drawn["layers"], strict=True):
         assert told["name"] == each["layer"] and [told[key] for key in keys] == [each[key] for key in keys]
-    assert run_command(*budget, "--plots", out) == 2
+    assert run_command(*budget, "--plots", out) == OutputError.exit_code
     assert run_command(*budget, "--plots", out, "--overwrite") == 0
     assert f"plots written to {out}" in capfd.readouterr().out
 
@@ -274,13 +286,22 @@ def test_plots_are_of_the_plan_that_is_printed(
 def test_files_that_are_wrong_are_refused(
     model: Path, data: list[str], statistics: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_command("plan", "--model", model, "--statistics", tmp_path / "none", "--target-bpw", "3") == 2
+    assert (
+        run_command("plan", "--model", model, "--statistics", tmp_path / "none", "--target-bpw", "3")
+        == CheckpointError.exit_code
+    )
     assert "CheckpointError: statistics" in capfd.readouterr().err
-    assert run_command("sensitivity", "--model", model, *data, "--output", statistics) == 2
+    assert run_command("sensitivity", "--model", model, *data, "--output", statistics) == OutputError.exit_code
     assert "OutputError: output" in capfd.readouterr().err
     out = tmp_path / "out"
-    assert run_command("quantize", "--model", model, *data, "--plan", tmp_path / "none", "--output", out) == 2
+    assert (
+        run_command("quantize", "--model", model, *data, "--plan", tmp_path / "none", "--output", out)
+        == ConfigError.exit_code
+    )
     assert "ConfigError: configuration file" in capfd.readouterr().err
-    assert run_command("quantize", "--model", model, *data, "--plan", statistics, "--bits", "4", "--output", out) == 2
+    assert (
+        run_command("quantize", "--model", model, *data, "--plan", statistics, "--bits", "4", "--output", out)
+        == ConfigError.exit_code
+    )
     assert "--plan and --bits are given" in capfd.readouterr().err
     assert not out.exists()

@@ -58,7 +58,7 @@ def test_a_folder_without_write_permission_is_refused(
     assert run_command("quantize", "--dry-run", *box.arguments()) == 0  # it can be entered and written
     capfd.readouterr()
     public_folder.chmod(0o555)
-    assert run_command("quantize", *box.arguments()) == 2
+    assert run_command("quantize", *box.arguments()) == OutputError.exit_code
     message = capfd.readouterr().err
     assert "OutputError" in message and "Permission denied" in message
     assert list(public_folder.iterdir()) == []
@@ -91,12 +91,12 @@ def test_what_is_read_is_not_written_over(kind: str, tmp_path: Path) -> None:
 def test_a_read_only_file_system_is_refused(box: Box, capfd: pytest.CaptureFixture[str]) -> None:
     """As root too: /proc takes no folders."""
     box.flags["--output"] = "/proc/lord-output"
-    assert run_command("quantize", *box.arguments()) == 2
+    assert run_command("quantize", *box.arguments()) == OutputError.exit_code
     assert "OutputError: output '/proc/lord-output' cannot be written" in capfd.readouterr().err
 
 
 def test_overwrite_never_replaces_what_is_no_model(box: Box, capfd: pytest.CaptureFixture[str]) -> None:
     box.occupy()
-    assert run_command("quantize", "--overwrite", *box.arguments()) == 2
+    assert run_command("quantize", "--overwrite", *box.arguments()) == OutputError.exit_code
     assert "no model folder" in capfd.readouterr().err
     assert (box.output / "thesis.tex").read_text() == "mine"

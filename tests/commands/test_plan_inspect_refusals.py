@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from in_process import Box, run_command
+from in_process import Box, exit_code_of, run_command
+
+from lord_quant.errors import TargetError
 
 
 def test_plan_shares_the_refusals(box: Box, capfd: pytest.CaptureFixture[str]) -> None:
-    assert run_command("plan", "--model", box.original, "--rank-ratio", "0.25", "--targets", "mpl") == 2
+    assert run_command("plan", "--model", box.original, "--rank-ratio", "0.25", "--targets", "mpl") == TargetError.exit_code
     assert "'mpl' matches no layer; did you mean 'mlp'" in capfd.readouterr().err
 
 
@@ -30,5 +32,5 @@ def test_plan_shares_the_refusals(box: Box, capfd: pytest.CaptureFixture[str]) -
 def test_inspect_names_what_is_wrong(
     make: Callable[[Path], Path], error: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_command("inspect", make(tmp_path)) == 2
+    assert run_command("inspect", make(tmp_path)) == exit_code_of(error)
     assert re.search(error, capfd.readouterr().err)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lord_quant.backends.gptq import host
+from lord_quant.errors import ModelError
 
 
 class Run(NamedTuple):
@@ -173,4 +174,4 @@ def test_a_subcommand_is_given_its_arguments_and_its_exit_code_is_kept(
     monkeypatch.setattr(sys, "argv", ["optimum-cli", "lord", "inspect", "/no/such/folder"])
     with pytest.raises(SystemExit) as end:
         main()
-    assert end.value.code == 2 and "/no/such/folder" in capsys.readouterr().err
+    assert end.value.code == ModelError.exit_code and "/no/such/folder" in capsys.readouterr().err

@@ -11,6 +11,7 @@ import pytest
 from argument_cases import ARGUMENTS
 from checkpoint_cases import CHECKPOINTS
 from file_cases import FILES
+from in_process import exit_code_of
 from refusal import Ground
 from unreadable_cases import UNREADABLE
 
@@ -45,7 +46,7 @@ def test_it_is_refused(
     if raised is not None:
         kind, message = type(raised).__name__, str(raised)
     else:
-        assert code == 2, f"exit code {code}: {stderr}"
+        assert code == exit_code_of(error), f"exit code {code}: {stderr}"
         assert stderr.count(PREFIX) == 1 and "Traceback" not in stderr
         kind, _, message = stderr[stderr.index(PREFIX) + len(PREFIX) :].partition(": ")
     assert kind == error, message

@@ -42,7 +42,7 @@ def _command(name: str, module: ModuleType) -> CommandInfo:
 
 
 def _guarded(module: ModuleType, args: Namespace) -> int:
-    """Runs a command; an error of ours becomes its message and exit code 2, an interruption 130, SIGTERM 143."""
+    """Runs a command; an error of ours becomes its message and its exit code, an interruption 130, SIGTERM 143."""
     from lord_quant.errors import LordError
 
     try:
@@ -50,7 +50,7 @@ def _guarded(module: ModuleType, args: Namespace) -> int:
         return module.run(args)
     except LordError as error:
         sys.stderr.write(f"optimum-cli lord: {type(error).__name__}: {error}\n")
-        return 2
+        return error.exit_code
     except KeyboardInterrupt as end:
         word, code = ("terminated", 143) if isinstance(end, Terminated) else ("interrupted", 130)
         if launched().first:
