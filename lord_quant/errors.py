@@ -110,7 +110,7 @@ class HostError(LordError, RuntimeError):
 
 
 class ElsewhereError(LordError, RuntimeError):
-    """Another process of the run failed or is gone; where it failed it tells why itself."""
+    """Another process failed or is gone; one of the run's own (torchrun) tells why itself."""
 
     exit_code = 6
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from lord_quant.errors import CheckpointError, LayoutError, ModelError
+from lord_quant.errors import CheckpointError, ConfigError, LayoutError, ModelError
 from lord_quant.headers import weight_files
 from lord_quant.linalg import require_finite
 from lord_quant.reading import denied
@@ -225,7 +225,7 @@ def choose_device(name: str) -> torch.device:
     """Resolves `auto` to CUDA when there is one.
 
     Raises:
-        ModelError: The device is unknown or not there.
+        ConfigError: The device is unknown or not there.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -233,7 +233,7 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"device {name!r} is not available: {_first_line(error)}; wanted 'auto' or 'cpu'") from error
+        raise ConfigError(f"device {name!r} is not available: {_first_line(error)}; wanted 'auto' or 'cpu'") from error
     return device
 
 

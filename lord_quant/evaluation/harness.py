@@ -121,10 +121,12 @@ def evaluate(
 
     Raises:
         EvaluationError: Nothing to do, an unknown task, or an illegal setting.
+        ConfigError: The device is unknown or not there.
         ConsentError: A task runs generated code and nobody consented. Raised before any model is loaded.
         HostError: The sandbox for generated code does not work here. Likewise, if it does not from the start.
         ModelError: A model is missing or cannot be loaded.
         CalibrationError: The perplexity text is missing or unreadable.
+        ElsewhereError: The process that measures the peak of memory failed.
     """
     settings = {name: value for name, value in locals().items() if name not in {"model", "baseline", "tokenizer"}}
     settings = {**settings, "tasks": list(tasks), "metadata": dict(metadata or {}), "gen_kwargs": dict(gen_kwargs or {})}

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lord_quant.errors import EvaluationError
+from lord_quant.errors import ElsewhereError
 
 
 def peak_process_memory(model: str, dtype: str = "auto", *, prompt_tokens: int = 128, new_tokens: int = 32) -> int:
@@ -29,14 +29,14 @@ def peak_process_memory(model: str, dtype: str = "auto", *, prompt_tokens: int =
         new_tokens: Tokens decoded greedily.
 
     Raises:
-        EvaluationError: The process failed.
+        ElsewhereError: The process failed.
     """
     job = json.dumps({"model": model, "dtype": dtype, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens})
     command = [sys.executable, "-m", "lord_quant.evaluation.memory", job]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise EvaluationError(f"peak memory of {model!r} could not be measured: {reason}")
+        raise ElsewhereError(f"peak memory of {model!r} could not be measured: {reason}")
     return int(done.stdout.split()[-1])
 
 

@@ -266,7 +266,7 @@ CASES: dict[str, tuple[Spoil, str, list[str]]] = {
         "ModelError",
         ["1 tensors have other shapes", "'transformer.ln_f.weight': (64,), wanted (128,)"],
     ),
-    "unknown device": (lambda box: box.flags.update({"--device": "gpu"}), "ModelError", ["'gpu'", "wanted"]),
+    "unknown device": (lambda box: box.flags.update({"--device": "gpu"}), "ConfigError", ["'gpu'", "wanted"]),
     "unknown dtype": (
         lambda box: box.flags.update({"--dtype": "float61"}),
         "ConfigError",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lord_quant.errors import EvaluationError
+from lord_quant.errors import ElsewhereError
 from lord_quant.evaluation.memory import peak_process_memory, peak_resident_bytes
 
 
@@ -31,7 +31,7 @@ def test_peak_grows_by_the_weights(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_failing_process_is_named(tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match=r"peak memory of .*missing"):
+    with pytest.raises(ElsewhereError, match=r"peak memory of .*missing"):
         peak_process_memory(str(tmp_path / "missing"))
 
 

@@ -225,7 +225,7 @@ EVAL = {
     "seed below nothing": evaluated(*PERPLEXITY, "--seed=-1", parts=("seed is -1",)),
     "dtype that does not exist": evaluated(*PERPLEXITY, "--dtype", "float61", parts=("dtype is 'float61'",)),
     "dtype of integers": evaluated(*PERPLEXITY, "--dtype", "int8", parts=("dtype is 'int8'", "floats")),
-    "device that is not there": evaluated(*PERPLEXITY, "--device", "gpu", parts=("'gpu'",), error="ModelError"),
+    "device that is not there": evaluated(*PERPLEXITY, "--device", "gpu", parts=("'gpu'",), error="ConfigError"),
     "setting without a value": evaluated(*PERPLEXITY, "--gen-kwargs", "x", parts=("wanted KEY=VALUE",)),
     "text that is not there": evaluated("--perplexity", "./none.txt", parts=("no such file",), error="CalibrationError"),
     "baseline that is not there": evaluated(
