@@ -36,6 +36,10 @@ from lord_quant.targets import find_blocks
 WAITING_BYTES = 2**27
 """How much of what waits stays in memory beside a skeleton with large blocks."""
 
+M_MMAP_THRESHOLD = -3  # malloc.h
+PAGED_BYTES = 2**24
+"""From which size on pieces of memory get pages of their own; for smaller ones that would take time."""
+
 
 def waiting_bytes(block: int) -> int:
     """Returns how much of what waits stays in memory beside a skeleton whose largest block takes `block` bytes.
@@ -117,6 +121,7 @@ class Streamed(Residency):
         self.read_ahead = device.type != "cpu" if read_ahead is None else read_ahead
         self._ahead: dict[int, Future[dict[str, torch.Tensor]]] = {}
         self._waiting = 0
+        _give_back()
         sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in self.blocks.modules]
         self._largest = max(sizes) * dtype.itemsize
         self._fill(self._read([name for name in self.places if not name.startswith(f"{self.blocks.path}.")]))
@@ -292,10 +297,13 @@ def _empty(block: nn.Module) -> None:
 def _give_back() -> None:
     """Gives freed memory back to the system, as far as the C library lets us.
 
-    glibc keeps what is freed below the end of its heap. Tensors up to 32 MiB go there, and what waits for its turn is put
-    into the holes that a block at work leaves, so that the next block finds none large enough: the heap would grow by
-    about a block's activations with every block.
+    glibc keeps what is freed below the end of its heap. Pieces of up to 32 MiB go there, among them hidden states, and what
+    waits for its turn is put into the holes that a block at work leaves, so that the next block finds none large enough:
+    the heap would grow with every block. So large pieces get pages of their own, and of the heap all free ones go back.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
+    if sys.platform != "linux":
+        return
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):  # glibc's alone
+        library.mallopt(M_MMAP_THRESHOLD, PAGED_BYTES)
+        library.malloc_trim(0)
