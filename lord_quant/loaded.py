@@ -14,7 +14,7 @@ from lord_quant.config import LordConfig
 from lord_quant.errors import ModelError
 from lord_quant.menu import Menu
 from lord_quant.pipeline import DEFAULT_SEQ_LEN, Compressed, calibrate, compress_model, plan_model
-from lord_quant.source import refuse_unfit
+from lord_quant.source import own_memory, refuse_unfit
 from lord_quant.statistics import load_statistics
 
 
@@ -47,6 +47,7 @@ def compress_loaded(model: PreTrainedModel, tokenizer: Any, config: LordConfig) 
     context = getattr(model.config, "max_position_embeddings", None) or DEFAULT_SEQ_LEN
     windows = calibrate(config, tokenizer, context)
     if config.budget is not None:
+        own_memory(model)
         config, measured_on = _choose(model, windows, config, config.budget)
         plan = plan_model(model, config, itemsize)
     log_cautions(model, plan, windows, config.stack, measured_on)

@@ -43,6 +43,7 @@ from lord_quant.source import (
     build_skeleton,
     choose_device,
     inspect_source,
+    own_memory,
     tensor_bytes,
 )
 from lord_quant.surgery import is_compressed
@@ -229,6 +230,7 @@ def compress_model(
     Afterwards `model.config.quantization_config` says what was done, and `save_pretrained` writes a checkpoint that
     `from_pretrained` loads. Save before the first forward pass: 4-bit CPU kernels rewrite their weights in place.
     """
+    own_memory(model)
     for name, parameter in model.named_parameters():
         require_finite(parameter.detach(), f"weight {name!r}")
     model.eval()

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel")
 MULTIMODAL_KEYS = ("vision_config", "audio_config", "text_config", "speech_config")
+ALIGNMENT = 64
+"""Bytes to a multiple of which torch aligns what it allocates."""
 MOST_BLOCKS = 2**12
 """Ten times those of the deepest models; a skeleton of millions would take hours to build."""
 
@@ -161,11 +163,20 @@ def load_model(source: Source, device: torch.device) -> PreTrainedModel:
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ModelError(f"model {source.path!r}: {len(missing)} tensors are missing, such as {missing[0]!r}")
+    own_memory(model)
     for name, parameter in model.named_parameters():
-        if device.type == "cpu":  # memory of its own: see `kept.read_tensors`, and the file may change
-            parameter.data = parameter.data.clone()
         require_finite(parameter.detach(), f"weight {name!r} of {source.path!r}")
     return model.to(device).eval()
+
+
+def own_memory(model: PreTrainedModel) -> None:
+    """Gives parameters that lie in a file mapped into memory some of their own, aligned as that of any tensor.
+
+    Products may be rounded by alignment (`kept.read_tensors`), and compressing must not depend on how a model was loaded.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.data_ptr() % ALIGNMENT:
+            parameter.data = parameter.data.clone()
 
 
 def stream_source(source: Source, device: torch.device) -> tuple[PreTrainedModel, Streamed] | None:

@@ -210,12 +210,14 @@ def test_a_fault_is_named_or_survived_with_a_remedy(
 def test_a_gradient_that_is_not_finite_names_the_block_and_doing_without_survives(
     folders: dict[str, Path], corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    back = gradients._back
+    back = gradients._Run.back
 
-    def spoil(*arguments: Any) -> torch.Tensor:
-        return back(*arguments).index_fill(-1, torch.tensor([3]), NAN)
+    def spoil(*arguments: Any) -> list[torch.Tensor | None]:
+        *others, entering = back(*arguments)
+        assert entering is not None
+        return [*others, entering.index_fill(-1, torch.tensor([3]), NAN)]
 
-    monkeypatch.setattr(gradients, "_back", spoil)
+    monkeypatch.setattr(gradients._Run, "back", spoil)
     config = spoilt(Case("llama", nothing), "factors", folders, corpus_file, tmp_path)
     with pytest.raises(NumericsError, match=r"loss in front of model\.layers\.1 \(.*--no-fisher does without"):
         execute(prepare(config), verify=False)

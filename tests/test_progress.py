@@ -196,6 +196,6 @@ def test_a_run_that_is_continued_tells_all_of_its_story(
         ("block", "model.layers.1", 2),
     ]
     passed = [line["name"] for line in lines if line.get("phase") == "sensitivity" and line["event"] == "block"]
-    assert passed == ["model.layers.0", "model.layers.1", "model.layers.1"] * 2
+    assert passed == ["model.layers.0", "model.layers.1", "model.layers.1", "model.layers.0"] * 2
     ends = [line["event"] for line in lines if line["event"] in ("start", "failed", "finished")]
     assert ends == ["start", "failed", "start", "finished"]

@@ -191,7 +191,7 @@ def test_what_a_finished_run_left_behind_is_cleared_away_unless_it_is_anothers(
     output = tmp_path / "out"
     config = config_for(model, output, corpus_file)
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, "close", lambda journal, keep=False: journal._lock.release())
+        patch.setattr(Journal, "close", lambda journal, keep=False: journal._claim._lock.release())
         run(config)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.unfinished", "out"]
     job = prepare(LordConfig.from_dict(config.to_dict() | {"output": None}))

@@ -235,6 +235,7 @@ def test_optimum_alone_gives_the_same_bits_on_the_decomposed_model(
     from lord_quant.config import LordConfig
     from lord_quant.engine import decompose_model
     from lord_quant.pipeline import prepare
+    from lord_quant.source import own_memory
 
     gptq = {"damp_percent": 0.1, "mse": 0.0} | settings  # Optimum's defaults
     lowrank = {"rank_ratio": 0.25, "form": form}
@@ -249,6 +250,7 @@ def test_optimum_alone_gives_the_same_bits_on_the_decomposed_model(
     )
     job = prepare(config)
     model = dense(model_folder(family))
+    own_memory(model)
     decompose_model(model, job.plan, job.windows.batches(8))
     samples = [{"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]} for ids in job.windows.input_ids]
     quantizer = GPTQQuantizer(settings["bits"], samples, group_size=32, sym=settings["sym"])
