@@ -121,7 +121,7 @@ class Streamed(Residency):
         self.read_ahead = device.type != "cpu" if read_ahead is None else read_ahead
         self._ahead: dict[int, Future[dict[str, torch.Tensor]]] = {}
         self._waiting = 0
-        _give_back()
+        _page_large_pieces()
         sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in self.blocks.modules]
         self._largest = max(sizes) * dtype.itemsize
         self._fill(self._read([name for name in self.places if not name.startswith(f"{self.blocks.path}.")]))
@@ -294,16 +294,17 @@ def _empty(block: nn.Module) -> None:
         set_module_tensor_to_device(block, name, "meta")
 
 
-def _give_back() -> None:
-    """Gives freed memory back to the system, as far as the C library lets us.
+def _page_large_pieces() -> None:
+    """Lets large pieces of memory have pages of their own from now on, in all of this process; glibc alone.
 
-    glibc keeps what is freed below the end of its heap. Pieces of up to 32 MiB go there, among them hidden states, and what
-    waits for its turn is put into the holes that a block at work leaves, so that the next block finds none large enough:
-    the heap would grow with every block. So large pieces get pages of their own, and of the heap all free ones go back.
+    By itself glibc puts pieces of up to 32 MiB on its heap, hidden states among them. What waits for its turn fills the
+    holes that a block at work leaves there, so that the next block finds none large enough, and the heap grows.
     """
-    if sys.platform != "linux":
-        return
-    library = ctypes.CDLL(None)
-    if hasattr(library, "malloc_trim"):  # glibc's alone
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
         library.mallopt(M_MMAP_THRESHOLD, PAGED_BYTES)
+
+
+def _give_back() -> None:
+    """Gives the free pages of the heap back to the system; glibc would keep those below its end."""
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
         library.malloc_trim(0)
