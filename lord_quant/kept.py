@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors that are not needed for a while: in memory, or in files."""
+"""Tensors that are not needed for a while: where they are, in the memory of a GPU's host, or in files."""
 
 from __future__ import annotations
 
@@ -36,6 +36,37 @@ class Kept:
 
 Keep = Callable[[Sequence[torch.Tensor]], Kept]
 """Keeps tensors."""
+
+
+class KeptOnHost(Kept):
+    """Tensors of a GPU that wait in the host's memory, in pages that cannot be moved: copies go at the speed of the bus.
+
+    Copies are not waited for. Both directions run in the order in which the GPU computes, so what comes back is whole.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._devices = [tensor.device for tensor in tensors]
+        super().__init__([_to_host(tensor) for tensor in tensors])
+
+    @staticmethod
+    def nbytes(tensors: Sequence[torch.Tensor]) -> int:
+        """Returns how much host memory tensors would take: torch rounds pieces of it up to powers of two."""
+        return sum(1 << (tensor.nbytes - 1).bit_length() for tensor in tensors if tensor.nbytes)
+
+    def get(self) -> list[torch.Tensor]:
+        """Returns the tensors on their devices."""
+        return [tensor.to(device, non_blocking=True) for tensor, device in zip(self._tensors, self._devices, strict=True)]
+
+    def take(self) -> list[torch.Tensor]:
+        """Returns the tensors on their devices; they are not kept any longer."""
+        tensors = self.get()
+        self._tensors = []
+        return tensors
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    own = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+    return own.copy_(tensor.detach(), non_blocking=True)
 
 
 class KeptInFile(Kept):

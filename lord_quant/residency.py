@@ -7,12 +7,14 @@ each before running it, and says which one comes then, so that it can be read me
 (embeddings, last norm, head) is always there.
 
 What waits until it is needed again (hidden states of all batches, gradients of all blocks) would grow with the text and
-the model as well: beside a skeleton only a little of it stays in memory, the rest waits in files.
+the model as well: beside a skeleton only a little of it stays in memory, the rest waits in files. Beside a GPU the host's
+memory comes before files.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 import tempfile
 import weakref
@@ -27,7 +29,7 @@ import torch
 from torch import nn
 
 from lord_quant.errors import LayoutError, ModelError, OutputError, reason_of
-from lord_quant.kept import Kept, KeptInFile
+from lord_quant.kept import Kept, KeptInFile, KeptOnHost
 from lord_quant.linalg import require_finite
 from lord_quant.reading import open_tensors
 from lord_quant.targets import find_blocks
@@ -48,6 +50,18 @@ def waiting_bytes(block: int) -> int:
     as much may wait beside it: writing files would be a tenth of so small a run.
     """
     return max(WAITING_BYTES, 2 * WAITING_BYTES - 8 * block)
+
+
+def host_bytes(device: torch.device) -> int:
+    """Returns how much of what waits may do so in the host's memory: half of what is free now, shared by its processes.
+
+    Nothing where the host's memory is the device's own.
+    """
+    import psutil
+
+    if device.type != "cuda":
+        return 0
+    return int(psutil.virtual_memory().available) // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 class Residency:
@@ -120,7 +134,8 @@ class Streamed(Residency):
         self.blocks, self.places = find_blocks(model), places_of(model, files)
         self.read_ahead = device.type != "cpu" if read_ahead is None else read_ahead
         self._ahead: dict[int, Future[dict[str, torch.Tensor]]] = {}
-        self._waiting = 0
+        self._waiting, self._on_host = 0, 0
+        self._host_bytes = host_bytes(device)
         _page_large_pieces()
         sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in self.blocks.modules]
         self._largest = max(sizes) * dtype.itemsize
@@ -163,7 +178,7 @@ class Streamed(Residency):
             self._read(self._names(block))
 
     def keep(self, tensors: Sequence[torch.Tensor]) -> Kept:
-        """Keeps tensors in memory if not much waits there already, else in a file.
+        """Keeps tensors where they are if not much waits there already, else on the host of a GPU, else in a file.
 
         Raises:
             OutputError: It cannot be written.
@@ -173,6 +188,12 @@ class Streamed(Residency):
             kept = Kept(tensors)
             self._waiting += size
             weakref.finalize(kept, self._let_go, size)
+            return kept
+        size = KeptOnHost.nbytes(tensors)
+        if self._on_host + size <= self._host_bytes:
+            kept = KeptOnHost(tensors)
+            self._on_host += size
+            weakref.finalize(kept, self._let_go_of_host, size)
             return kept
         if self.scratch is None:
             try:
@@ -186,6 +207,9 @@ class Streamed(Residency):
 
     def _let_go(self, size: int) -> None:
         self._waiting -= size
+
+    def _let_go_of_host(self, size: int) -> None:
+        self._on_host -= size
 
     @contextmanager
     def _reading(self, block: int | None) -> Iterator[None]:

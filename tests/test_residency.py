@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from families import build, copy_tokenizer, edit_tensors, probe_tokens, save
@@ -19,7 +20,7 @@ from lord_quant import residency as places
 from lord_quant.errors import LayoutError, ModelError, NumericsError, OutputError
 from lord_quant.gradients import BlockGradients
 from lord_quant.headers import weight_files
-from lord_quant.kept import KEPT
+from lord_quant.kept import KEPT, KeptOnHost
 from lord_quant.residency import RESIDENT, Streamed
 from lord_quant.sensitivity import Sensitivity
 from lord_quant.shards import SINGLE_FILE
@@ -254,6 +255,33 @@ def test_little_that_waits_stays_in_memory(tmp_path: Path, monkeypatch: pytest.M
     fourth = residency.keep([torch.ones(13)])
     assert files() == 1
     assert [len(kept.get()[0]) for kept in (second, third, fourth)] == [12, 12, 13]
+
+
+def test_beside_a_gpu_the_host_comes_before_files_and_no_more_than_its_share_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, all_in_files: None
+) -> None:
+    folder = save(build("llama"), tmp_path / "model")
+    monkeypatch.setattr(places, "host_bytes", lambda device: 1024)
+    _, residency = streamed(folder)
+    residency.scratch = tmp_path
+    given = [torch.full((100,), float(number)) for number in range(3)]  # 400 bytes take 512
+    kept = [residency.keep([tensor]) for tensor in given]
+    assert [isinstance(each, KeptOnHost) for each in kept] == [True, True, False]
+    assert len(list(tmp_path.glob(f"{KEPT}*"))) == 1
+    for tensor in given:
+        tensor.fill_(-1)  # what was kept is a copy
+    assert [float(each.get()[0][0]) for each in kept] == [0, 1, 2]
+    assert [float(each.take()[0][99]) for each in kept] == [0, 1, 2]
+    kept.clear()
+    assert isinstance(residency.keep(given[:2]), KeptOnHost) and not isinstance(residency.keep(given), KeptOnHost)
+
+
+def test_processes_of_one_host_share_half_of_what_is_free_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    free, gpu = psutil.virtual_memory().available, torch.device("cuda")
+    assert places.host_bytes(CPU) == 0
+    assert places.host_bytes(gpu) == pytest.approx(free / 2, rel=0.2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert places.host_bytes(gpu) == pytest.approx(free / 16, rel=0.2)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
