@@ -137,7 +137,7 @@ def prepare(args: argparse.Namespace) -> tuple[list[Layer], dict[str, Losses], B
     import torch
     from bench import Bench, collect
 
-    from lord_quant.budget import SENSED_SAMPLES
+    from lord_quant.budget import sensed_samples
     from lord_quant.calibration import sample_windows
     from lord_quant.corpus import load_corpus
     from lord_quant.source import inspect_source, load_model
@@ -148,7 +148,7 @@ def prepare(args: argparse.Namespace) -> tuple[list[Layer], dict[str, Losses], B
     calibration = sample_windows(corpora[0], source.tokenizer, num_samples=args.num_samples, **how).input_ids
     heldout = sample_windows(corpora[1], source.tokenizer, num_samples=args.windows, **how).input_ids
     model = load_model(source, torch.device("cpu"))
-    backward = calibration[:SENSED_SAMPLES]
+    backward = calibration[: sensed_samples(args.seq_len)]
     layers = collect(model, calibration.split(4), backward.split(4), args.seed)
     parts = zip(*(each.split(-(-len(each) // 2)) for each in (calibration, backward)), strict=True)
     halves = [collect(model, own.split(4), back.split(4), args.seed + at) for at, (own, back) in enumerate(parts)]

@@ -30,8 +30,8 @@ from lord_quant.targets import find_linears, select
 from lord_quant.version import __version__
 
 
-SENSED_SAMPLES = 32
-"""Windows of the backward pass of a sensitivity pass: G of few windows fits them more than the text they stand for."""
+SENSED_TOKENS = 2**16
+"""Tokens of the backward pass of a sensitivity pass: G and slopes of few fit these more than the text they stand for."""
 PLANNED = "planned"
 """Section of a plan file that says where it comes from; the others are those of a configuration."""
 
@@ -86,7 +86,7 @@ def sense_model(
         residency: Which blocks have their weights.
         progress: Where it is told how far the pass is.
     """
-    samples = min(config.joint.fisher_samples or SENSED_SAMPLES, len(windows.input_ids))
+    samples = min(config.joint.fisher_samples or sensed_samples(windows.input_ids.shape[1]), len(windows.input_ids))
     config = dataclasses.replace(config, joint=dataclasses.replace(config.joint, fisher_samples=samples))
     sensitivities, slopes, seed = None, None, config.calibration.seed
     if config.joint.fisher:
@@ -111,6 +111,11 @@ def sense_model(
         residency=residency,
         progress=progress,
     )
+
+
+def sensed_samples(seq_len: int) -> int:
+    """Returns how many windows the backward pass of a sensitivity pass takes if nobody says so, and there are as many."""
+    return -(-SENSED_TOKENS // seq_len)
 
 
 def digest_of(model: str) -> str:

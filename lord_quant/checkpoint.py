@@ -260,7 +260,7 @@ def atomic_folder(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     Raises:
         OutputError: It could not be written; or the finished folder could not be put in place, or something appeared there
-            meanwhile, and the message says where it is kept.
+            meanwhile, and the message says where it is kept; or it is in place and what it replaced could not be removed.
     """
     from safetensors import SafetensorError
 
@@ -304,7 +304,13 @@ def _put_in_place(staging: Path, output: Path, overwrite: bool) -> None:
         (aside / output.name).rename(output)
         aside.rmdir()
         raise
-    shutil.rmtree(aside)
+    try:
+        shutil.rmtree(aside)
+    except OSError as error:
+        raise OutputError(
+            f"{str(output)!r} is in place, but what it replaced could not be removed ({reason_of(error)}): it is left at "
+            f"{str(aside)!r}"
+        ) from error
 
 
 def write_model(model: PreTrainedModel, folder: Path) -> None:

@@ -237,7 +237,7 @@ class JointConfig:
         refine: Sweeps over scales and codes after each solve; 0 for none.
         fisher: Truncate in the metric of the model's loss, which takes a backward pass; otherwise in that of output error.
         fisher_samples: Calibration windows of that backward pass, the first so many. None takes 8; for a sensitivity pass,
-            and for the run of a plan that was made of one, 32.
+            and for the run of a plan that was made of one, as many as hold 65536 tokens.
     """
 
     anchor: bool = True

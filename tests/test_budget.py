@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from lord_quant.budget import Planner, apply_plan, read_plan, sense, unplanned, write_plan
+from lord_quant.budget import Planner, apply_plan, read_plan, sense, sensed_samples, unplanned, write_plan
 from lord_quant.budget_config import BudgetConfig
 from lord_quant.config import CalibrationConfig, JointConfig, LordConfig, LowrankConfig, merge
 from lord_quant.errors import BudgetError, ConfigError, LordError, RankError
@@ -47,6 +49,12 @@ def test_the_pass_says_what_it_was_made_from(config: LordConfig, statistics: Sta
     assert origin["calibration_sha256"] == prepare(config).windows.sha256
     assert origin["num_tokens"] == 256 and origin["fisher_samples"] == 2 and len(origin["model_sha256"]) == 64
     assert not any("/" in str(value) for value in origin.values())
+
+
+@given(st.integers(2, 2**18))
+def test_a_pass_sees_so_many_tokens_however_long_windows_are(seq_len: int) -> None:
+    samples = sensed_samples(seq_len)
+    assert samples >= 1 and (samples - 1) * seq_len < 2**16 <= samples * seq_len
 
 
 @pytest.mark.parametrize("bpw", [2.6, 3.0, 4.1])

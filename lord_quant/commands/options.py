@@ -138,7 +138,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         default=unset,
         type=int,
         metavar="N",
-        help="windows of the backward pass (8; for a budget 32)",
+        help="windows of the backward pass (8; for a budget what holds 65536 tokens)",
     )
     data = parser.add_argument_group("calibration")
     data.add_argument(

@@ -77,6 +77,28 @@ check_output({str(public_folder / "closed" / "x" / "out")!r})"""
     assert "Permission denied" in done.stderr.splitlines()[-1]
 
 
+def test_what_was_replaced_and_cannot_be_removed_is_told_as_that(public_folder: Path) -> None:
+    """Its own subfolder is closed to writing, by someone who runs the tests or acts as nobody."""
+    drop = f"os.setuid({NOBODY})" if os.geteuid() == 0 else "pass"
+    script = f"""import os
+from pathlib import Path
+from lord_quant.checkpoint import atomic_folder
+{drop}
+out = Path({str(public_folder)!r}) / "out"
+(out / "closed").mkdir(parents=True)
+(out / "closed" / "x").write_text("old")
+(out / "closed").chmod(0o555)
+with atomic_folder(out, overwrite=True) as staging:
+    (staging / "new").write_text("new")"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    last = done.stderr.splitlines()[-1]
+    assert "OutputError" in last and "is in place, but what it replaced could not be removed" in last
+    assert [path.name for path in (public_folder / "out").iterdir()] == ["new"]
+    (left,) = public_folder.glob(".out.replaced-*")
+    assert repr(str(left)) in last and (left / "out" / "closed" / "x").read_text() == "old"
+    (left / "out" / "closed").chmod(0o755)  # or nothing here can be removed
+
+
 @pytest.mark.parametrize("kind", ["model", "dataset"])
 def test_what_is_read_is_not_written_over(kind: str, tmp_path: Path) -> None:
     source = tmp_path / "data" / "text.txt"
