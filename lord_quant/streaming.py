@@ -144,7 +144,7 @@ def stream_model(
             # Behind the last planned block nobody needs the streams.
             due = world.broadcast(index < run.last and (began - saved) * SAVING >= cost)
             if due:
-                journal.save(_named(_streams(world), index + 1), _state(run))
+                _save(run, journal, index + 1)
                 saved = time.perf_counter()
                 cost = saved - began
             world.wait()  # a block counts when every process can go on behind it,
@@ -181,14 +181,31 @@ def _named(prefix: str, block: int) -> str:
 
 def _drop_but(journal: Unfinished, prefix: str, block: int) -> None:
     """Removes where something stood in front of all blocks but one."""
-    for name in journal.saved(prefix) - {_named(prefix, block)}:
-        journal.drop(name)
+    for name in journal.saved(prefix):
+        if name.partition(".")[0] != _named(prefix, block):
+            journal.drop(name)
 
 
-def _state(run: JointRun) -> dict[str, torch.Tensor]:
-    """Returns where both streams stand, in front of the next block."""
-    dense = {f"dense.{at}": call.hidden for at, call in enumerate(run.stream)}
-    return dense | {f"ours.{at}": hidden for at, hidden in enumerate(run.ours)}
+def _parts(run: JointRun, block: int) -> list[str]:
+    """Names the files of where both streams stood in front of a block, one per batch: the last is written last."""
+    whole = _named(_streams(run.world), block)
+    return [*(f"{whole}.{at:05}" for at in range(len(run.stream) - 1)), whole]
+
+
+def _save(run: JointRun, journal: Unfinished, block: int) -> None:
+    """Writes where both streams stand, in front of a block; a batch at a time, as all together may not fit in memory."""
+    for at, name in enumerate(_parts(run, block)):
+        journal.save(name, {"dense": run.stream[at].hidden, "ours": run.ours[at]})
+
+
+def _load(run: JointRun, journal: Unfinished, block: int) -> None:
+    """Puts both streams in front of a block, as they were saved there."""
+    for at, name in enumerate(_parts(run, block)):
+        state, call = journal.load(name), run.stream[at]
+        dense, ours = state.get("dense"), state.get("ours")
+        if dense is None or ours is None or not dense.shape == ours.shape == call.hidden.shape:
+            raise _spoilt(journal, name)
+        call.hidden, run.ours[at] = dense.to(call.hidden), ours.to(call.hidden)
 
 
 def _restore(run: JointRun, journal: Unfinished) -> int:
@@ -206,12 +223,7 @@ def _restore(run: JointRun, journal: Unfinished) -> int:
         journal.go_back(resumed)
     _drop_but(journal, streams, resumed)
     if 0 < resumed <= run.last:
-        state = journal.load(_named(streams, resumed))
-        for at, call in enumerate(run.stream):
-            dense, ours = state.get(f"dense.{at}"), state.get(f"ours.{at}")
-            if dense is None or ours is None or not dense.shape == ours.shape == call.hidden.shape:
-                raise _spoilt(journal, _named(streams, resumed))
-            call.hidden, run.ours[at] = dense.to(call.hidden), ours.to(call.hidden)
+        _load(run, journal, resumed)
     for index, block in enumerate(journal.blocks):
         run.done.records += _told(block, journal)[0]
         if run.sensitivity is not None and index <= run.last:

@@ -45,8 +45,8 @@ def whole(model: Path, corpus_file: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 def config_for(model: Path, output: Path, corpus: Path) -> LordConfig:
-    """Both streams take 0.5 MB, a block less than 0.3 MB, the finished model more than 2 MB."""
-    calibration = {"dataset": str(corpus), "num_samples": 4, "seq_len": 128, "batch_size": 2}
+    """Of both streams a batch takes 0.5 MB, a block less than 0.3 MB, the finished model more than 2 MB."""
+    calibration = {"dataset": str(corpus), "num_samples": 8, "seq_len": 128, "batch_size": 4}
     return config_of(model, output, corpus, calibration=calibration)
 
 
@@ -74,7 +74,7 @@ def steps_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     ("size", "what", "kept"),
     [
         (50_000, r"block-00001\.safetensors", 1),
-        (400_000, r"streams-0-00002\.safetensors", 1),
+        (400_000, r"streams-0-00002\.00000\.safetensors", 1),
         (2_000_000, "out", 3),
     ],
     ids=["shard", "streams", "model"],
@@ -179,9 +179,32 @@ def test_streams_that_are_older_than_the_last_block_are_gone_on_from(
         run(config)
     left = tmp_path / ".out.unfinished"
     # None are written behind the last block; the others are dropped when newer ones count.
-    assert f"streams-0-{1:05}.safetensors" in {path.name for path in left.iterdir()}
+    assert {f"streams-0-{1:05}.00000.safetensors", f"streams-0-{1:05}.safetensors"} <= {
+        path.name for path in left.iterdir()
+    }
     steps = steps_of(monkeypatch)
     assert run(config)["blocks_resumed"] == resumed and steps == list(range(resumed, BLOCKS))
+    require_same(whole, tmp_path / "out")
+
+
+def test_streams_of_which_the_last_batch_was_not_written_do_not_count(
+    model: Path, whole: Path, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for(model, tmp_path / "out", corpus_file)
+    monkeypatch.setattr(streaming, "SAVING", float("inf"))
+    save = Journal.save
+
+    def break_off(journal: Journal, name: str, tensors: Any) -> None:
+        if name == f"streams-0-{2:05}":
+            raise KeyboardInterrupt
+        save(journal, name, tensors)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Journal, "save", break_off)
+        run(config)
+    names = {path.name for path in (tmp_path / ".out.unfinished").glob("streams-*")}
+    assert names == {f"streams-0-{name}.safetensors" for name in ("00001", "00001.00000", "00002.00000")}
+    assert run(config)["blocks_resumed"] == 1
     require_same(whole, tmp_path / "out")
 
 
