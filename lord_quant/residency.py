@@ -20,7 +20,7 @@ import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event
 from typing import NamedTuple
@@ -37,6 +37,13 @@ from lord_quant.targets import find_blocks
 
 WAITING_BYTES = 2**27
 """How much of what waits stays in memory beside a skeleton with large blocks."""
+
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+CONTAINER_MEMORY = (
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
+"""Where Linux says how much memory a container may have and has, by version of its control groups."""
 
 M_MMAP_THRESHOLD = -3  # malloc.h
 PAGED_BYTES = 2**24
@@ -57,11 +64,20 @@ def host_bytes(device: torch.device) -> int:
 
     Nothing where the host's memory is the device's own.
     """
-    import psutil
-
     if device.type != "cuda":
         return 0
-    return int(psutil.virtual_memory().available) // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return _free_bytes() // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _free_bytes() -> int:
+    """Returns how much memory is free, in a container of what that may have."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    for limit, used in CONTAINER_MEMORY:
+        with suppress(OSError, ValueError):  # there is no such file, or no limit
+            free = min(free, int((CONTROL_GROUP / limit).read_text()) - int((CONTROL_GROUP / used).read_text()))
+    return max(free, 0)
 
 
 class Residency:

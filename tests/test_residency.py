@@ -284,6 +284,22 @@ def test_processes_of_one_host_share_half_of_what_is_free_there(monkeypatch: pyt
     assert places.host_bytes(gpu) == pytest.approx(free / 16, rel=0.2)
 
 
+@pytest.mark.parametrize(("limit", "used"), places.CONTAINER_MEMORY)
+def test_a_container_has_no_more_than_it_may(
+    limit: str, used: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(places, "CONTROL_GROUP", tmp_path)
+    (tmp_path / "memory").mkdir()
+    gpu, free = torch.device("cuda"), places.host_bytes(torch.device("cuda"))
+    for name, value in ((limit, "3000000"), (used, "1000000")):
+        (tmp_path / name).write_text(f"{value}\n")
+    assert places.host_bytes(gpu) == 1_000_000
+    (tmp_path / used).write_text("4000000\n")
+    assert places.host_bytes(gpu) == 0
+    (tmp_path / limit).write_text("max\n")
+    assert places.host_bytes(gpu) == pytest.approx(free, rel=0.2)
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 def test_what_a_block_took_goes_back_to_the_system_whatever_waits_behind_it(tmp_path: Path) -> None:
     """What waits lies between the pieces that were freed, and at the end of the heap."""
