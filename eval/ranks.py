@@ -3,8 +3,9 @@
 
 The goal: allocated ranks have at least 30 % less excess perplexity than uniform ones of the same bytes, in float and at 4
 bits. Excess is perplexity minus that of the dense model; saved is 1 - (allocated - dense) / (uniform - dense), seed by
-seed. A uniform plan's bytes are known from shapes alone; the planner gets them as its budget, at the same bits and, where
-weights are packed, the same group size. What it spends is at most that.
+seed. A uniform plan's bytes are known from shapes alone; the planner gets them as its budget, at the same bits. Where
+weights are packed it has the same group size too, which allows few ranks in a small model; once more it may choose that as
+well. What it spends is at most that.
 
 Uniform ranks come in two ways. Forced, every layer is decomposed, also where that makes it larger (at rank ratio 0.75 a
 square layer grows by half), which is easy to beat by leaving layers dense. Not forced, such layers stay dense.
@@ -31,8 +32,10 @@ BITS = (16, 4)
 FLOAT_BITS = 16
 GOAL = 0.3
 """Share of the excess that allocation is to save."""
-KINDS = {"two_factor": ("--form", "two_factor"), "all forms": ()}
+KINDS = {"two_factor": ("--form", "two_factor"), "all forms": (), "all forms, groups": ()}
 """What the planner may choose from, dense layers always among it; two_factor is the form of the uniform plans."""
+FREE_GROUPS = "all forms, groups"
+"""Where weights are packed, the planner may also choose group sizes, and with them finer steps of ranks."""
 NOTE = (
     "Every line compares with the uniform plan of the same rank ratio and bits, whose bits per weight are the budget; bpw "
     "counts every stored bit of the linear layers, from the files. decomposed: how many linear layers are; the others stay "
@@ -126,7 +129,7 @@ def main() -> None:
     for uniform in uniform_plans(args.rank_ratios, args.bits, args.group_size, forced=args.force_rank):
         size = size_of(args.model, uniform)
         if size is not None:
-            labels = {kind: allocated_label(kind, uniform.bits, size) for kind in KINDS}
+            labels = {kind: allocated_label(kind, uniform.bits, size) for kind in kinds_of(uniform.bits)}
             comparisons.append(Comparison(uniform, size, labels))
     dense = Row(args.model, DENSE, None, 0)
     rows = [dense, *(row for each in comparisons for seed in args.seeds for row in rows_of(args.model, each, seed))]
@@ -168,6 +171,11 @@ def size_of(model: str, uniform: Uniform) -> Size | None:
     return Size(num_bytes, weights, len(plan.rank_pattern), len(plan.layers))
 
 
+def kinds_of(bits: int) -> list[str]:
+    """Returns what the planner may choose from at so many bits; in float, groups are always its own."""
+    return [kind for kind in KINDS if kind != FREE_GROUPS or bits != FLOAT_BITS]
+
+
 def allocated_label(kind: str, bits: int, size: Size) -> str:
     """Names what a budget chooses; uniform plans of the same bytes share it, and its rows."""
     return f"allocated, {kind}, {bits}-bit, {size.bpw:.4f} bpw"
@@ -175,7 +183,8 @@ def allocated_label(kind: str, bits: int, size: Size) -> str:
 
 def allocated_flags(kind: str, uniform: Uniform, size: Size) -> tuple[str, ...]:
     """Returns the flags of `quantize` that make a plan of at most the same bytes; in float, groups are the planner's."""
-    group = () if uniform.bits == FLOAT_BITS else ("--group-size", str(uniform.group_size))
+    free = uniform.bits == FLOAT_BITS or kind == FREE_GROUPS
+    group = () if free else ("--group-size", str(uniform.group_size))
     return ("--stack", "joint", "--bits", str(uniform.bits), *group, "--target-bpw", repr(size.budget), *KINDS[kind])
 
 

@@ -80,6 +80,10 @@ def test_flags(ranks: Any) -> None:
     assert ranks.allocated_flags("two_factor", packed, size) == (
         "--stack", "joint", "--bits", "4", "--group-size", "64", "--target-bpw", "1.005", "--form", "two_factor",
     )  # fmt: skip
+    assert ranks.allocated_flags("all forms, groups", packed, size) == (
+        "--stack", "joint", "--bits", "4", "--target-bpw", "1.005",
+    )  # fmt: skip
+    assert ranks.kinds_of(4) == [*ranks.kinds_of(16), "all forms, groups"]
     assert ranks.allocated_flags("all forms", plain, size) == (
         "--stack", "joint", "--bits", "16", "--target-bpw", "1.005",
     )  # fmt: skip
@@ -94,7 +98,7 @@ def test_force_adds_plans_and_replaces_none(ranks: Any) -> None:
 
 def test_rows_of_the_same_bytes_are_shared(ranks: Any) -> None:
     size = ranks.Size(100, 800, 3, 4)
-    labels = {kind: ranks.allocated_label(kind, 16, size) for kind in ranks.KINDS}
+    labels = {kind: ranks.allocated_label(kind, 16, size) for kind in ranks.kinds_of(16)}
     comparisons = [ranks.Comparison(ranks.Uniform(0.5, 16, 64, forced), size, labels) for forced in (True, False)]
     rows = [row for each in comparisons for row in ranks.rows_of("model", each, 0)]
     assert len(rows) == 6 and len(dict.fromkeys(rows)) == 4
@@ -106,7 +110,7 @@ RUNS = {"uniform": [12.0, 14.0], "two_factor": [11.0, 13.0], "all forms": [11.5,
 
 def test_summary_and_table(ranks: Any, tmp_path: Path) -> None:
     uniform, size = ranks.Uniform(0.5, 16, 64, forced=False), ranks.Size(1000, 800, 3, 4)
-    labels = {kind: ranks.allocated_label(kind, 16, size) for kind in ranks.KINDS}
+    labels = {kind: ranks.allocated_label(kind, 16, size) for kind in ranks.kinds_of(16)}
     comparison = ranks.Comparison(uniform, size, labels)
     results, dense = ranks.Results(tmp_path / "results.json", {}, {}), ranks.Row("model", ranks.DENSE, None, 0)
     stored = {"tensor_bytes": 1, "seconds": 1.0}
