@@ -762,7 +762,9 @@ SURVIVAL = _table(
     ),
     heir=_a(
         "a pass, by a child that answers after the program has left",
-        "if os.fork():\n    os._exit(0)\ndef f(x): return x + 1",
+        # Its answers are right: given while the program is still leaving they would be a pass, and rightly so.
+        "program = os.getpid()\nif os.fork():\n    os._exit(0)\n"
+        "while os.getppid() == program: time.sleep(0.001)\ndef f(x): return x + 1",
         f"{_ENDED}|{_REFUSED}",
     ),
     swarm=_a(
