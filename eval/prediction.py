@@ -265,7 +265,10 @@ def parts(loss: LayerLoss, choice: Choice) -> tuple[float, float]:
     tail = loss.tail.tolist()
     if choice.kind == "truncation":
         return tail[choice.rank], 0.0
-    noise = loss.of_factors(choice.rank, choice.bits, choice.bits, choice.group_size)
+    from lord_quant.layer_bytes import Packing
+
+    packing = Packing(choice.bits, choice.group_size)
+    noise = loss.of_factors(choice.rank, packing, packing)
     return tail[choice.rank], noise * (loss.pivoted if choice.kind == "pivoted" else 1)
 
 

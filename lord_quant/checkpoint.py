@@ -29,7 +29,13 @@ from lord_quant.errors import CheckpointError, FormatVersionError, OutputError, 
 from lord_quant.linalg import require_finite
 from lord_quant.plan import Plan
 from lord_quant.reading import parse_json
-from lord_quant.version import FORMAT_VERSION, MIXED_FORMAT_VERSION, UNIFORM_FORMAT_VERSION, __version__
+from lord_quant.version import (
+    FORMAT_VERSION,
+    MIXED_FORMAT_VERSION,
+    PART_FORMAT_VERSION,
+    UNIFORM_FORMAT_VERSION,
+    __version__,
+)
 
 
 if TYPE_CHECKING:
@@ -39,7 +45,7 @@ METHOD_GPTQ = "lord_gptq"
 METHOD_FLOAT = "lord"
 REPORT_NAME = "lord_report.json"
 PATTERNS = ("rank_pattern", "form_pattern", "group_pattern", "bits_pattern", "group_size_pattern")
-"""What a configuration says of layers, by full module path of the dense layer; bits also of a factor."""
+"""What a configuration says of layers, by full module path of the dense layer; bits and group sizes also of a factor."""
 
 
 def quantization_config(plan: Plan, gptq: GptqConfig, host_format: str) -> dict[str, Any]:
@@ -80,8 +86,12 @@ def quantization_config(plan: Plan, gptq: GptqConfig, host_format: str) -> dict[
 
 def format_version(plan: Plan) -> int:
     """Returns the version a checkpoint of this plan has: the oldest one that knows all that is in it."""
-    if plan.bits != FLOAT_BITS and FLOAT_BITS in plan.bits_pattern.values():
+    if plan.bits != FLOAT_BITS and not plan.rank_pattern.keys().isdisjoint(
+        name.rpartition(".")[0] for name in plan.group_size_pattern
+    ):
         return FORMAT_VERSION
+    if plan.bits != FLOAT_BITS and FLOAT_BITS in plan.bits_pattern.values():
+        return PART_FORMAT_VERSION
     return MIXED_FORMAT_VERSION if plan.mixed or plan.group_pattern else UNIFORM_FORMAT_VERSION
 
 

@@ -184,7 +184,7 @@ class GptqConfig:
         group_size: Inputs that share one scale; None takes the largest of 128, 64, 32 that suits the model's shapes.
         bits_pattern: Bits by layer pattern, later entries winning; `bits` is that of the other layers. A pattern that ends
             in ``.down`` or ``.up`` means that factor of the layers it names.
-        group_size_pattern: Group size by layer pattern, likewise.
+        group_size_pattern: Group size by layer pattern, likewise. That of `up` is the step of ranks.
         sym: Symmetric quantization: zeros in the middle. Zeros are stored either way, so asymmetric grids, which are
             better, cost no byte; some GPU kernels (Marlin) want symmetric ones.
         desc_act: Quantize inputs in order of decreasing activation.

@@ -11,13 +11,13 @@ from typing import NamedTuple, TypeVar
 from lord_quant.config import FLOAT_BITS, FORMS, GROUP_SIZES, PACKED_BITS
 from lord_quant.layer_bytes import (
     GROUPED,
+    PACK_MULTIPLE,
     PIVOTED,
     TWO_FACTOR,
     factor_shapes,
     linear_bytes,
     num_weights,
     order_bytes,
-    rank_step,
 )
 from lord_quant.probe import LayerLoss, noise_at
 from lord_quant.targets import LinearSite
@@ -38,8 +38,9 @@ class Candidate(NamedTuple):
         form: `dense`, `two_factor`, `pivoted` or `grouped`.
         rank: Of its factors, or None.
         bits: Of the dense layer's weights, or of `down`.
-        group_size: Inputs per scale.
+        group_size: Inputs per scale, likewise.
         up_bits: Of `up`; of a dense layer, the same as `bits`.
+        up_group_size: Inputs per scale of `up`, likewise.
         leader: Of a grouped layer, the full path of the one that holds the `down` it uses; empty otherwise.
     """
 
@@ -50,6 +51,7 @@ class Candidate(NamedTuple):
     bits: int
     group_size: int
     up_bits: int
+    up_group_size: int
     leader: str = ""
 
 
@@ -68,7 +70,8 @@ class Menu:
     Attributes:
         forms: Forms allowed.
         bits: Bit widths allowed; 16 for float, with no other.
-        group_sizes: Group sizes allowed.
+        group_sizes: Group sizes allowed. `up` takes that of `down`, or where it does not divide the rank the largest that
+            does.
         mean_correction: Whether factors get a bias their layer did not have.
         itemsize: Bytes of a float value.
         min_param_ratio: Fraction of a layer's weights that its factors must hold.
@@ -109,7 +112,7 @@ class Menu:
                 parts = []
                 for site in sites:
                     shapes = factor_shapes(site.in_features, site.out_features, each.rank or 0, GROUPED)
-                    size = linear_bytes(*shapes[".up"], False, each.up_bits, group_size, self.itemsize).weight
+                    size = linear_bytes(*shapes[".up"], False, each.up_bits, each.up_group_size, self.itemsize).weight
                     if site is sites[0]:
                         size += linear_bytes(*shapes[".down"], False, each.bits, group_size, self.itemsize).weight
                     size += self._added_bias(site)
@@ -128,17 +131,17 @@ class Menu:
 
     def _dense(self, site: LinearSite, loss: LayerLoss, bits: int, group_size: int) -> Candidate:
         size = linear_bytes(site.in_features, site.out_features, site.has_bias, bits, group_size, self.itemsize).weight
-        return Candidate(size, loss.of_dense(bits, group_size), DENSE, None, bits, group_size, bits)
+        return Candidate(size, loss.of_dense(bits, group_size), DENSE, None, bits, group_size, bits, group_size)
 
     def _factored(self, site: LinearSite, loss: LayerLoss, form: str, group_size: int) -> Iterator[Candidate]:
         """Yields candidates of a form, `RANKS` ranks at most, only where factors hold fewer weights than the layer."""
         if loss.down is None or loss.up is None:
             return
         inputs, outputs = site.in_features, site.out_features
-        smaller, step = min(inputs, outputs), rank_step(group_size)
-        step *= math.ceil(smaller / step / RANKS)
+        smaller = min(inputs, outputs)
+        step = PACK_MULTIPLE << max(0, math.ceil(math.log2(smaller / PACK_MULTIPLE / RANKS)))
         fixed = self._added_bias(site) + (order_bytes(outputs) if form == PIVOTED else 0)
-        noisier = loss.groups[group_size] * (loss.pivoted if form == PIVOTED else 1.0)
+        noisier = loss.pivoted if form == PIVOTED else 1.0
         whole = float(loss.tail[0])
         for rank in range(step, smaller + 1, step):
             shapes = factor_shapes(inputs, outputs, rank, form)
@@ -148,20 +151,21 @@ class Menu:
             if kept < self.min_param_ratio:
                 continue
             scale = noisier * (whole - float(loss.tail[rank]))
+            up_size = max(size for size in loss.groups if size <= group_size and rank % size == 0)
             sides = [
                 {
                     bits: (
-                        linear_bytes(*shapes[suffix], False, bits, group_size, self.itemsize).weight,
-                        scale * noise.at(rank) * noise_at(noise.by_bits, bits),
+                        linear_bytes(*shapes[suffix], False, bits, size, self.itemsize).weight,
+                        scale * loss.groups[size] * noise.at(rank) * noise_at(noise.by_bits, bits),
                     )
                     for bits in self.bits
                 }
-                for suffix, noise in ((".down", loss.down), (".up", loss.up))
+                for suffix, noise, size in ((".down", loss.down, group_size), (".up", loss.up, up_size))
             ]
             for bits, up_bits in self._widths(form):
                 (down_bytes, down_loss), (up_bytes, up_loss) = sides[0][bits], sides[1][up_bits]
                 size, lost = fixed + down_bytes + up_bytes, float(loss.cut[rank]) + down_loss + up_loss
-                yield Candidate(size, lost, form, rank, bits, group_size, up_bits)
+                yield Candidate(size, lost, form, rank, bits, group_size, up_bits, up_size)
 
     def _widths(self, form: str) -> list[tuple[int, int]]:
         """Returns the bits of both factors: neighbours among those allowed; of the pivoted form, the same."""

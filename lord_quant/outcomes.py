@@ -234,5 +234,6 @@ def _as_it_was(layer: LayerPlan, itemsize: int) -> LayerPlan:
         form=TWO_FACTOR,
         bits=FLOAT_BITS,
         up_bits=FLOAT_BITS,
+        up_group_size=layer.group_size,
         leader="",
     )

@@ -287,8 +287,8 @@ def _compress_jointly(
 
 
 def solvers_of(layer: LayerPlan, gptq: GptqConfig, num_tokens: int) -> Solvers:
-    widths = (layer.bits, layer.up_bits)
-    return Solvers(*(make_solver(dataclasses.replace(gptq, bits=bits), layer.group_size, num_tokens) for bits in widths))
+    packings = ((layer.bits, layer.group_size), (layer.up_bits, layer.up_group_size))
+    return Solvers(*(make_solver(dataclasses.replace(gptq, bits=bits), size, num_tokens) for bits, size in packings))
 
 
 def fisher_windows(windows: TokenWindows, config: LordConfig) -> torch.Tensor:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What becomes of every linear layer: rank, bits, exact stored bytes. Pure arithmetic on shapes, no model.
 
-Every layer has its own bits and group size; its factors share the group size and may differ in bits. Ranks are snapped *up*
-to a multiple of lcm(32, group_size), at every bit width alike: packing wants features in multiples of 32, 4-bit CPU kernels
-want whole groups, and float and quantized runs of one command line must have the same ranks to be comparable. A layer whose
-two factors would not be smaller than itself stays dense unless forced.
+Every layer has its own bits and group size, and so may each of its factors. Ranks are snapped *up* to a multiple of lcm(32,
+group size of `up`), at every bit width alike: packing wants features in multiples of 32, 4-bit CPU kernels want whole
+groups, and float and quantized runs of one command line must have the same ranks to be comparable. A layer whose two
+factors would not be smaller than itself stays dense unless forced.
 
 Layers that are to be grouped are planned as the one layer that all their outputs together make (`ranks.py`).
 """
@@ -34,7 +34,13 @@ from lord_quant.targets import LinearSite, find_matching, matching, select, sibl
 
 
 FACTORS = (".down", ".up")
-SHARED = {"group_size": "group size", "rank": "rank", "up_bits": "bits of `up`", "biased": "bias"}
+SHARED = {
+    "group_size": "group size",
+    "up_group_size": "group size of `up`",
+    "rank": "rank",
+    "up_bits": "bits of `up`",
+    "biased": "bias",
+}
 """What grouped layers must have in common and what it is called; what follows from another comes after it."""
 _Value = TypeVar("_Value")
 
@@ -56,8 +62,9 @@ class LayerPlan:
         note: Why a targeted layer stays dense; empty otherwise.
         form: How a decomposed layer is stored: `two_factor`, `pivoted` or `grouped`.
         bits: Bits of its packed weights, or of the `down` it uses; 16 for float.
-        group_size: Inputs per scale.
+        group_size: Inputs per scale of its packed weights, or of the `down` it uses.
         up_bits: Bits of `up`; of a layer that stays dense, the same as `bits`.
+        up_group_size: Inputs per scale of `up`, likewise.
         leader: Of a grouped layer, the full path of the one that holds the `down` it uses; empty otherwise.
     """
 
@@ -75,6 +82,7 @@ class LayerPlan:
     bits: int = FLOAT_BITS
     group_size: int = PACK_MULTIPLE
     up_bits: int = FLOAT_BITS
+    up_group_size: int = PACK_MULTIPLE
     leader: str = ""
 
     @property
@@ -113,8 +121,8 @@ class LayerPlan:
 
     def packings(self) -> dict[str, Packing]:
         """Returns how each linear layer this one becomes is packed, by suffix."""
-        bits = {".up": self.up_bits}
-        return {suffix: Packing(bits.get(suffix, self.bits), self.group_size) for suffix in self.factor_shapes()}
+        first, up = Packing(self.bits, self.group_size), Packing(self.up_bits, self.up_group_size)
+        return {suffix: up if suffix == ".up" else first for suffix in self.factor_shapes()}
 
 
 @dataclass(frozen=True)
@@ -156,18 +164,22 @@ class Plan:
 
         By full module path of the layer, or of the factor where the two of a layer differ.
         """
-        pattern: dict[str, int] = {}
-        for layer in self.layers:
-            own = {suffix: packing.bits for suffix, packing in layer.packings().items()}
-            if len(own) == 2 and len(set(own.values())) == 1:
-                own = {"": layer.bits}
-            pattern |= {layer.name + suffix: bits for suffix, bits in own.items() if bits != self.bits}
-        return pattern
+        return self._pattern("bits")
 
     @property
     def group_size_pattern(self) -> dict[str, int]:
-        """Group size of every layer whose own is not the plan's, by full module path; what the checkpoint records."""
-        return {layer.name: layer.group_size for layer in self.layers if layer.group_size != self.group_size}
+        """Group sizes that are not the plan's, likewise."""
+        return self._pattern("group_size")
+
+    def _pattern(self, what: str) -> dict[str, int]:
+        """Returns what layers, or their factors, have of their own."""
+        usual, pattern = getattr(self, what), dict[str, int]()
+        for layer in self.layers:
+            own: dict[str, int] = {suffix: getattr(packing, what) for suffix, packing in layer.packings().items()}
+            if getattr(layer, what) == getattr(layer, f"up_{what}"):
+                own = {"": getattr(layer, what)}
+            pattern |= {layer.name + suffix: value for suffix, value in own.items() if value != usual}
+        return pattern
 
     @property
     def packings(self) -> dict[str, Packing]:
@@ -273,39 +285,40 @@ def build_plan(
             layers are not alike, or ratios below 1 leave every layer dense.
     """
     group_size = gptq.group_size or choose_group_size(sites, gptq.bits)
-    widths, meant = gptq.bits_pattern or {}, _meant(gptq.bits_pattern or {}, sites)
-    bits = {name: widths[key] for key, names in meant.items() for name in names}
-    sizes, forms = _by_name(gptq.group_size_pattern, sites), _by_name(lowrank.form_pattern, sites)
+    meant = {what: _meant(getattr(gptq, what) or {}, sites) for what in ("bits_pattern", "group_size_pattern")}
+    bits, sizes = (
+        {name: getattr(gptq, what)[key] for key, names in keys.items() for name in names} for what, keys in meant.items()
+    )
+    forms = _by_name(lowrank.form_pattern, sites)
     check_packable(sites, gptq.bits, group_size, sizes)
     targeted = select(sites, lowrank.targets, lowrank.ignore)
     units = _units(sites, lowrank, forms, targeted)
-    explicit = explicit_ranks(
-        sites, lowrank, targeted, units, {site.name: sizes.get(site.name, group_size) for site in sites}
-    )
+    steps = {site.name: sizes.get(f"{site.name}.up", group_size) for site in sites}
+    explicit = explicit_ranks(sites, lowrank, targeted, units, steps)
     layers = []
     for site in sites:
-        unit, size = units[site.name], sizes.get(site.name, group_size)
+        unit = units[site.name]
         rank, note = None, ""
         if site.name in targeted:
-            rank, note = choose_rank(unit, lowrank, explicit.get(site.name), size)
+            rank, note = choose_rank(unit, lowrank, explicit.get(site.name), steps[site.name])
         named = (site.name, site.name) if rank is None else (f"{unit.site.name}.down", f"{site.name}.up")
-        down_bits, up_bits = (bits.get(name, gptq.bits) for name in named)
-        packing = Packing(down_bits, size)
-        layers.append(_layer_plan(site, unit, rank, note, lowrank.mean_correction, packing, up_bits, itemsize))
+        down, up = (Packing(bits.get(name, gptq.bits), sizes.get(name, group_size)) for name in named)
+        layers.append(_layer_plan(site, unit, rank, note, lowrank.mean_correction, down, up, itemsize))
     _require_alike(layers, units)
     plan = Plan(tuple(layers), gptq.bits, group_size, lowrank.mean_correction, other_bytes)
     asked = lowrank.rank_pattern or min(lowrank.rank_ratio or 1, lowrank.param_ratio or 1) < 1
     if asked and not plan.rank_pattern:
         noted = {layer.name: layer.note for layer in layers if layer.block == layers[0].block and layer.note}
-        raise RankError(nothing_decomposed(noted, units, {layer.name: layer.group_size for layer in layers}))
+        raise RankError(nothing_decomposed(noted, units, steps))
     formless = [layer for layer in layers if layer.name in forms and layer.rank is None]
     if formless:
         lines = [f"  {layer.name}: {layer.note or 'dense'}; wanted a rank for it, or no form" for layer in formless]
         raise RankError("\n".join(["form_pattern names layers without a rank:", *lines]))
-    idle = [key for key, names in meant.items() if names.isdisjoint({*plan.packings, *plan.rank_pattern})]
-    if idle:
-        listed = ", ".join(map(repr, idle))
-        raise RankError(f"bits_pattern names factors that no layer will have: {listed}; wanted a rank for them, or layers")
+    for what, keys in meant.items():
+        idle = [key for key, names in keys.items() if names.isdisjoint({*plan.packings, *plan.rank_pattern})]
+        if idle:
+            listed = ", ".join(map(repr, idle))
+            raise RankError(f"{what} names factors that no layer will have: {listed}; wanted a rank for them, or layers")
     return plan
 
 
@@ -315,7 +328,7 @@ def _by_name(pattern: Mapping[str, _Value] | None, sites: Sequence[LinearSite]) 
 
 
 def _meant(keys: Iterable[str], sites: Sequence[LinearSite]) -> dict[str, set[str]]:
-    """Returns what keys of `bits_pattern` mean, by full path: layers and both of their factors, or factors alone.
+    """Returns what keys of a packing pattern mean, by full path: layers and both of their factors, or factors alone.
 
     A key that ends in ``.down`` or ``.up`` and matches no layer means that factor of the layers the rest of it matches.
     """
@@ -371,13 +384,13 @@ def _layer_plan(
     rank: int | None,
     note: str,
     mean_correction: bool,
-    packing: Packing,
-    up_bits: int,
+    down: Packing,
+    up: Packing,
     itemsize: int,
 ) -> LayerPlan:
     adds_bias = rank is not None and mean_correction and not site.has_bias
     leader = unit.site.name if unit.form == GROUPED and rank is not None else ""
-    plan = LayerPlan(*site, rank, adds_bias, 0, 0, note, unit.form, *packing, up_bits, leader)
+    plan = LayerPlan(*site, rank, adds_bias, 0, 0, note, unit.form, *down, *up, leader)
     biased = {"": plan.biased, ".down": plan.biased and unit.form == PIVOTED, ".up": plan.biased}
     packings = plan.packings()
     parts = [

@@ -161,23 +161,20 @@ def patterns(allocation: Allocation) -> dict[str, Any]:
     lowrank: dict[str, Any] = {"rank_ratio": 1}
     if ranks:
         lowrank = {"rank_pattern": ranks, "form_pattern": {name: chosen[name].form for name in ranks}}
-    bits: dict[str, int] = {}
+    gptq = {"bits": usual_bits, "group_size": usual_group}
+    return {"lowrank": lowrank, "gptq": gptq | {f"{what}_pattern": _pattern(chosen, what, gptq[what]) for what in gptq}}
+
+
+def _pattern(chosen: Mapping[str, Candidate], what: str, usual: int) -> dict[str, int]:
+    """Returns the bits or group sizes that are not the usual: of layers, or of factors where the two of a layer differ."""
+    pattern: dict[str, int] = {}
     for name, each in chosen.items():
-        own = {"": each.bits} if each.bits == each.up_bits else {".down": each.bits, ".up": each.up_bits}
+        down, up = getattr(each, what), getattr(each, f"up_{what}")
+        own: dict[str, int] = {"": down} if down == up else {".down": down, ".up": up}
         if each.leader not in ("", name):
             own.pop(".down", None)  # its leader's
-        bits |= {name + suffix: width for suffix, width in own.items() if width != usual_bits}
-    return {
-        "lowrank": lowrank,
-        "gptq": {
-            "bits": usual_bits,
-            "group_size": usual_group,
-            "bits_pattern": bits,
-            "group_size_pattern": {
-                name: each.group_size for name, each in chosen.items() if each.group_size != usual_group
-            },
-        },
-    }
+        pattern |= {name + suffix: value for suffix, value in own.items() if value != usual}
+    return pattern
 
 
 def _spend(chosen: list[Choice], menus: Sequence[Sequence[Choice]], left: float) -> None:

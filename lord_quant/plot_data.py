@@ -92,6 +92,7 @@ class Fate:
     bits: int
     group_size: int
     up_bits: int
+    up_group_size: int
     bpw: float
     loss: float
 
@@ -266,8 +267,8 @@ def fates(statistics: Statistics, allocation: Allocation) -> list[Fate]:
     for name, site in statistics.sites.items():
         each = allocation.chosen[name]
         bpw = 8 * each.num_bytes / (site.in_features * site.out_features)
-        place = (name, layer_type(site), site.block)
-        found.append(Fate(*place, each.form, each.rank, each.bits, each.group_size, each.up_bits, bpw, each.loss))
+        packings = (each.bits, each.group_size, each.up_bits, each.up_group_size)
+        found.append(Fate(name, layer_type(site), site.block, each.form, each.rank, *packings, bpw, each.loss))
     return found
 
 

@@ -18,7 +18,7 @@ from lord_quant.claim import claimed
 from lord_quant.errors import ConfigError
 from lord_quant.plot_data import Fate, PlotData
 from lord_quant.reading import parse_json
-from lord_quant.report import bits_text, to_json
+from lord_quant.report import both_text, to_json
 
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def draw_layers(data: PlotData) -> Figure:
 
 def describe(fate: Fate) -> str:
     """Says in a few characters what becomes of a layer."""
-    packing = f"{bits_text(fate.bits, fate.up_bits)}b g{fate.group_size}"
+    packing = f"{both_text(fate.bits, fate.up_bits)}b g{both_text(fate.group_size, fate.up_group_size)}"
     return f"{fate.form} {packing}" if fate.rank is None else f"{fate.form} r{fate.rank}, {packing}"
 
 

@@ -29,7 +29,7 @@ import torch
 from lord_quant.config import FLOAT_BITS, GptqConfig, JointConfig
 from lord_quant.crossfit import Half, crossed_tail
 from lord_quant.decompose import Factors
-from lord_quant.layer_bytes import PACK_MULTIPLE
+from lord_quant.layer_bytes import PACK_MULTIPLE, Packing
 from lord_quant.linalg import relative_error, require_finite
 from lord_quant.moments import merged
 from lord_quant.solver import Solver, Solvers, exact, make_solver
@@ -109,14 +109,15 @@ class LayerLoss(NamedTuple):
         """Returns the loss of a layer that stays dense."""
         return noise_at(self.dense, bits) * self.groups[group_size]
 
-    def of_factors(self, rank: int, bits: int, up_bits: int, group_size: int) -> float:
+    def of_factors(self, rank: int, down: Packing, up: Packing) -> float:
         """Returns the loss of rounding two factors, without that of their truncation."""
         if self.down is None or self.up is None or rank == 0:
             return 0.0
-        share = noise_at(self.down.by_bits, bits) * self.down.at(rank) + noise_at(self.up.by_bits, up_bits) * self.up.at(
-            rank
+        share = sum(
+            noise_at(noise.by_bits, packing.bits) * noise.at(rank) * self.groups[packing.group_size]
+            for noise, packing in ((self.down, down), (self.up, up))
         )
-        return share * self.groups[group_size] * float(self.tail[0] - self.tail[rank])
+        return share * float(self.tail[0] - self.tail[rank])
 
 
 def noise_at(by_bits: Mapping[int, float], bits: int) -> float:

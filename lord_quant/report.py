@@ -51,11 +51,11 @@ def human_seconds(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-def bits_text(bits: int | None, up_bits: int | None) -> str:
-    """Renders a layer's bits; of factors that differ, those of `down` and of `up`: 4/3."""
-    if bits is None:
+def both_text(down: int | None, up: int | None) -> str:
+    """Renders a layer's bits or group size; of factors that differ, that of `down` and that of `up`: 4/3."""
+    if down is None:
         return "-"
-    return str(bits) if bits == up_bits else f"{bits}/{up_bits}"
+    return str(down) if down == up else f"{down}/{up}"
 
 
 def form_text(form: str, name: str, leader: str) -> str:
@@ -71,7 +71,11 @@ def plan_table(plan: Plan) -> str:
             f"{layer.out_features}x{layer.in_features}",
             layer.rank or "dense",
             *([form_text(layer.form, layer.name, layer.leader) if layer.rank else "-"] if plan.form_pattern else []),
-            *([bits_text(layer.bits, layer.up_bits), layer.group_size] if plan.mixed else []),
+            *(
+                [both_text(layer.bits, layer.up_bits), both_text(layer.group_size, layer.up_group_size)]
+                if plan.mixed
+                else []
+            ),
             f"{layer.weights / layer.dense_weights:.2f}",
             human_bytes(layer.weight_bytes + layer.bias_bytes),
             f"{layer.bpw:.2f}",
@@ -306,6 +310,7 @@ def _layer_dict(layer: LayerPlan) -> dict[str, Any]:
         "bits": layer.bits,
         "up_bits": layer.up_bits,
         "group_size": layer.group_size,
+        "up_group_size": layer.up_group_size,
         "leader": layer.leader,
         "weights": layer.weights,
         "bytes": layer.weight_bytes + layer.bias_bytes,
@@ -329,8 +334,9 @@ def _totals(plan: Plan) -> dict[str, Any]:
 
 def _packing(layers: Sequence[dict[str, Any]]) -> str:
     """Renders bits and group sizes, all that occur."""
-    bits = sorted({layer[key] for layer in layers for key in ("bits", "up_bits")})
-    sizes = sorted({layer["group_size"] for layer in layers})
+    bits, sizes = (
+        sorted({layer[key] for layer in layers for key in (what, f"up_{what}")}) for what in ("bits", "group_size")
+    )
     return f"{', '.join(map(str, bits))} bits, group size {', '.join(map(str, sizes))}"
 
 

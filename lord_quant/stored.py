@@ -38,6 +38,7 @@ class StoredLayer(NamedTuple):
         bits: Bits of its packed weights, or of the `down` it uses; None where it is not packed as GPTQ packs.
         group_size: Inputs per scale, likewise.
         up_bits: Bits of `up`; of a layer that is not low-rank, the same as `bits`.
+        up_group_size: Inputs per scale of `up`, likewise.
         leader: Of a grouped layer, the full path of the one that holds the `down` it uses; empty otherwise.
     """
 
@@ -49,6 +50,7 @@ class StoredLayer(NamedTuple):
     bits: int | None
     group_size: int | None
     up_bits: int | None
+    up_group_size: int | None
     leader: str
 
     @property
@@ -193,6 +195,7 @@ def _stored_layer(site: LinearSite, tensors: Mapping[str, Headers], leader: str)
         bits=packings[0][0] if packings else None,
         group_size=packings[0][1] if packings else None,
         up_bits=packings[-1][0] if packings else None,
+        up_group_size=packings[-1][1] if packings else None,
         leader=leader if rank is not None else "",
     )
 

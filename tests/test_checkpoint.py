@@ -100,12 +100,14 @@ def test_only_mixed_checkpoints_take_the_newest_version() -> None:
         (uniform, {}),
         ({"bits_pattern": {"all": 8, "up": 3}}, {"bits_pattern": {"h.0.down": 8, "h.0.up": 3}}),
         ({"group_size_pattern": {"up": 32}}, {"group_size_pattern": {"h.0.up": 32}}),
+        ({"group_size_pattern": {"up.up": 32}}, {"group_size_pattern": {"h.0.up.up": 32}}),
     ]
     for settings, recorded in cases:
         gptq = GptqConfig(bits=4, group_size=64, **settings)
         plan = build_plan(sites, LowrankConfig(rank_ratio=0.5), gptq, itemsize=4, other_bytes=0)
         values = quantization_config(plan, gptq, "gptq_v2")
-        assert values["format_version"] == (3 if recorded else 2)
+        own_factor = any(name.endswith(".up.up") for name in recorded.get("group_size_pattern", ()))
+        assert values["format_version"] == (5 if own_factor else 3 if recorded else 2)
         assert {key: values[key] for key in ("bits_pattern", "group_size_pattern") if key in values} == recorded
         assert (values["bits"], values["group_size"]) == (4, 64)
         assert json.loads(json.dumps(values)) == values

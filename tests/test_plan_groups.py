@@ -132,10 +132,37 @@ def test_a_layer_called_up_is_not_taken_for_a_factor() -> None:
     assert bits == {"h.0.mlp.up": (4, 3), "h.0.mlp.down": (4, 4)}
 
 
+def test_bytes_of_factors_with_group_sizes_of_their_own_by_hand() -> None:
+    """The group size of `up` is the step of ranks; a shared `down` has its leader's."""
+    sizes = {"all": 64, "attention.up": 32, "gate_proj.down": 128}
+    ranks = {"re:[qkv]_proj": 96, "gate_proj": 128, "down_proj": 64}
+    made = plan(rank_pattern=ranks, group_size_pattern=sizes)
+    layers = by_leaf(made)
+    q, k, gate, down = (layers[leaf] for leaf in ("q_proj", "k_proj", "gate_proj", "down_proj"))
+    assert [(one.group_size, one.up_group_size) for one in (q, k, gate, down)] == [(64, 32), (64, 32), (128, 64), (64, 64)]
+    shared = 256 * 96 // 2 + 2 * 96 * 4 + 96 * 4 // 2 + 4 * 256
+    up = {m: 96 * m // 2 + 2 * m * 3 + m * 3 // 2 + 4 * 96 for m in (256, 128)}
+    assert (q.weight_bytes, k.weight_bytes) == (shared + up[256], up[128])
+    first = 256 * 128 // 2 + 2 * 128 * 2 + 128 * 2 // 2 + 4 * 256
+    assert gate.weight_bytes == first + 128 * 512 // 2 + 2 * 512 * 2 + 512 * 2 // 2 + 4 * 128
+    assert made.mixed and made.group_size == 32
+    usual = {f"h.0.{name}": 64 for name in ("self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")}
+    assert made.group_size_pattern == usual | {
+        "h.0.self_attn.q_proj.down": 64,
+        "h.0.mlp.gate_proj.down": 128,
+        "h.0.mlp.gate_proj.up": 64,
+    }
+    again = plan(rank_pattern=made.rank_pattern, group_size_pattern=made.group_size_pattern)
+    assert again == made
+    with pytest.raises(RankError, match="gate_proj: rank 96; wanted a multiple of 64 up to 256, nearest: 128"):
+        plan(rank_pattern={"gate_proj": 96}, group_size_pattern={"gate_proj.up": 64})
+
+
 @pytest.mark.parametrize("key", ["o_proj.up", "k_proj.down", "gate_proj.up"])
 def test_bits_of_a_factor_that_no_layer_will_have_are_refused(key: str) -> None:
-    with pytest.raises(RankError, match=f"names factors that no layer will have: '{key}'; wanted a rank"):
-        plan(rank_pattern={"q_proj": 64, "k_proj": 64}, bits_pattern={key: 3})
+    for pattern, value in (("bits_pattern", 3), ("group_size_pattern", 64)):
+        with pytest.raises(RankError, match=f"{pattern} names factors that no layer will have: '{key}'; wanted a rank"):
+            plan(rank_pattern={"q_proj": 64, "k_proj": 64}, **{pattern: {key: value}})
     with pytest.raises(TargetError, match="'qq_proj' matches no layer; did you mean 'q_proj'"):
         plan(rank_ratio=0.25, bits_pattern={"qq_proj.up": 3})
 
@@ -168,7 +195,7 @@ def test_ratios_are_of_the_merged_layer() -> None:
         ({"rank_pattern": {"q_proj": 64, "k_proj": 96}}, "k_proj: rank 96; wanted that of h.0.self_attn.q_proj, 64"),
         (
             {"rank_ratio": 0.5, "group_size_pattern": {"v_proj": 64}},
-            "v_proj: group size 64; wanted that of h.0.self_attn.q_proj, 32",
+            "v_proj: group size of `up` 64; wanted that of h.0.self_attn.q_proj, 32",
         ),
         # At 256 inputs per scale v would stay dense, and the others would be a group planned as if it were in.
         (
@@ -177,7 +204,7 @@ def test_ratios_are_of_the_merged_layer() -> None:
         ),
         (
             {"rank_ratio": 0.5, "group_size_pattern": {"q_proj": 256, "k_proj": 256}},
-            "v_proj: group size 32; wanted that of h.0.self_attn.q_proj, 256",
+            "v_proj: group size of `up` 32; wanted that of h.0.self_attn.q_proj, 256",
         ),
         (
             {"rank_ratio": 0.5, "bits_pattern": {"up_proj.up": 3}},

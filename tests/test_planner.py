@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from lord_quant.config import GptqConfig, LowrankConfig
 from lord_quant.errors import BudgetError
-from lord_quant.layer_bytes import factor_shapes
+from lord_quant.layer_bytes import Packing, factor_shapes
 from lord_quant.menu import DENSE, Candidate, Choice, Menu, single
 from lord_quant.plan import build_plan
 from lord_quant.planner import (
@@ -33,7 +33,11 @@ from lord_quant.targets import LinearSite
 
 
 def candidate(num_bytes: int, loss: float) -> Candidate:
-    return Candidate(num_bytes, loss, DENSE, None, 4, 64, 4)
+    return Candidate(num_bytes, loss, DENSE, None, 4, 64, 4, 64)
+
+
+def packings(each: Candidate) -> tuple[Packing, Packing]:
+    return Packing(each.bits, each.group_size), Packing(each.up_bits, each.up_group_size)
 
 
 def units(menus: Any) -> list[list[Choice]]:
@@ -198,7 +202,7 @@ def test_candidates_weigh_what_plans_weigh(mean_correction: bool) -> None:
             gptq = GptqConfig(**settings["gptq"])
             (layer,) = build_plan([SITES[name]], lowrank, gptq, itemsize=2, other_bytes=0).layers
             assert (layer.rank, layer.bits, layer.group_size) == (each.rank, each.bits, each.group_size)
-            assert layer.up_bits == each.up_bits
+            assert (layer.up_bits, layer.up_group_size) == (each.up_bits, each.up_group_size)
             assert layer.rank is None or layer.form == each.form
             assert layer.counted_bytes == each.num_bytes
 
@@ -212,7 +216,7 @@ def test_no_candidate_is_beaten_by_another_and_losses_are_the_formulas() -> None
         if each.rank is None:
             assert each.loss == loss.of_dense(each.bits, each.group_size)
         else:
-            noise = loss.of_factors(each.rank, each.bits, each.up_bits, each.group_size)
+            noise = loss.of_factors(each.rank, *packings(each))
             assert each.loss == pytest.approx(
                 float(loss.cut[each.rank]) + noise * (loss.pivoted if each.form == "pivoted" else 1)
             )
@@ -232,6 +236,27 @@ def test_no_candidate_is_beaten_by_another_and_losses_are_the_formulas() -> None
 def test_restrictions_hold(menu: Menu, key: str, allowed: set[Any]) -> None:
     for name, loss in LOSSES.items():
         assert {getattr(each, key) for each in menu.of(SITES[name], loss)} <= allowed
+
+
+def test_ranks_move_in_steps_of_32_at_any_group_size() -> None:
+    """`up` takes the group size of `down`, or where that does not divide the rank the largest that does."""
+    site, loss = SITES["h.1.square"], LOSSES["h.1.square"]
+    for size, wanted in ((32, {32}), (64, {32, 64}), (128, {32, 64, 128}), (256, {32, 64, 128})):
+        menu = Menu(forms=("two_factor",), bits=(4,), group_sizes=(size,), mean_correction=False)
+        found = {each.rank: each for each in menu.of(site, loss)}
+        assert list(found) == list(range(32, 256, 32))
+        assert {each.group_size for each in found.values()} == {size}
+        assert {each.up_group_size for each in found.values()} == wanted
+        for rank, each in found.items():
+            fitting = [other for other in (32, 64, 128, 256) if rank % other == 0 and other <= size]
+            assert each.up_group_size == max(fitting)
+
+
+def test_wide_layers_have_as_many_ranks_as_are_tried_and_all_group_sizes() -> None:
+    site, loss = LinearSite("h.0.fc", 0, 6144, 24576, True), layer_loss(6144, 1)
+    found = Menu(forms=("two_factor",), bits=(4,), group_sizes=(128,)).of(site, loss)
+    assert [each.rank for each in found] == list(range(128, 4915, 128))  # four fifths of the rank hold as many weights
+    assert {each.up_group_size for each in found} == {128}
 
 
 TOGETHER = [LinearSite(f"h.0.{name}", 0, 256, size, False) for name, size in (("q", 256), ("k", 128), ("v", 128))]
@@ -256,7 +281,7 @@ def test_groups_weigh_what_plans_weigh(bits: tuple[int, ...]) -> None:
         first = chosen["h.0.q"]
         cut, noise = (
             float(loss.cut[first.rank or 0]),
-            loss.of_factors(first.rank or 0, first.bits, first.up_bits, first.group_size),
+            loss.of_factors(first.rank or 0, *packings(first)),
         )
         assert choice.loss == first.loss == pytest.approx(cut + noise)
 
@@ -264,7 +289,7 @@ def test_groups_weigh_what_plans_weigh(bits: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("usual", [2, 3, 4])
 def test_bits_of_a_shared_factor_are_its_leaders_whatever_other_layers_have(usual: int) -> None:
     others = [LinearSite(f"h.0.other{number}", 0, 256, 256, False) for number in range(4)]
-    rest = {site.name: Candidate(0, 0.0, DENSE, None, usual, 32, usual) for site in others}
+    rest = {site.name: Candidate(0, 0.0, DENSE, None, usual, 32, usual, 32) for site in others}
     choices = Menu(forms=("grouped",), bits=(2, 3, 4), group_sizes=(32,)).of_group(TOGETHER, WHOLE, layer_loss(256, 5))
     apart = [choice for choice in choices if choice.parts[0][1].bits != choice.parts[0][1].up_bits]
     assert {choice.parts[0][1].bits for choice in apart} == {2, 3, 4}

@@ -45,10 +45,10 @@ SMALL = statistics_of(
 )
 CHOSEN = total(
     {
-        "h.0.attn.q": Candidate(2048, 0.2, DENSE, None, 3, 64, 3),
-        "h.0.mlp.up": Candidate(1536, 0.5, TWO_FACTOR, 32, 2, 32, 3),
-        "h.1.attn.q": Candidate(1024, 0.1, "grouped", 96, 4, 32, 4),
-        "h.1.mlp.up": Candidate(768, 0.0, PIVOTED, 16, 2, 64, 2),
+        "h.0.attn.q": Candidate(2048, 0.2, DENSE, None, 3, 64, 3, 64),
+        "h.0.mlp.up": Candidate(1536, 0.5, TWO_FACTOR, 32, 2, 64, 3, 32),
+        "h.1.attn.q": Candidate(1024, 0.1, "grouped", 96, 4, 32, 4, 32),
+        "h.1.mlp.up": Candidate(768, 0.0, PIVOTED, 16, 2, 64, 2, 64),
     }
 )
 
@@ -72,7 +72,7 @@ def test_spectra_are_shares_of_the_whole_and_say_what_was_kept() -> None:
 
 def test_long_spectra_are_thinned_evenly_to_their_ends() -> None:
     site = LinearSite("h.0.fc", 0, 1000, 2000, True)
-    dense = total({"h.0.fc": Candidate(1, 0.0, DENSE, None, 4, 64, 4)})
+    dense = total({"h.0.fc": Candidate(1, 0.0, DENSE, None, 4, 64, 4, 64)})
     (found,) = plot_data.spectra(statistics_of((site, 1.0)), dense)
     steps = [after - before for before, after in zip(found.rank_ratios, found.rank_ratios[1:], strict=False)]
     assert len(found.rank_ratios) == 129 and found.rank_ratios[0] == 0 and found.rank_ratios[-1] == 1
@@ -90,7 +90,7 @@ def test_fates_are_candidates_with_their_bits_per_weight() -> None:
     ]
     for name, each in found.items():
         chosen = CHOSEN.chosen[name]
-        packing = each.bits, each.group_size, each.up_bits
+        packing = each.bits, each.group_size, each.up_bits, each.up_group_size
         assert Candidate(chosen.num_bytes, each.loss, each.form, each.rank, *packing) == chosen
     assert [each.bpw for each in found.values()] == [4.0, 1.0, 2.0, 0.5]
 

@@ -38,7 +38,7 @@ def data() -> PlotData:
     losses = {site.name: LayerLoss(tail, tail, {4: 0.01}, {32: 1.0}, 32, None, None) for site in sites}
     statistics = Statistics(losses, {site.name: site for site in sites}, {}, {})
     forms = {"attn.qkv": (DENSE, None), "mlp.up": (TWO_FACTOR, PACK_MULTIPLE), "mlp.down": (PIVOTED, PACK_MULTIPLE)}
-    chosen = {site.name: Candidate(3000, 0.1, *forms[site.name.split(".", 2)[2]], 4, 32, 4) for site in sites}
+    chosen = {site.name: Candidate(3000, 0.1, *forms[site.name.split(".", 2)[2]], 4, 32, 4, 32) for site in sites}
     frontier = Frontier([Point(2.0, 1.0), Point(3.0, 0.1)], [UniformPoint(4, 32, 4.6, 0.05)], Point(2.5, 0.4))
     allocation = total(chosen)
     return PlotData(

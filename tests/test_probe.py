@@ -14,6 +14,7 @@ from lord_quant import probe as probing
 from lord_quant.config import GptqConfig, JointConfig
 from lord_quant.crossfit import Half
 from lord_quant.errors import NumericsError
+from lord_quant.layer_bytes import Packing
 from lord_quant.moments import Moments, PairedMoments
 from lord_quant.probe import LayerLoss, probe
 from lord_quant.refine import refine
@@ -116,9 +117,11 @@ def test_factor_noise_is_that_of_real_stacks(m: int, n: int) -> None:
     tail = float(found.tail[64])
     for bits, up_bits in ((4, 4), (3, 3), (2, 3), (4, 3), (2, 4)):
         real = real_loss(weight, moments, sensitivity, 64, Solvers(solver(bits), solver(up_bits)))
-        assert found.of_factors(64, bits, up_bits, 64) == pytest.approx(real - tail, rel=0.2)
-    ratio = found.groups[128]
-    assert found.of_factors(64, 3, 3, 128) == pytest.approx(ratio * found.of_factors(64, 3, 3, 64))
+        assert found.of_factors(64, Packing(bits, 64), Packing(up_bits, 64)) == pytest.approx(real - tail, rel=0.2)
+    wide, usual, float_ = Packing(3, 128), Packing(3, 64), Packing(16, 64)
+    down, up = found.of_factors(64, usual, float_), found.of_factors(64, float_, usual)
+    assert found.of_factors(64, wide, usual) == pytest.approx(found.groups[128] * down + up)
+    assert found.of_factors(64, usual, wide) == pytest.approx(down + found.groups[128] * up)
 
 
 def test_factor_noise_follows_the_rank() -> None:
@@ -128,9 +131,9 @@ def test_factor_noise_follows_the_rank() -> None:
     assert found.down.rank == 128 and -1 <= found.down.slope < 1 < found.up.slope < 2
     for rank in (64, 192):
         real = real_loss(weight, moments, sensitivity, rank, Solvers(solver(3), solver(3)))
-        guess = found.of_factors(rank, 3, 3, 64)
+        guess = found.of_factors(rank, Packing(3, 64), Packing(3, 64))
         assert guess == pytest.approx(real - float(found.tail[rank]), rel=0.35)
-    assert found.of_factors(128, 16, 16, 64) == 0 == found.of_dense(16, 64)
+    assert found.of_factors(128, Packing(16, 64), Packing(16, 64)) == 0 == found.of_dense(16, 64)
 
 
 def test_noise_of_the_pivoted_form_is_that_of_a_real_one_or_assumed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +165,11 @@ def test_without_sensitivities_all_outputs_count_alike() -> None:
 def test_a_layer_the_loss_does_not_depend_on_loses_nothing() -> None:
     weight, moments, sensitivity = problem(64, 64)
     found = run(weight, moments, 0 * sensitivity)
-    assert not found.tail.any() and set(found.dense.values()) == {0.0} and found.of_factors(32, 2, 2, 32) == 0
+    assert (
+        not found.tail.any()
+        and set(found.dense.values()) == {0.0}
+        and found.of_factors(32, Packing(2, 32), Packing(2, 32)) == 0
+    )
 
 
 def test_factors_without_a_bias_must_reproduce_the_mean() -> None:
@@ -182,7 +189,7 @@ def test_singular_moments_are_survived_and_nan_is_named() -> None:
     silent = moments._replace(covariance=0 * moments.covariance)
     found = run(weight, silent, sensitivity)
     assert not found.tail.any() and set(found.dense.values()) == {0.0}
-    assert found.of_factors(32, 3, 3, 32) == 0
+    assert found.of_factors(32, Packing(3, 32), Packing(3, 32)) == 0
     with pytest.raises(NumericsError, match="sensitivity"):
         run(weight, moments, sensitivity * torch.nan)
     weight[0, 0] = torch.inf

@@ -18,7 +18,7 @@ from lord_quant.engine import DecompositionRecord
 from lord_quant.outcomes import StackRecord
 from lord_quant.plan import Plan, build_plan
 from lord_quant.report import (
-    bits_text,
+    both_text,
     build_report,
     form_text,
     human_bytes,
@@ -331,9 +331,9 @@ def test_a_grouped_report_names_leaders_and_counts_the_shared_factor_once(blocks
         assert "0.5 / 0.5" in first and "0.5" not in second.replace("512", "")
 
 
-@pytest.mark.parametrize(("bits", "up_bits", "text"), [(4, 4, "4"), (4, 3, "4/3"), (None, None, "-"), (16, 16, "16")])
-def test_bits_text(bits: int | None, up_bits: int | None, text: str) -> None:
-    assert bits_text(bits, up_bits) == text
+@pytest.mark.parametrize(("down", "up", "text"), [(4, 4, "4"), (4, 3, "4/3"), (None, None, "-"), (16, 16, "16")])
+def test_both_text(down: int | None, up: int | None, text: str) -> None:
+    assert both_text(down, up) == text
 
 
 def test_form_text() -> None:

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints the folder's layers and totals."""
     from tabulate import tabulate
 
-    from lord_quant.report import bits_text, form_text, human_bytes, to_json
+    from lord_quant.report import both_text, form_text, human_bytes, to_json
     from lord_quant.silence import import_hosts
     from lord_quant.stored import measure
     from lord_quant.verification import verify
@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
             "bits": layer.bits,
             "up_bits": layer.up_bits,
             "group_size": layer.group_size,
+            "up_group_size": layer.up_group_size,
             "bytes": layer.weight_bytes + layer.bias_bytes,
             "bpw": round(layer.bpw, 4),
         }
@@ -59,14 +60,15 @@ def run(args: argparse.Namespace) -> int:
         found = {} if verified is None else {"verified": verified._asdict()}
         sys.stdout.write(to_json({**totals, **found, "quantization_config": stored.quantization_config, "layers": rows}))
         return 0
-    mixed = len({(bits, layer.group_size) for layer in stored.layers for bits in (layer.bits, layer.up_bits)}) > 1
+    pairs = ((layer.bits, layer.group_size, layer.up_bits, layer.up_group_size) for layer in stored.layers)
+    mixed = len({packing for pair in pairs for packing in (pair[:2], pair[2:])}) > 1
     table = [
         [
             layer.site.name,
             form_text(layer.form, layer.site.name, layer.leader),
             f"{layer.site.out_features}x{layer.site.in_features}",
             layer.rank or "-",
-            *([bits_text(layer.bits, layer.up_bits), layer.group_size or "-"] if mixed else []),
+            *([both_text(layer.bits, layer.up_bits), both_text(layer.group_size, layer.up_group_size)] if mixed else []),
             human_bytes(layer.weight_bytes + layer.bias_bytes),
             f"{layer.bpw:.2f}",
         ]

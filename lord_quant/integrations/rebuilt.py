@@ -55,21 +55,23 @@ def packings_of(model: torch.nn.Module, wanted: Any) -> dict[str, Packing]:
     for site in find_linears(model):
         parent = site.name.rpartition(".")[0]
         owners[site.name] = parent if is_low_rank(model.get_submodule(parent)) else site.name
-    known = {"bits_pattern": {*owners, *owners.values()}, "group_size_pattern": set(owners.values())}
+    known = {*owners, *owners.values()}
     problems = choice_problems("group_size", wanted.group_size, GROUP_SIZES)
     problems += pattern_problems("bits_pattern", bits, BITS)
     problems += pattern_problems("group_size_pattern", sizes, GROUP_SIZES)
     for name, pattern in zip(PACKING_PATTERNS, (bits, sizes), strict=True):
-        unknown = [key for key in pattern if key not in known[name]]
+        unknown = [key for key in pattern if key not in known]
         problems += [f"{name} names {key!r}, which {type(model).__name__} does not have" for key in unknown]
     if problems:
         raise CheckpointError(
             "\n  ".join(["quantization_config does not fit the model (was it edited, or is it another's?):", *problems])
         )
-    size = wanted.group_size
-    own_bits = {name: bits.get(name, bits.get(own, wanted.bits)) for name, own in owners.items()}
+    own_bits, own_sizes = (
+        {name: pattern.get(name, pattern.get(own, usual)) for name, own in owners.items()}
+        for pattern, usual in ((bits, wanted.bits), (sizes, wanted.group_size))
+    )
     packed = [name for name in owners if own_bits[name] != FLOAT_BITS]
-    return {name: Packing(own_bits[name], sizes.get(owners[name], size)) for name in packed}
+    return {name: Packing(own_bits[name], own_sizes[name]) for name in packed}
 
 
 def check_files(model: torch.nn.Module, block_path: str, files: list[str] | None) -> None:

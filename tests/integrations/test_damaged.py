@@ -271,6 +271,14 @@ MIXED_DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda c: c["bits_pattern"].update({f"{LAYER}.down": 3}),
         rf"wrong shape: {LAYER}\.down\.q(weight|zeros)",
     ),
+    "group size of a factor": (
+        lambda c: c["group_size_pattern"].update({f"{LAYER}.up": 32}),
+        rf"wrong shape: {LAYER}\.up\.(scales|qzeros)",
+    ),
+    "group size of a factor that is not there": (
+        lambda c: c["group_size_pattern"].update({f"{OTHER}.up": 32}),
+        rf"group_size_pattern names '{OTHER}\.up', which LlamaForCausalLM does not have",
+    ),
     "bits of a factor that is not there": (
         lambda c: c["bits_pattern"].update({f"{OTHER}.down": 8}),
         rf"bits_pattern names '{OTHER}\.down', which LlamaForCausalLM does not have",

@@ -73,6 +73,9 @@ FORMS: dict[str, Variant] = {  # every kind of layer at some bits; all at all bi
 }
 GROUPED: dict[str, Any] = {"rank_ratio": 0.25, "form": "grouped"}
 BOTH = {"bits": 4, "bits_pattern": {"attention.up": 3, "mlp.up": 8, "gate_proj.down": 2, "k_proj.up": 3}}
+RANKS: dict[str, Any] = {"rank_pattern": {"mlp": 96, "attention": 32}}
+SIZES = {"all": 64, "all.up": 32}
+"""`down` in larger groups than `up`, whose ranks are no multiples of the former."""
 GROUPS: dict[str, Variant] = {
     f"grouped-{family}-{label}": (family, {}, {"gptq": gptq, "lowrank": GROUPED})
     for family in ("llama", "qwen2")
@@ -83,6 +86,13 @@ GROUPS: dict[str, Variant] = {
     "grouped-bf16-llama-4": ("llama", {}, {"gptq": {"bits": 4}, "lowrank": GROUPED, "dtype": "bfloat16"}),
     "grouped-desc_act-sym-llama-4": ("llama", {}, {"gptq": {"bits": 4, "desc_act": True, "sym": True}, "lowrank": GROUPED}),
     "both-gpt_bigcode": ("gpt_bigcode", {}, {"gptq": {"bits": 4, "bits_pattern": {"all.up": 3, "c_fc.down": 8}}}),
+    "sizes-gpt_bigcode": ("gpt_bigcode", {}, {"gptq": {"bits": 4, "group_size_pattern": SIZES}, "lowrank": RANKS}),
+    "sizes-llama": ("llama", {}, {"gptq": {"bits": 3, "group_size_pattern": SIZES}, "lowrank": RANKS}),
+    "sizes-grouped-qwen2": (
+        "qwen2",
+        {},
+        {"gptq": {"bits": 4, "group_size_pattern": SIZES}, "lowrank": RANKS | {"form": "grouped"}},
+    ),
     "both-pivoted-llama": ("llama", {}, {"gptq": {"bits": 4, "bits_pattern": {"all.down": 8}}, "lowrank": UP}),
 }
 VARIANTS: dict[str, Variant] = {
@@ -223,9 +233,11 @@ def test_predicted_bytes_are_the_bytes_in_the_files(label: str, checkpoints: dic
     forms = {layer.site.name: layer.form.removesuffix(" packed") for layer in stored.layers}
     assert forms == {layer.name: layer.form if layer.rank else "dense" for layer in plan.layers}
     packed = plan.bits != 16
-    packings = {layer.site.name: (layer.bits, layer.up_bits, layer.group_size) for layer in stored.layers}
-    wanted = {layer.name: (layer.bits, layer.up_bits, layer.group_size) for layer in plan.layers}
-    assert packings == (wanted if packed else dict.fromkeys(wanted, (None, None, None)))
+    packings, wanted = (
+        {name: (each.bits, each.group_size, each.up_bits, each.up_group_size) for name, each in layers.items()}
+        for layers in ({each.site.name: each for each in stored.layers}, {each.name: each for each in plan.layers})
+    )
+    assert packings == (wanted if packed else dict.fromkeys(wanted, (None,) * 4))
     assert {layer.site.name: layer.leader for layer in stored.layers} == {layer.name: layer.leader for layer in plan.layers}
     assert sum(layer.weight_bytes + layer.bias_bytes for layer in stored.layers) == on_disk - plan.other_bytes
 
@@ -269,4 +281,5 @@ def test_configurations_say_nothing_private(checkpoints: dict[str, Checkpoint], 
                 for name in ("form_pattern", "group_pattern", "bits_pattern", "group_size_pattern"):
                     assert values.get(name, {}) == getattr(checkpoint.plan, name)
                 newest = checkpoint.plan.mixed or checkpoint.plan.group_pattern
-                assert values["format_version"] == (3 if newest else 2)
+                apart = any(one.rank and one.group_size != one.up_group_size for one in checkpoint.plan.layers)
+                assert values["format_version"] == (5 if apart and checkpoint.plan.bits != 16 else 3 if newest else 2)
