@@ -24,9 +24,10 @@ from lord_quant.moments import Moments, PairedMoments
 from lord_quant.probe import LayerLoss, probe
 from lord_quant.sensitivity import Sensitivity, Slope, Steepness
 from lord_quant.solver import make_solver
-from lord_quant.stack import stack_layer, unit_metric
+from lord_quant.stack import stack_layer
 from lord_quant.stream import Replay, block_kinds, capture
 from lord_quant.targets import LinearSite, dense_bias, dense_weight, find_blocks, find_linears
+from lord_quant.truncation import unit_metric
 
 
 class Layer(NamedTuple):

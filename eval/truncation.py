@@ -88,12 +88,12 @@ def whitened_svd(weight: torch.Tensor, covariance: torch.Tensor, rank: int) -> F
 
 def run_way(way: str, problem: Problem) -> Factors:
     """Truncates a layer one way, an element of `WAYS`."""
-    from lord_quant.stack import truncate
+    from lord_quant.truncation import truncate, weigh
 
     weight, covariance, metric, rank = problem
     if way == "whitened":
         return whitened_svd(weight, covariance, rank)
-    return truncate(weight, covariance, rank, metric if way == "ours_of_loss" else None)[1]
+    return truncate(weigh(weight, metric if way == "ours_of_loss" else None), covariance, rank)[1]
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:

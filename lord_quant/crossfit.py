@@ -26,9 +26,10 @@ from typing import NamedTuple
 
 import torch
 
+from lord_quant.decompose import output_spectrum
 from lord_quant.moments import Moments
 from lord_quant.sensitivity import Steepness
-from lord_quant.stack import loss_root, loss_spectrum, unit_metric
+from lord_quant.truncation import unit_metric, weigh
 
 
 class Half(NamedTuple):
@@ -68,13 +69,10 @@ def _chosen_on(weight: torch.Tensor, fitted: Half, other: Half, centred: bool) -
     if metric is None and fitted.sensitivity is not None:
         nothing = torch.zeros(min(weight.shape) + 1, dtype=torch.float64)  # the loss does not depend on it
         return nothing, nothing
-    root = None if metric is None else loss_root(metric)
-    vectors = loss_spectrum(weight, _seen(fitted.moments, fitted.moments, centred), root).vectors
-    if root is None:
-        left, right = vectors.double(), (vectors.T @ weight).double()
-    else:
-        left = torch.linalg.solve_triangular(root, vectors, upper=True).double()
-        right = (vectors.T @ root @ weight).double()
+    seen, root = weigh(weight, metric)
+    vectors = output_spectrum(seen, _seen(fitted.moments, fitted.moments, centred)).vectors
+    right = (vectors.T @ seen).double()
+    left = (vectors if root is None else torch.linalg.solve_triangular(root, vectors, upper=True)).double()
     minded = left.T @ left if other.sensitivity is None else left.T @ other.sensitivity.double() @ left
     products = minded * (right @ _seen(other.moments, fitted.moments, centred).double() @ right.T)
     curved = 0.5 * products.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)

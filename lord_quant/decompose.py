@@ -34,6 +34,7 @@ from typing import NamedTuple
 import torch
 
 from lord_quant.errors import RankError
+from lord_quant.halves import symmetric_product, upper_product
 from lord_quant.linalg import choose_pivots, require_finite, symmetric_eigen, thin_qr
 from lord_quant.moments import Moments
 
@@ -131,7 +132,8 @@ def output_spectrum(weight: torch.Tensor, covariance: torch.Tensor) -> OutputSpe
     loud_scale = _one_for_zero(loud.abs().max())
     tall = weight.shape[0] > weight.shape[1]
     basis, core = thin_qr(loud / loud_scale) if tall else (None, loud / loud_scale)
-    gram = core @ (covariance / deviation[:, None]).div_(deviation) @ core.T
+    shared = (covariance / deviation[:, None]).div_(deviation)
+    gram = symmetric_product(upper_product(core, shared) if tall else core @ shared, core.T)
     eigen = symmetric_eigen(gram)
     vectors = eigen.vectors if basis is None else basis @ eigen.vectors
     noise = eigen.values.max() * len(eigen.values) * torch.finfo(eigen.values.dtype).eps

@@ -41,10 +41,10 @@ from lord_quant.refine import Quantized
 from lord_quant.residency import RESIDENT, Residency
 from lord_quant.sensitivity import Sensitivity
 from lord_quant.solver import Solvers
-from lord_quant.stack import unit_metric
 from lord_quant.stream import Replay, block_kinds, capture
 from lord_quant.surgery import replace_group, replace_layer, set_dense
 from lord_quant.targets import dense_bias, dense_weight, find_blocks
+from lord_quant.truncation import unit_metric
 
 
 @dataclass

@@ -30,6 +30,7 @@ from typing import NamedTuple
 import torch
 
 from lord_quant.errors import NumericsError
+from lord_quant.halves import energy, upper_product
 
 
 SMALL_TRIANGLE = 256
@@ -37,8 +38,6 @@ SMALL_TRIANGLE = 256
 
 Note = Callable[[str], None]
 """Is told what the numerics needed."""
-ENERGY_ROWS = 1024
-"""Rows of a weight whose energy is computed at a time."""
 
 
 class SymmetricEigen(NamedTuple):
@@ -195,18 +194,19 @@ def relative_error(
     result: torch.Tensor,
     target: torch.Tensor,
     covariance: torch.Tensor,
-    outputs: torch.Tensor | None,
+    root: torch.Tensor | None,
     whole: float | None = None,
 ) -> float:
-    """Returns ‖Ŵ − T‖² / ‖T‖² in the metric `outputs` ⊗ `covariance`; `whole` is ‖T‖² where a spectrum has told it."""
+    """Returns ‖Ŵ − T‖² / ‖T‖² in the metric SᵀS ⊗ `covariance`, S the upper triangular `root`, or None for the identity.
 
-    def energy(weight: torch.Tensor) -> float:
-        weighted = weight if outputs is None else outputs @ weight
-        parts = zip(weighted.split(ENERGY_ROWS), weight.split(ENERGY_ROWS), strict=True)
-        return sum(float((rows @ covariance).mul_(own).sum(dtype=torch.float64)) for rows, own in parts)
+    `whole` is ‖T‖² where a spectrum has told it.
+    """
 
-    whole = energy(target) if whole is None else whole
-    return energy(result - target) / whole if whole > 0 else 0.0
+    def size(weight: torch.Tensor) -> float:
+        return energy(weight if root is None else upper_product(root, weight), covariance)
+
+    whole = size(target) if whole is None else whole
+    return size(result - target) / whole if whole > 0 else 0.0
 
 
 def choose_pivots(basis: torch.Tensor, bound: float = 1.05) -> torch.Tensor:

@@ -12,16 +12,12 @@ over everything and merged halves (or processes) agree. Every token counts alike
 
 from __future__ import annotations
 
-import itertools
 from typing import NamedTuple
 
 import torch
 
 from lord_quant.distributed import World
-
-
-SPLIT_FEATURES = 512
-"""From this width on, multiplying half a symmetric product beats multiplying all of it at once."""
+from lord_quant.halves import add_gram
 
 
 class Moments(NamedTuple):
@@ -105,19 +101,6 @@ class MomentAccumulator:
         if not self.num_tokens:
             raise RuntimeError("no token was seen: moments are undefined")
         return Moments(self.mean.clone(), self.scatter / self.num_tokens, self.num_tokens)
-
-
-def add_gram(total: torch.Tensor, rows: torch.Tensor, parts: int = 4) -> None:
-    """Adds XᵀX in place; of wide matrices only the blocks on and above the diagonal are multiplied, the others mirrored."""
-    features = rows.shape[1]
-    if features < SPLIT_FEATURES:
-        total += rows.T @ rows
-        return
-    edges = [features * part // parts for part in range(parts + 1)]
-    for start, stop in itertools.pairwise(edges):
-        upper = rows[:, start:stop].T @ rows[:, start:]
-        total[start:stop, start:] += upper
-        total[stop:, start:stop] += upper[:, stop - start :].T
 
 
 class PairedMoments(NamedTuple):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 from lord_quant.config import FLOAT_BITS
+from lord_quant.halves import share
 from lord_quant.plan import LayerPlan, Plan
 
 
@@ -27,8 +28,6 @@ JOINT_PASSES = 1
 """Passes of the compressed stream: a block is left where a layer is compressed and entered there again."""
 SWEEPS = 2
 """Of `refine` after each solve."""
-SPLIT_FEATURES, GRAM_SHARE = 512, 10 / 16
-"""From this width on, this share of a symmetric product is multiplied (`moments.gram`)."""
 FLOAT_BYTES = 4
 """Of a value of the algebra."""
 
@@ -152,7 +151,7 @@ def _sum(parts: Iterable[Work]) -> Work:
 
 def gram_flops(features: int, tokens: int) -> float:
     """Returns the operations of XᵀX, X with shape (tokens, features)."""
-    return 2.0 * features**2 * tokens * (GRAM_SHARE if features >= SPLIT_FEATURES else 1)
+    return 2.0 * features**2 * tokens * share(features)
 
 
 def paired_moment_flops(layer: LayerPlan, tokens: int) -> float:
@@ -178,16 +177,16 @@ def anchor_work(layer: LayerPlan) -> Work:
 
 
 def truncation_work(layer: LayerPlan, of_loss: bool) -> Work:
-    """Counts the truncation of a layer that has a rank; `of_loss`, in the metric G of the loss (`stack.truncate`)."""
+    """Counts the truncation of a layer that has a rank; `of_loss`, in the metric G of the loss (`truncation.truncate`)."""
     m, n, r = layer.out_features, layer.in_features, layer.rank or 0
     small = min(m, n)
     products = 2.0 * m * n * r  # down = Uᵀ T
     if m > n:
-        products += qr_flops(m, n) + 4.0 * n**3 + 2.0 * m * n**2  # W = QR, R Σ Rᵀ, Q V
+        products += qr_flops(m, n) + 4.0 * n**3 * share(n) + 2.0 * m * n**2  # W = QR, R Σ Rᵀ, Q V
     else:
-        products += 2.0 * m * n**2 + 2.0 * m**2 * n
+        products += 2.0 * m * n**2 + 2.0 * m**2 * n * share(m)
     if of_loss:
-        products += cholesky_flops(m) + 2.0 * m**2 * n + 2.0 * m**2 * r  # S, S T for the spectrum, Uᵀ S for the factors
+        products += cholesky_flops(m) + 2.0 * m**2 * n * share(m)  # S, S T
         products += m**2 * r + qr_flops(m, r) + 2.0 * r**2 * n
     return Work(products=products, eigen=EIGEN_FLOPS * float(small) ** 3)
 
@@ -200,12 +199,13 @@ def stack_work(layer: LayerPlan) -> Work:
         return solves
     r = layer.rank
     rotation = Work(products=2.0 * r**2 * (m + n), rotations=qr_flops(r, r))
-    bottleneck = 2.0 * r * n**2 + 2.0 * r**2 * n  # B H Bᵀ
-    if m < n:  # up first, then down refitted for it
+    if m < n:  # up first in the metric B H Bᵀ, then down refitted for it
+        bottleneck = 2.0 * r * n**2 * share(n) + 2.0 * r**2 * n
         refit = bottleneck + 2.0 * m**2 * r + 2.0 * m * n * r + 2.0 * m * r**2 + cholesky_flops(r) + 2.0 * n * r**2
-    else:  # deflated metric, down, then up refitted for it
-        deflated = bottleneck + cholesky_flops(r) + 2.0 * n * r**2 + 2.0 * r * n**2
-        refit = deflated + 2 * bottleneck + 4.0 * m * n * r + cholesky_flops(r) + 2.0 * m * r**2
+    else:  # deflated metric, down, then up refitted for it in the metric B H Bᵀ
+        bottleneck = 2.0 * r * n**2 + 2.0 * r**2 * n * share(r)
+        deflated = bottleneck + cholesky_flops(r) + 2.0 * n * r**2 + 2.0 * r * n**2 * share(n)
+        refit = deflated + bottleneck + 4.0 * m * n * r + cholesky_flops(r) + 2.0 * m * r**2
     return solves + rotation + Work(products=refit)
 
 

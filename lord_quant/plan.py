@@ -34,13 +34,8 @@ from lord_quant.targets import LinearSite, find_matching, matching, select, sibl
 
 
 FACTORS = (".down", ".up")
-SHARED = {
-    "group_size": "group size",
-    "up_group_size": "group size of `up`",
-    "rank": "rank",
-    "up_bits": "bits of `up`",
-    "biased": "bias",
-}
+SHARED = {"group_size": "group size", "up_group_size": "group size of `up`", "rank": "rank"}
+SHARED |= {"up_bits": "bits of `up`", "biased": "bias"}
 """What grouped layers must have in common and what it is called; what follows from another comes after it."""
 _Value = TypeVar("_Value")
 

@@ -3,7 +3,7 @@
 
 The unit is the model's loss. An error D of a weight W (m, n) costs about ½ tr G D H Dᵀ nats per token, with H the second
 moment of the inputs and G that of the loss's gradients at the outputs (`sensitivity.py`). With G scaled to a mean diagonal
-of 1, as `stack.unit_metric` does, that is `unit` · tr G D H Dᵀ, unit = ½ mean diag G.
+of 1, as `truncation.unit_metric` does, that is `unit` · tr G D H Dᵀ, unit = ½ mean diag G.
 
 Truncation is exact: the best rank-r approximation loses the eigenvalues after the r-th; one decomposition serves every
 rank. What that is on other text is `crossfit.py`'s.
@@ -28,21 +28,13 @@ import torch
 
 from lord_quant.config import FLOAT_BITS, GptqConfig, JointConfig
 from lord_quant.crossfit import Half, crossed_tail
-from lord_quant.decompose import Factors
+from lord_quant.decompose import Factors, output_spectrum
 from lord_quant.layer_bytes import PACK_MULTIPLE, Packing
 from lord_quant.linalg import relative_error, require_finite
 from lord_quant.moments import merged
 from lord_quant.solver import Solver, Solvers, exact, make_solver
-from lord_quant.stack import (
-    factors_of,
-    loss_root,
-    loss_spectrum,
-    pivoted_factors,
-    polished,
-    stack_pivoted,
-    stack_two_factor,
-    unit_metric,
-)
+from lord_quant.stack import polished, stack_pivoted, stack_two_factor
+from lord_quant.truncation import factors_of, pivoted_factors, unit_metric, weigh
 
 
 ROWS = 256
@@ -180,20 +172,20 @@ def probe(
     if weight.shape[1] % 256 == 0:
         groups[256] = groups[128] * groups[128] / groups[64]
     joint = covariance if has_bias or mean_correction else seen
-    root = None if metric is None else loss_root(metric)
-    spectrum, down, up, pivoted = loss_spectrum(weight, joint, root), None, None, PIVOTED_NOISE
-    whole = spectrum.total()
+    weighed = weigh(weight, metric)
+    spectrum, down, up, pivoted = output_spectrum(weighed.weight, joint), None, None, PIVOTED_NOISE
     step = usual if min(weight.shape) >= usual else PACK_MULTIPLE
     if min(weight.shape) >= step:
         ranks = [min(max(1, round(part * min(weight.shape) / step)) * step, min(weight.shape)) for part in PROBED_RANKS]
-        cuts = [factors_of(weight, spectrum, rank, root) for rank in ranks]
+        cuts = [factors_of(weighed, spectrum, rank) for rank in ranks]
+        problem = _Problem(weight, joint, metric, weighed.root, spectrum.total(), options, seed)
         (down_shares, up_shares), (down_again, up_again) = (
-            _rounded(weight, joint, metric, factors, whole, {bits: solver(bits, step) for bits in widths}, options, seed)
+            _rounded(problem, factors, {bits: solver(bits, step) for bits in widths})
             for factors, widths in zip(cuts, (PROBED_BITS, (GROUP_BITS,)), strict=True)
         )
         down = FactorNoise(ranks[0], down_shares, _slope(ranks, down_shares[GROUP_BITS], down_again[GROUP_BITS]))
         up = FactorNoise(ranks[0], up_shares, _slope(ranks, up_shares[GROUP_BITS], up_again[GROUP_BITS]))
-        pivoted = _pivoted_noise(weight, joint, metric, cuts[0], whole, solver(GROUP_BITS, step), options, seed)
+        pivoted = _pivoted_noise(problem, cuts[0], solver(GROUP_BITS, step))
     values = spectrum.eigenvalues.double().cpu()
     tail = torch.cat((values.flip(0).cumsum(0).flip(0), values.new_zeros(1)))
     cut = crossed_tail(weight, halves, centred=has_bias or mean_correction)
@@ -206,57 +198,68 @@ def _mean_of(halves: tuple[Half, Half]) -> torch.Tensor | None:
     return None if first is None or second is None else (first + second) / 2
 
 
+class _Problem(NamedTuple):
+    """A layer whose factors are rounded.
+
+    Attributes:
+        weight: W with shape (m, n).
+        covariance: H with shape (n, n).
+        metric: G with shape (m, m), or None where all outputs count alike.
+        root: S with SᵀS = G, likewise.
+        whole: What losing all of it would cost in that metric.
+        options: How it is stacked.
+        seed: Of rotations.
+    """
+
+    weight: torch.Tensor
+    covariance: torch.Tensor
+    metric: torch.Tensor | None
+    root: torch.Tensor | None
+    whole: float
+    options: JointConfig
+    seed: int
+
+    def error(self, product: torch.Tensor) -> float:
+        """Returns what a product in its place loses, relative to the whole."""
+        return relative_error(product, self.weight, self.covariance, self.root, self.whole)
+
+    def two_factor(self, factors: Factors, solvers: Solvers) -> float:
+        """Returns what is lost once factors are quantized."""
+        made = stack_two_factor(self.weight, self.covariance, self.metric, factors, solvers, self.options, self.seed)
+        return self.error(made[".up"].weight() @ made[".down"].weight())
+
+    def pivoted(self, factors: Factors, solvers: Solvers) -> float:
+        """Returns the same of the pivoted form; factors are given as two."""
+        form = pivoted_factors(factors, self.metric)
+        made = stack_pivoted(self.weight, self.covariance, self.metric, form, solvers, self.options)
+        return self.error(form._replace(down=made[".down"].weight(), up=made[".up"].weight()).product())
+
+
 def _rounded(
-    weight: torch.Tensor,
-    covariance: torch.Tensor,
-    metric: torch.Tensor | None,
-    factors: Factors,
-    whole: float,
-    solvers: Mapping[int, Solver],
-    options: JointConfig,
-    seed: int,
+    problem: _Problem, factors: Factors, solvers: Mapping[int, Solver]
 ) -> tuple[dict[int, float], dict[int, float]]:
     """Rounds `down` and `up` alone at several bit widths.
 
     Returns:
         What each factor's rounding lost beyond truncation, relative to the energy kept, by bits.
     """
-    cut = relative_error(factors.product(), weight, covariance, metric, whole)
+    cut = problem.error(factors.product())
 
     def lost(solvers: Solvers) -> float:
-        stacked = stack_two_factor(weight, covariance, metric, factors, solvers, options, seed)
-        product = stacked[".up"].weight() @ stacked[".down"].weight()
-        more = relative_error(product, weight, covariance, metric, whole) - cut
-        return max(more, 0.0) / (1 - cut) if cut < 1 else 0.0
+        return max(problem.two_factor(factors, solvers) - cut, 0.0) / (1 - cut) if cut < 1 else 0.0
 
     down = {bits: lost(Solvers(solve, exact)) for bits, solve in solvers.items()}
     return down, {bits: lost(Solvers(exact, solve)) for bits, solve in solvers.items()}
 
 
-def _pivoted_noise(
-    weight: torch.Tensor,
-    covariance: torch.Tensor,
-    metric: torch.Tensor | None,
-    factors: Factors,
-    whole: float,
-    solve: Solver,
-    options: JointConfig,
-    seed: int,
-) -> float:
+def _pivoted_noise(problem: _Problem, factors: Factors, solve: Solver) -> float:
     """Returns what rounding in the pivoted form loses, relative to two factors; both are made."""
-    rank = len(factors.down)
-    if weight.numel() > PIVOTED_SIZE or rank >= len(weight):
+    height = len(problem.weight)
+    if problem.weight.numel() > PIVOTED_SIZE or len(factors.down) >= height:
         return PIVOTED_NOISE
-    cut, both = relative_error(factors.product(), weight, covariance, metric, whole), Solvers(solve, solve)
-    other = pivoted_factors(factors, metric)
-    lost = []
-    for form, quantized in (
-        (factors, stack_two_factor(weight, covariance, metric, factors, both, options, seed)),
-        (other, stack_pivoted(weight, covariance, metric, other, both, options)),
-    ):
-        made = form._replace(down=quantized[".down"].weight(), up=quantized[".up"].weight())
-        lost.append(relative_error(made.product(), weight, covariance, metric, whole) - cut)
-    return max(lost[1] / lost[0], 0.1) if lost[0] > 0 else PIVOTED_NOISE
+    cut, both = problem.error(factors.product()), Solvers(solve, solve)
+    two, one = (made(factors, both) - cut for made in (problem.two_factor, problem.pivoted))
+    return max(one / two, 0.1) if two > 0 else PIVOTED_NOISE
 
 
 def _slope(ranks: Sequence[int], share: float, again: float) -> float:

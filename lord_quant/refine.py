@@ -21,7 +21,7 @@ Neither step can increase f but for the rounding of scales to float16, in which 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,6 +33,8 @@ DAMPING = 0.003
 """Fraction of the mean Hessian diagonal added to it."""
 COLUMNS = 32
 """Columns per block; residuals of later blocks are updated by one product per block."""
+TOGETHER = 512
+"""Columns whose products with a group are made at a time: few enough to stay in the processor's cache."""
 
 
 class Quantized(NamedTuple):
@@ -90,53 +92,58 @@ def refine(weight: torch.Tensor, hessian: torch.Tensor, quantized: Quantized, sw
         return quantized
     perm = torch.argsort(quantized.g_idx, stable=True)  # groups lie together, whatever the activation order
     back = torch.argsort(perm)
-    target = weight[:, perm]
     metric = hessian[perm[:, None], perm].div_(hessian.diagonal().mean())
     metric.diagonal().add_(DAMPING)
     groups = quantized.g_idx[perm].long()
-    codes, scales, zeros = quantized.codes[:, perm].clone(), quantized.scales, quantized.zeros
-    pull = target @ metric
+    # All transposed, so that a column of the weight is contiguous.
+    target, codes = weight.T[perm], quantized.codes.T[perm]
+    scales, zeros = quantized.scales.T.contiguous(), quantized.zeros.T.contiguous()
+    pull = metric @ target
     for _ in range(sweeps):
-        scales = _fit_scales(pull, metric, codes - zeros[:, groups], scales, groups)
-        codes = _descend(target, metric, codes, scales, zeros, groups, 2**quantized.bits - 1)
-    return quantized._replace(codes=codes[:, back], scales=scales)
+        scales = _fit_scales(pull, metric, codes - zeros[groups], scales, groups)
+        _descend_(codes, target, metric, scales, zeros, groups, 2**quantized.bits - 1)
+    return quantized._replace(codes=codes[back].T.contiguous(), scales=scales.T.contiguous())
 
 
 def _fit_scales(
     pull: torch.Tensor, metric: torch.Tensor, steps: torch.Tensor, scales: torch.Tensor, groups: torch.Tensor
 ) -> torch.Tensor:
-    count = scales.shape[1]
-    member = torch.nn.functional.one_hot(groups, count).to(steps)
-    system = steps.new_zeros(len(steps), count, count)
-    for group, (start, stop) in _ranges(groups.tolist()):  # M is symmetric: what a group shares with itself and later ones
-        shared = (steps[:, start:stop] @ metric[start:stop, start:]).mul_(steps[:, start:]) @ member[start:, group:]
-        system[:, group, group:], system[:, group:, group] = shared, shared
-    system, right = system.double(), ((pull * steps) @ member).double()
-    ridge = 1e-6 * system.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(1e-30)
-    system = system + ridge[:, None, None] * torch.eye(count, dtype=system.dtype, device=system.device)
-    fitted = torch.linalg.solve(system, right + ridge[:, None] * scales.double())
+    """Returns the best scales, with shape (groups, m), for steps q − z with shape (n, m)."""
+    count, height = scales.shape
+    ranges = list(_ranges(groups.tolist()))
+    system, right = steps.new_empty(count, count, height), torch.empty_like(scales)
+    for group, (start, stop) in ranges:
+        right[group] = (pull[start:stop] * steps[start:stop]).sum(dim=0)
+        for first, last, begin, end in _runs(ranges[group:]):  # M is symmetric: later groups have been here
+            shared = (metric[begin:end, start:stop] @ steps[start:stop]).mul_(steps[begin:end])
+            system[group, first:last] = shared.unflatten(0, (last - first, -1)).sum(dim=1)
+        system[group + 1 :, group] = system[group, group + 1 :]
+    whole = system.permute(2, 0, 1).double()
+    ridge = 1e-6 * whole.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(1e-30)
+    whole.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
+    start_from = scales.T.double()
+    fitted = torch.linalg.solve(whole, right.T.double() + ridge[:, None] * start_from).T
     # A group whose codes are all zero leaves its scale free; such a scale, or a wild one, stays.
     sane = (fitted > 0.3 * scales) & (fitted < 3 * scales)
-    fitted = torch.where(sane, fitted, scales.double()).half().to(scales)
+    fitted = torch.where(sane, fitted, start_from.T).half().to(scales)
     require_finite(fitted, "scales after refinement")
     return torch.where(fitted > 0, fitted, scales)
 
 
-def _descend(
+def _descend_(
+    codes: torch.Tensor,
     target: torch.Tensor,
     metric: torch.Tensor,
-    codes: torch.Tensor,
     scales: torch.Tensor,
     zeros: torch.Tensor,
     groups: torch.Tensor,
     largest: int,
-) -> torch.Tensor:
-    # Transposed, so that a column of the weight is contiguous. Within a group, whose scale is one, in units of codes.
-    codes, steps = codes.T.contiguous(), scales.T.contiguous()
-    residual = metric @ (steps[groups] * (codes - zeros.T[groups]) - target.T)
+) -> None:
+    """Improves codes in place, with shape (n, m). Within a group, whose scale is one, in units of codes."""
+    residual = metric @ (codes - zeros[groups]).mul_(scales[groups]).sub_(target)
     diagonal = metric.diagonal().tolist()
     for start, stop in _spans(groups.tolist()):
-        step, old = steps[groups[start]], codes[start:stop]
+        step, old = scales[groups[start]], codes[start:stop]
         inside, block = residual[start:stop] / step, metric[start:stop, start:stop]
         new, moved = torch.empty_like(inside), torch.empty_like(inside)
         rows = zip(old.unbind(), inside.unbind(), new.unbind(), moved.unbind(), diagonal[start:stop], strict=True)
@@ -146,7 +153,6 @@ def _descend(
             inside[j + 1 :].addr_(block[j, j + 1 :], change)
         codes[start:stop] = new
         residual[stop:].addmm_(metric[stop:, start:stop], moved.mul_(step))
-    return codes.T.contiguous()
 
 
 def _spans(groups: list[int]) -> Iterator[tuple[int, int]]:
@@ -154,6 +160,15 @@ def _spans(groups: list[int]) -> Iterator[tuple[int, int]]:
     for _, (start, end) in _ranges(groups):
         for first in range(start, end, COLUMNS):
             yield first, min(first + COLUMNS, end)
+
+
+def _runs(ranges: Sequence[tuple[int, tuple[int, int]]]) -> Iterator[tuple[int, int, int, int]]:
+    """Yields runs of groups of one width, at most `TOGETHER` columns: first and last group, first and last column."""
+    for width, alike in itertools.groupby(ranges, key=lambda each: each[1][1] - each[1][0]):
+        members = list(alike)
+        most = max(1, TOGETHER // width)
+        for chosen in (members[at : at + most] for at in range(0, len(members), most)):
+            yield chosen[0][0], chosen[-1][0] + 1, chosen[0][1][0], chosen[-1][1][1]
 
 
 def _ranges(groups: list[int]) -> Iterator[tuple[int, tuple[int, int]]]:

@@ -28,8 +28,8 @@ from torch import nn
 
 from lord_quant.distributed import ALONE, World
 from lord_quant.gradients import ROWS, UNLABELLED, BlockGradients, Rows, Visit, visit
+from lord_quant.halves import add_gram
 from lord_quant.kept import Kept
-from lord_quant.moments import add_gram
 from lord_quant.progress import Progress
 from lord_quant.residency import RESIDENT, Residency
 from lord_quant.targets import dense_weight, find_blocks

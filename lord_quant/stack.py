@@ -72,26 +72,22 @@ from typing import NamedTuple
 import torch
 
 from lord_quant.config import JointConfig
-from lord_quant.decompose import Factors, OutputSpectrum, output_spectrum, pivoted, two_factor
-from lord_quant.errors import NumericsError
+from lord_quant.decompose import Factors, OutputSpectrum
+from lord_quant.halves import seen_through, symmetric_product
 from lord_quant.linalg import (
     Note,
-    cholesky_,
     damped_right_solve,
     random_orthogonal,
     relative_error,
-    require_finite,
-    thin_qr,
 )
 from lord_quant.moments import PairedMoments
 from lord_quant.refine import Quantized, refine
 from lord_quant.solver import Solver, Solvers
+from lord_quant.truncation import pivoted_factors, truncate, weigh
 
 
 ANCHOR_DAMPING = 0.01
 REFIT_DAMPING = 0.01
-SENSITIVITY_DAMPING = 0.05
-"""Fraction of its mean diagonal added to G: of few tokens, and true for small errors only."""
 DEFLATED_SHARE = 0.1
 """μ: how much of H stays in the metric of a factor whose errors will be absorbed."""
 FEEDBACK_BLOCKS = 8
@@ -162,13 +158,16 @@ def stack_layer(
     target = anchored_target(weight, moments, notes.append) if options.anchor else weight
     quantize = None if solve is None else refined(solve, options.refine)
     quantized: dict[str, Quantized] = {}
-    factors, spectrum, coefficient = None, None, None
+    factors, spectrum, root, coefficient = None, None, None, None
     outputs = None if metric is None or rank is None else metric.to(weight)
     if rank is None:
         quantized = {"": quantize.down(target, moments.covariance)} if quantize else {}
         result = quantized[""].weight() if quantized else target
     else:
-        spectrum, factors = truncate(target, moments.covariance, rank, outputs)
+        weighed = weigh(target, outputs)
+        root = weighed.root
+        spectrum, factors = truncate(weighed, moments.covariance, rank)
+        del weighed  # as large as the weight
         if form == "pivoted":
             factors = pivoted_factors(factors, outputs)
             coefficient = float(factors.up.abs().max())
@@ -190,7 +189,7 @@ def stack_layer(
         bias=shifted,
         quantized=quantized,
         spectrum=spectrum,
-        error=relative_error(result, target, moments.covariance, outputs, spectrum.total() if spectrum else None),
+        error=relative_error(result, target, moments.covariance, root, spectrum.total() if spectrum else None),
         largest_coefficient=coefficient,
         remedies=(*(() if spectrum is None else spectrum.remedies), *notes),
     )
@@ -201,66 +200,6 @@ def anchored_target(weight: torch.Tensor, moments: PairedMoments, note: Note | N
     return weight + damped_right_solve(moments.drift(weight), moments.covariance, ANCHOR_DAMPING, note)
 
 
-def unit_metric(sensitivity: torch.Tensor) -> torch.Tensor | None:
-    """Returns G damped and with a mean diagonal of 1, or None if it is zero.
-
-    Raises:
-        NumericsError: It holds NaN or inf.
-    """
-    require_finite(sensitivity, "output sensitivity (gradients of the loss; --no-fisher does without)")
-    mean = sensitivity.diagonal().mean()
-    if not mean > 0:
-        return None
-    metric = sensitivity / mean
-    metric.diagonal().add_(SENSITIVITY_DAMPING)
-    return metric.div_(1 + SENSITIVITY_DAMPING)
-
-
-def truncate(
-    target: torch.Tensor, covariance: torch.Tensor, rank: int, outputs: torch.Tensor | None
-) -> tuple[OutputSpectrum, Factors]:
-    """Returns the best factors of T in the metric `outputs` ⊗ H, `up` orthonormal in units of √diag G."""
-    root = None if outputs is None else loss_root(outputs)
-    spectrum = loss_spectrum(target, covariance, root)
-    return spectrum, factors_of(target, spectrum, rank, root)
-
-
-def loss_spectrum(target: torch.Tensor, covariance: torch.Tensor, root: torch.Tensor | None) -> OutputSpectrum:
-    """Returns what every rank of T loses in the metric G ⊗ H, G = SᵀS with the root S; one serves all ranks."""
-    return output_spectrum(target if root is None else root @ target, covariance)
-
-
-def factors_of(target: torch.Tensor, spectrum: OutputSpectrum, rank: int, root: torch.Tensor | None) -> Factors:
-    """Returns the factors that `truncate` does, from the spectrum."""
-    if root is None:
-        return two_factor(target, None, spectrum, rank, None)
-    basis = spectrum.leading(rank)
-    down = (basis.T @ root) @ target  # in this order: rank is the smallest size
-    up = torch.linalg.solve_triangular(root, basis, upper=True)
-    scale = torch.linalg.vector_norm(root, dim=0)[:, None]
-    even = _orthonormal(Factors(down, scale * up, None))
-    return even._replace(up=even.up / scale)
-
-
-def pivoted_factors(factors: Factors, outputs: torch.Tensor | None) -> Factors:
-    """Brings what `factors_of` returns into the pivoted form."""
-    return pivoted(factors if outputs is None else _orthonormal(factors))
-
-
-def loss_root(outputs: torch.Tensor) -> torch.Tensor:
-    """Returns S with G = SᵀS."""
-    root, exists = cholesky_(outputs.clone(), upper=True)
-    if not exists:
-        raise NumericsError("the output sensitivity stayed indefinite with damping; --no-fisher does without")
-    return root
-
-
-def _orthonormal(factors: Factors) -> Factors:
-    """Returns the same product with orthonormal columns of `up`."""
-    up, mix = thin_qr(factors.up)
-    return factors._replace(up=up, down=mix @ factors.down)
-
-
 def refit_up(
     target: torch.Tensor,
     covariance: torch.Tensor,
@@ -268,10 +207,14 @@ def refit_up(
     up: torch.Tensor,
     damping: float = REFIT_DAMPING,
     note: Note | None = None,
-) -> torch.Tensor:
-    """Returns the `up` that minimises ‖up · down − T‖_H for this `down`; damping pulls towards the given `up`."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the `up` that minimises ‖up · down − T‖_H for this `down`, and its metric, down · H · downᵀ.
+
+    Damping pulls towards the given `up`.
+    """
     seen = down @ covariance
-    return up + damped_right_solve((target - up @ down) @ seen.T, seen @ down.T, damping, note)
+    metric = symmetric_product(seen, down.T)
+    return up + damped_right_solve((target - up @ down) @ seen.T, metric, damping, note), metric
 
 
 def deflated(
@@ -279,8 +222,8 @@ def deflated(
 ) -> torch.Tensor:
     """Returns H_⊥ + μ H: the second moment of what the bottleneck cannot predict of its input, and a little of H."""
     seen = down @ covariance
-    metric = seen.T @ damped_right_solve(seen.T, seen @ down.T, 1e-6, note).T  # in place from here on: these are large
-    metric.mul_(share - 1).add_(covariance)
+    known = damped_right_solve(seen.T, symmetric_product(seen, down.T), 1e-6, note)
+    metric = symmetric_product(known, seen).mul_(share - 1).add_(covariance)  # in place: these are large
     return (metric + metric.T).div_(2)
 
 
@@ -304,7 +247,7 @@ def stack_two_factor(
     down, up = down * balance, up / balance
     outputs, inputs = target.shape
     if options.order == "up_first" or (options.order == "auto" and outputs < inputs):
-        first = quantize.up(up, down @ covariance @ down.T)
+        first = quantize.up(up, seen_through(down, covariance))
         if options.refit:
             # A backward stable solve with a metric whose damping bounds its condition: near the optimum in what it costs.
             grid = first.weight()
@@ -329,8 +272,10 @@ def _down_first(
     first = quantize.down(down, metric)
     grid = first.weight()
     if refit:
-        up = refit_up(target, covariance, grid, up, note=note)
-    return {".down": first, ".up": quantize.up(up, grid @ covariance @ grid.T)}
+        up, seen = refit_up(target, covariance, grid, up, note=note)
+    else:
+        seen = seen_through(grid, covariance)
+    return {".down": first, ".up": quantize.up(up, seen)}
 
 
 def stack_pivoted(
@@ -345,7 +290,7 @@ def stack_pivoted(
     down, up, pivots, others = factors.down, factors.up, factors.pivots, factors.others()
     if options.order == "down_first":
         return _down_first(target[others], covariance, down, up, covariance, quantize, options.refit)
-    first = quantize.up(up, down @ covariance @ down.T)
+    first = quantize.up(up, seen_through(down, covariance))
     if not options.refit:
         return {".down": quantize.down(down, covariance), ".up": first}
     # What `down` computes enters all outputs: itself, and those predicted from it.

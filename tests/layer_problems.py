@@ -13,7 +13,8 @@ from lord_quant.decompose import Factors
 from lord_quant.moments import PairedMoments
 from lord_quant.refine import Quantized
 from lord_quant.solver import Solver
-from lord_quant.stack import Stacked, stack_layer, unit_metric
+from lord_quant.stack import Stacked, stack_layer
+from lord_quant.truncation import unit_metric
 
 
 F64 = torch.float64

@@ -17,8 +17,20 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "lord_quant"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
-    {"errors", "reading", "linalg", "kept", "modules", "packing", "version", "silence", "budget_config", "distributed"},
-    {"config", "moments", "decompose", "refine", "corpus"},
+    {
+        "errors",
+        "reading",
+        "halves",
+        "linalg",
+        "kept",
+        "modules",
+        "packing",
+        "version",
+        "silence",
+        "budget_config",
+        "distributed",
+    },
+    {"config", "moments", "decompose", "truncation", "refine", "corpus"},
     {"calibration", "targets", "residency", "layer_bytes", "ranks", "plan", "solver", "operations"},
     {
         "gradients",

@@ -10,7 +10,7 @@ from layer_problems import F64, layer_of
 from lord_quant.crossfit import Half, crossed_tail
 from lord_quant.moments import Moments
 from lord_quant.sensitivity import Steepness
-from lord_quant.stack import truncate, unit_metric
+from lord_quant.truncation import truncate, unit_metric, weigh
 
 
 def halves_of(m: int, n: int) -> tuple[torch.Tensor, tuple[Half, Half]]:
@@ -33,7 +33,7 @@ def error_of(weight: torch.Tensor, fitted: Half, rank: int, centred: bool) -> to
     shift = fitted.moments.mean
     seen = fitted.moments.covariance if centred else fitted.moments.covariance + torch.outer(shift, shift)
     metric = None if fitted.sensitivity is None else unit_metric(fitted.sensitivity)
-    return truncate(weight, seen, rank, metric)[1].product() - weight
+    return truncate(weigh(weight, metric), seen, rank)[1].product() - weight
 
 
 def written_out(weight: torch.Tensor, fitted: Half, other: Half, rank: int, centred: bool) -> float:

@@ -24,8 +24,9 @@ from lord_quant.plan import LayerPlan, Plan
 from lord_quant.refine import Quantized
 from lord_quant.sensitivity import Sensitivity
 from lord_quant.solver import Solvers, make_solver
-from lord_quant.stack import Stacked, stack_layer, unit_metric
+from lord_quant.stack import Stacked, stack_layer
 from lord_quant.targets import dense_bias, dense_weight
+from lord_quant.truncation import unit_metric
 
 
 FAMILIES = ["llama", "qwen2"]

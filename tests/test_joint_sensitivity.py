@@ -21,8 +21,8 @@ from lord_quant.corpus import load_corpus
 from lord_quant.pipeline import compress_model
 from lord_quant.plan import build_plan
 from lord_quant.sensitivity import Sensitivity
-from lord_quant.stack import unit_metric
 from lord_quant.targets import find_linears
+from lord_quant.truncation import unit_metric
 
 
 DEMO = Path(__file__).parents[1] / "eval" / "models" / "pycoder-starcoder-humaneval"

@@ -25,8 +25,9 @@ from lord_quant.operations import (
 )
 from lord_quant.plan import LayerPlan, Plan, build_plan
 from lord_quant.solver import exact
-from lord_quant.stack import anchored_target, stack_layer, truncate
+from lord_quant.stack import anchored_target, stack_layer
 from lord_quant.targets import LinearSite
+from lord_quant.truncation import truncate, weigh
 
 
 LOAD = Workload(num_tokens=5000, itemsize=2, joint=True, seq_len=100, fisher_tokens=800, head_weights=7000)
@@ -92,7 +93,7 @@ def test_truncation_is_counted_as_torch_does(shape: tuple[int, int], of_loss: bo
     r = layer.rank
     assert r is not None
     weight, moments, metric = matrices(shape)
-    products = counted(lambda: truncate(weight, moments.covariance, r, metric if of_loss else None))
+    products = counted(lambda: truncate(weigh(weight, metric if of_loss else None), moments.covariance, r))
     lapack = (qr_flops(m, n) if m > n else 0) + of_loss * (cholesky_flops(m) + m**2 * r + qr_flops(m, r))
     found = truncation_work(layer, of_loss)
     assert found.products == pytest.approx(products + lapack)

@@ -19,7 +19,8 @@ from lord_quant.moments import Moments, PairedMoments
 from lord_quant.probe import LayerLoss, probe
 from lord_quant.refine import refine
 from lord_quant.solver import Solver, Solvers, make_solver
-from lord_quant.stack import stack_layer, unit_metric
+from lord_quant.stack import stack_layer
+from lord_quant.truncation import unit_metric
 
 
 GPTQ, OPTIONS = GptqConfig(), JointConfig()

@@ -149,7 +149,8 @@ def fitted_scales(weight: torch.Tensor, hessian: torch.Tensor, start: Quantized)
 
     metric = damped(hessian).float()
     groups = start.g_idx.long()
-    return module._fit_scales(weight @ metric, metric, start.codes - start.zeros[:, groups], start.scales, groups)
+    steps = start.codes - start.zeros[:, groups]
+    return module._fit_scales((weight @ metric).T, metric, steps.T, start.scales.T.contiguous(), groups).T
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -169,7 +169,8 @@ def test_the_refitted_up_is_least_squares(m: int, n: int, seed: int, data: st.Da
     down, up = (torch.randn(*shape, generator=generator, dtype=F64) for shape in ((rank, n), (m, rank)))
     covariance = p.moments.covariance
     whole = squared(p.weight, covariance)
-    fitted = refit_up(p.weight, covariance, down, up, damping=1e-13)
+    fitted, seen = refit_up(p.weight, covariance, down, up, damping=1e-13)
+    torch.testing.assert_close(seen, down @ covariance @ down.T)
     best = squared(fitted @ down - p.weight, covariance)
     gradient = (fitted @ down - p.weight) @ covariance @ down.T
     assert gradient.abs().max() <= 1e-6 * float((p.weight @ covariance @ down.T).abs().max())
@@ -179,14 +180,14 @@ def test_the_refitted_up_is_least_squares(m: int, n: int, seed: int, data: st.Da
     for step in (1e-3, 1e-1):
         noise = step * torch.randn(m, rank, generator=generator, dtype=F64)
         assert squared((fitted + noise) @ down - p.weight, covariance) >= best - 1e-9 * whole
-    usual = squared(refit_up(p.weight, covariance, down, up) @ down - p.weight, covariance)
+    usual = squared(refit_up(p.weight, covariance, down, up)[0] @ down - p.weight, covariance)
     assert best - 1e-9 * whole <= usual <= squared(up @ down - p.weight, covariance) * (1 + 1e-9)
 
 
 def test_a_factor_that_is_its_optimum_already_is_left_alone() -> None:
     p = problem(9, 7)
     factors = two_factor(p.weight, None, output_spectrum(p.weight, p.moments.covariance), 4, None)
-    again = refit_up(p.weight, p.moments.covariance, factors.down, factors.up)
+    again, _ = refit_up(p.weight, p.moments.covariance, factors.down, factors.up)
     torch.testing.assert_close(again, factors.up, rtol=0, atol=1e-10)
 
 

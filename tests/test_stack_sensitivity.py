@@ -14,7 +14,8 @@ from layer_problems import F64, FORMS, PLAIN, Problem, crude, exact, perturbed, 
 from lord_quant.config import JointConfig
 from lord_quant.errors import NumericsError
 from lord_quant.refine import Quantized
-from lord_quant.stack import SENSITIVITY_DAMPING, anchored_target, unit_metric
+from lord_quant.stack import anchored_target
+from lord_quant.truncation import SENSITIVITY_DAMPING, unit_metric
 
 
 SHAPES = [(24, 10), (10, 24), (16, 16)]

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Truncation in the metric of the model's loss.
+
+Not all outputs of a layer matter alike. With the metric G on them (`sensitivity.py`) and H on the inputs, an error D of a
+weight T (m, n) costs tr G D H Dᵀ. With G = SᵀS that is ‖S D‖²_H: the best rank-r approximation of T is LoRD on S T, with
+S⁻¹ in front. One decomposition serves every rank.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from lord_quant.decompose import Factors, OutputSpectrum, output_spectrum, pivoted, two_factor
+from lord_quant.errors import NumericsError
+from lord_quant.halves import upper_product
+from lord_quant.linalg import cholesky_, require_finite, thin_qr
+
+
+SENSITIVITY_DAMPING = 0.05
+"""Fraction of its mean diagonal added to G: of few tokens, and true for small errors only."""
+
+
+def unit_metric(sensitivity: torch.Tensor) -> torch.Tensor | None:
+    """Returns G damped and with a mean diagonal of 1, or None if it is zero.
+
+    Raises:
+        NumericsError: It holds NaN or inf.
+    """
+    require_finite(sensitivity, "output sensitivity (gradients of the loss; --no-fisher does without)")
+    mean = sensitivity.diagonal().mean()
+    if not mean > 0:
+        return None
+    metric = sensitivity / mean
+    metric.diagonal().add_(SENSITIVITY_DAMPING)
+    return metric.div_(1 + SENSITIVITY_DAMPING)
+
+
+class Weighed(NamedTuple):
+    """A weight in units of what its outputs do to the loss.
+
+    Attributes:
+        weight: S T with shape (m, n); T itself where all outputs count alike.
+        root: S, upper triangular, with shape (m, m), SᵀS = G; or None.
+    """
+
+    weight: torch.Tensor
+    root: torch.Tensor | None
+
+
+def weigh(target: torch.Tensor, outputs: torch.Tensor | None) -> Weighed:
+    """Returns T, with shape (m, n), in units of the metric G of its outputs; None counts them alike.
+
+    Raises:
+        NumericsError: G is not positive definite.
+    """
+    if outputs is None:
+        return Weighed(target, None)
+    root, exists = cholesky_(outputs.clone(), upper=True)
+    if not exists:
+        raise NumericsError("the output sensitivity stayed indefinite with damping; --no-fisher does without")
+    return Weighed(upper_product(root, target), root)
+
+
+def truncate(weighed: Weighed, covariance: torch.Tensor, rank: int) -> tuple[OutputSpectrum, Factors]:
+    """Returns the best factors of T in the metric G ⊗ H, `up` orthonormal in units of √diag G."""
+    spectrum = output_spectrum(weighed.weight, covariance)
+    return spectrum, factors_of(weighed, spectrum, rank)
+
+
+def factors_of(weighed: Weighed, spectrum: OutputSpectrum, rank: int) -> Factors:
+    """Returns the factors that `truncate` does, from the spectrum, which serves all ranks."""
+    even, root = two_factor(weighed.weight, None, spectrum, rank, None), weighed.root
+    if root is None:
+        return even
+    scale = torch.linalg.vector_norm(root, dim=0)[:, None]
+    even = _orthonormal(even._replace(up=scale * torch.linalg.solve_triangular(root, even.up, upper=True)))
+    return even._replace(up=even.up / scale)
+
+
+def pivoted_factors(factors: Factors, outputs: torch.Tensor | None) -> Factors:
+    """Brings what `factors_of` returns into the pivoted form."""
+    return pivoted(factors if outputs is None else _orthonormal(factors))
+
+
+def _orthonormal(factors: Factors) -> Factors:
+    """Returns the same product with orthonormal columns of `up`."""
+    up, mix = thin_qr(factors.up)
+    return factors._replace(up=up, down=mix @ factors.down)
