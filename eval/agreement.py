@@ -28,8 +28,14 @@ BASES = ("predicted", "crossed", "sloped")
 """Predictions in nats, what measurements are divided by."""
 YARDSTICKS = {"heldout": "loss", "heldout_divergence": "divergence"}
 """What rank correlations are with."""
-MEASURED = {"calibration": "calibration", "heldout": "held out", "heldout_divergence": "divergence"}
+MEASURED = {
+    "calibration": "calibration",
+    "heldout": "held out",
+    "calibration_divergence": "divergence on calibration",
+    "heldout_divergence": "divergence",
+}
 RATIOS = (
+    ("predicted", "calibration_divergence"),
     ("predicted", "heldout_divergence"),
     ("crossed", "heldout_divergence"),
     ("crossed", "heldout"),
@@ -49,7 +55,9 @@ NOTE = (
 )
 RATIO_NOTE = (
     "Medians. Calibration and held out: the rise of the loss of such text; divergence: from the dense model's predictions, "
-    "on held-out text. Each over a prediction: in the Fisher metric, cross-fitted, and with the slope of the loss."
+    "on held-out text if nothing else is said. Each over a prediction, which is made from calibration text: in the Fisher "
+    "metric, cross-fitted, and with the slope of the loss. Where divergence on calibration text is as predicted and on "
+    "held-out text more, the model minds the same errors more on text that it is less sure of."
 )
 PAIR_NOTE = (
     "Share of pairs ordered right: candidates of one layer whose bytes differ by 3 % at most, and that differ in form, "

@@ -68,7 +68,7 @@ def test_summary_gives_ratios_by_kind_and_leaves_missing_kinds_out(agreement: An
     rows = [row(value, value / 2) for value in (1e-3, 2e-3, 4e-3)] + [row(5e-3, 1e-3, kind="truncation")]
     kinds = agreement.summarise(rows, [])["kinds"]
     assert list(kinds) == ["all", "truncation", "dense"]
-    ratios = {"calibration": 4.0, "heldout": 2.0, "heldout_divergence": 6.0}
+    ratios = {"calibration": 4.0, "heldout": 2.0, "calibration_divergence": 2.0, "heldout_divergence": 6.0}
     assert kinds["dense"]["over_predicted"] == pytest.approx(ratios)
     assert kinds["dense"]["over_crossed"] == pytest.approx({name: ratio / 2 for name, ratio in ratios.items()})
     assert kinds["dense"]["over_sloped"] == pytest.approx({name: ratio / 3 for name, ratio in ratios.items()})
@@ -89,13 +89,15 @@ def test_tables_and_plot(agreement: Any, tmp_path: Path) -> None:
     }
     content = {
         "summary": agreement.summarise(rows, []),
-        "together": [joined | {"calibration": 3.0, "heldout": 4.0, "heldout_divergence": 5.0}],
+        "together": [
+            joined | {"calibration": 3.0, "heldout": 4.0, "calibration_divergence": 2.0, "heldout_divergence": 5.0}
+        ],
     }
     text = agreement.tables(content)
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
     assert next(line for line in lines if line[0] == "all")[:3] == ["all", "12", "1.000"]
     joint = next(line for line in lines if line[0] == "rounded, whole model")
-    assert joint[1:] == ["1", "2.50", "1.25", "1.00", "0.50", "0.38"]
+    assert joint[1:] == ["1", "1.00", "2.50", "1.25", "1.00", "0.50", "0.38"]
     agreement.draw(rows, content["summary"], "model", tmp_path / "plot.png")
     data = (tmp_path / "plot.png").read_bytes()
     width, height = struct.unpack(">II", data[16:24])
