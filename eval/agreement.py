@@ -56,8 +56,7 @@ NOTE = (
 RATIO_NOTE = (
     "Medians. Calibration and held out: the rise of the loss of such text; divergence: from the dense model's predictions, "
     "on held-out text if nothing else is said. Each over a prediction, which is made from calibration text: in the Fisher "
-    "metric, cross-fitted, and with the slope of the loss. Where divergence on calibration text is as predicted and on "
-    "held-out text more, the model minds the same errors more on text that it is less sure of."
+    "metric, cross-fitted, and with the slope of the loss."
 )
 PAIR_NOTE = (
     "Share of pairs ordered right: candidates of one layer whose bytes differ by 3 % at most, and that differ in form, "

@@ -203,8 +203,9 @@ def menu(layer: Layer, loss: LayerLoss) -> Iterator[Choice]:
     for form in (DENSE, TWO_FACTOR, PIVOTED):
         for bits in SET_BITS:
             for size in loss.groups:
-                for found in Menu((form,), (bits,), (size,)).of(layer.site, loss):  # both factors alike
-                    yield Choice(form, found.rank, bits, size, found.num_bytes)
+                for found in Menu((form,), (bits,), (size,)).of(layer.site, loss):
+                    if found.up_group_size == size:  # both factors alike
+                        yield Choice(form, found.rank, bits, size, found.num_bytes)
 
 
 def equal_sets(every: Sequence[Choice], seed: int) -> list[list[Choice]]:
@@ -260,13 +261,13 @@ def foretold(losses: Losses, plain: LayerLoss, choice: Choice) -> dict[str, floa
 
 def parts(loss: LayerLoss, choice: Choice) -> tuple[float, float]:
     """Returns the predicted losses of truncation and of rounding, as `menu.Menu` adds them up."""
+    from lord_quant.layer_bytes import Packing
+
     if choice.rank is None:
         return 0.0, loss.of_dense(choice.bits, choice.group_size)
     tail = loss.tail.tolist()
     if choice.kind == "truncation":
         return tail[choice.rank], 0.0
-    from lord_quant.layer_bytes import Packing
-
     packing = Packing(choice.bits, choice.group_size)
     noise = loss.of_factors(choice.rank, packing, packing)
     return tail[choice.rank], noise * (loss.pivoted if choice.kind == "pivoted" else 1)

@@ -16,7 +16,8 @@ import torch
 SPLIT_FEATURES = 512
 """From this width on, multiplying half a product beats multiplying all of it at once."""
 BLOCK = 1024
-"""Width of blocks; narrow products would run below the processor's speed."""
+"""Width of the blocks of wide products; those of others are narrower, four a side. Narrow ones run below a processor's
+speed."""
 
 
 def num_blocks(size: int) -> int:
@@ -24,7 +25,7 @@ def num_blocks(size: int) -> int:
     return 1 if size < SPLIT_FEATURES else max(4, size // BLOCK)
 
 
-def share(size: int) -> float:
+def share_left(size: int) -> float:
     """Returns the share of the operations that is left."""
     count = num_blocks(size)
     return (count + 1) / (2 * count)
@@ -69,12 +70,19 @@ def seen_through(rows: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
     return half + half.T
 
 
-def energy(rows: torch.Tensor, covariance: torch.Tensor) -> float:
-    """Returns tr X H Xᵀ, added up in float64, X with shape (m, n) and H symmetric."""
+def energy(rows: torch.Tensor, covariance: torch.Tensor, outputs: torch.Tensor | None = None) -> float:
+    """Returns tr G X H Xᵀ, blocks added up in float64, X with shape (m, n), H and G symmetric; G = I if it is None."""
     found = 0.0
-    for part in rows.split(BLOCK):  # not all rows at once, which would be a copy more
-        for columns, seen in _half_seen(part, covariance):
-            found += 2 * float(seen.mul_(columns).sum(dtype=torch.float64))
+    if outputs is None:
+        for part in rows.split(BLOCK):  # not all rows at once, which would be a copy more
+            for columns, seen in _half_seen(part, covariance):
+                found += 2 * float(seen.mul_(columns).sum(dtype=torch.float64))
+        return found
+    seen = rows @ covariance
+    for start, stop in _blocks(len(rows)):
+        weighed = (seen[start:stop] @ rows[start:].T).mul_(outputs[start:stop, start:])
+        whole, own = (float(part.sum(dtype=torch.float64)) for part in (weighed, weighed[:, : stop - start]))
+        found += 2 * whole - own
     return found
 
 

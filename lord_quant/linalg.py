@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 
 from lord_quant.errors import NumericsError
-from lord_quant.halves import energy, upper_product
+from lord_quant.halves import energy
 
 
 SMALL_TRIANGLE = 256
@@ -194,19 +194,12 @@ def relative_error(
     result: torch.Tensor,
     target: torch.Tensor,
     covariance: torch.Tensor,
-    root: torch.Tensor | None,
+    outputs: torch.Tensor | None,
     whole: float | None = None,
 ) -> float:
-    """Returns ‖Ŵ − T‖² / ‖T‖² in the metric SᵀS ⊗ `covariance`, S the upper triangular `root`, or None for the identity.
-
-    `whole` is ‖T‖² where a spectrum has told it.
-    """
-
-    def size(weight: torch.Tensor) -> float:
-        return energy(weight if root is None else upper_product(root, weight), covariance)
-
-    whole = size(target) if whole is None else whole
-    return size(result - target) / whole if whole > 0 else 0.0
+    """Returns ‖Ŵ − T‖² / ‖T‖² in the metric `outputs` ⊗ `covariance`; `whole` is ‖T‖² where a spectrum has told it."""
+    whole = energy(target, covariance, outputs) if whole is None else whole
+    return energy(result - target, covariance, outputs) / whole if whole > 0 else 0.0
 
 
 def choose_pivots(basis: torch.Tensor, bound: float = 1.05) -> torch.Tensor:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 from lord_quant.config import FLOAT_BITS
-from lord_quant.halves import share
+from lord_quant.halves import share_left
 from lord_quant.plan import LayerPlan, Plan
 
 
@@ -151,7 +151,7 @@ def _sum(parts: Iterable[Work]) -> Work:
 
 def gram_flops(features: int, tokens: int) -> float:
     """Returns the operations of XᵀX, X with shape (tokens, features)."""
-    return 2.0 * features**2 * tokens * share(features)
+    return 2.0 * features**2 * tokens * share_left(features)
 
 
 def paired_moment_flops(layer: LayerPlan, tokens: int) -> float:
@@ -182,11 +182,11 @@ def truncation_work(layer: LayerPlan, of_loss: bool) -> Work:
     small = min(m, n)
     products = 2.0 * m * n * r  # down = Uᵀ T
     if m > n:
-        products += qr_flops(m, n) + 4.0 * n**3 * share(n) + 2.0 * m * n**2  # W = QR, R Σ Rᵀ, Q V
+        products += qr_flops(m, n) + 4.0 * n**3 * share_left(n) + 2.0 * m * n**2  # W = QR, R Σ Rᵀ, Q V
     else:
-        products += 2.0 * m * n**2 + 2.0 * m**2 * n * share(m)
+        products += 2.0 * m * n**2 + 2.0 * m**2 * n * share_left(m)
     if of_loss:
-        products += cholesky_flops(m) + 2.0 * m**2 * n * share(m)  # S, S T
+        products += cholesky_flops(m) + 2.0 * m**2 * n * share_left(m)  # S, S T
         products += m**2 * r + qr_flops(m, r) + 2.0 * r**2 * n
     return Work(products=products, eigen=EIGEN_FLOPS * float(small) ** 3)
 
@@ -200,11 +200,11 @@ def stack_work(layer: LayerPlan) -> Work:
     r = layer.rank
     rotation = Work(products=2.0 * r**2 * (m + n), rotations=qr_flops(r, r))
     if m < n:  # up first in the metric B H Bᵀ, then down refitted for it
-        bottleneck = 2.0 * r * n**2 * share(n) + 2.0 * r**2 * n
+        bottleneck = 2.0 * r * n**2 * share_left(n) + 2.0 * r**2 * n
         refit = bottleneck + 2.0 * m**2 * r + 2.0 * m * n * r + 2.0 * m * r**2 + cholesky_flops(r) + 2.0 * n * r**2
     else:  # deflated metric, down, then up refitted for it in the metric B H Bᵀ
-        bottleneck = 2.0 * r * n**2 + 2.0 * r**2 * n * share(r)
-        deflated = bottleneck + cholesky_flops(r) + 2.0 * n * r**2 + 2.0 * r * n**2 * share(n)
+        bottleneck = 2.0 * r * n**2 + 2.0 * r**2 * n * share_left(r)
+        deflated = bottleneck + cholesky_flops(r) + 2.0 * n * r**2 + 2.0 * r * n**2 * share_left(n)
         refit = deflated + bottleneck + 4.0 * m * n * r + cholesky_flops(r) + 2.0 * m * r**2
     return solves + rotation + Work(products=refit)
 

@@ -232,10 +232,13 @@ def choose_group_size(sites: Iterable[LinearSite], bits: int) -> int:
     raise GroupSizeError(f"no group size suits layers with {odd} inputs; wanted multiples of 32. Use --bits 16")
 
 
-def check_packable(sites: Sequence[LinearSite], bits: int, group_size: int, own: Mapping[str, int] | None = None) -> None:
+def check_packable(sites: Sequence[LinearSite], bits: int, group_sizes: Mapping[str, int]) -> None:
     """Refuses shapes that cannot be packed, naming every layer; does nothing for float.
 
-    `own` has the group sizes, by full path, of layers whose group size is not `group_size`.
+    Args:
+        sites: The layers.
+        bits: Bits of packed weights; 16 for float.
+        group_sizes: Inputs per scale by full path, of the layer or of the `down` it becomes.
 
     Raises:
         GroupSizeError: Features are no multiple of 32, or inputs no multiple of the group size.
@@ -244,7 +247,7 @@ def check_packable(sites: Sequence[LinearSite], bits: int, group_size: int, own:
         return
     problems = []
     for site in sites:
-        size = (own or {}).get(site.name, group_size)
+        size = group_sizes[site.name]
         if site.in_features % PACK_MULTIPLE or site.out_features % PACK_MULTIPLE:
             shape = f"{site.out_features}x{site.in_features}"
             problems.append(f"  {site.name}: {shape}; wanted multiples of {PACK_MULTIPLE} on both sides")
@@ -276,8 +279,8 @@ def build_plan(
     Raises:
         TargetError: A pattern matches nothing.
         GroupSizeError: A shape cannot be packed.
-        RankError: An explicit rank is illegal, a layer has a form but no rank, a factor has bits but there is none, grouped
-            layers are not alike, or ratios below 1 leave every layer dense.
+        RankError: An explicit rank is illegal, a layer has a form but no rank, a factor has bits or a group size but there
+            is none, grouped layers are not alike, or ratios below 1 leave every layer dense.
     """
     group_size = gptq.group_size or choose_group_size(sites, gptq.bits)
     meant = {what: _meant(getattr(gptq, what) or {}, sites) for what in ("bits_pattern", "group_size_pattern")}
@@ -285,26 +288,26 @@ def build_plan(
         {name: getattr(gptq, what)[key] for key, names in keys.items() for name in names} for what, keys in meant.items()
     )
     forms = _by_name(lowrank.form_pattern, sites)
-    check_packable(sites, gptq.bits, group_size, sizes)
     targeted = select(sites, lowrank.targets, lowrank.ignore)
     units = _units(sites, lowrank, forms, targeted)
-    steps = {site.name: sizes.get(f"{site.name}.up", group_size) for site in sites}
-    explicit = explicit_ranks(sites, lowrank, targeted, units, steps)
+    up_sizes = {site.name: sizes.get(f"{site.name}.up", group_size) for site in sites}
+    explicit = explicit_ranks(sites, lowrank, targeted, units, up_sizes)
     layers = []
     for site in sites:
         unit = units[site.name]
         rank, note = None, ""
         if site.name in targeted:
-            rank, note = choose_rank(unit, lowrank, explicit.get(site.name), steps[site.name])
+            rank, note = choose_rank(unit, lowrank, explicit.get(site.name), up_sizes[site.name])
         named = (site.name, site.name) if rank is None else (f"{unit.site.name}.down", f"{site.name}.up")
         down, up = (Packing(bits.get(name, gptq.bits), sizes.get(name, group_size)) for name in named)
         layers.append(_layer_plan(site, unit, rank, note, lowrank.mean_correction, down, up, itemsize))
+    check_packable(sites, gptq.bits, {layer.name: layer.group_size for layer in layers})
     _require_alike(layers, units)
     plan = Plan(tuple(layers), gptq.bits, group_size, lowrank.mean_correction, other_bytes)
     asked = lowrank.rank_pattern or min(lowrank.rank_ratio or 1, lowrank.param_ratio or 1) < 1
     if asked and not plan.rank_pattern:
         noted = {layer.name: layer.note for layer in layers if layer.block == layers[0].block and layer.note}
-        raise RankError(nothing_decomposed(noted, units, steps))
+        raise RankError(nothing_decomposed(noted, units, up_sizes))
     formless = [layer for layer in layers if layer.name in forms and layer.rank is None]
     if formless:
         lines = [f"  {layer.name}: {layer.note or 'dense'}; wanted a rank for it, or no form" for layer in formless]

@@ -178,7 +178,8 @@ def probe(
     if min(weight.shape) >= step:
         ranks = [min(max(1, round(part * min(weight.shape) / step)) * step, min(weight.shape)) for part in PROBED_RANKS]
         cuts = [factors_of(weighed, spectrum, rank) for rank in ranks]
-        problem = _Problem(weight, joint, metric, weighed.root, spectrum.total(), options, seed)
+        del weighed  # as large as weight and metric
+        problem = _Problem(weight, joint, metric, spectrum.total(), options, seed)
         (down_shares, up_shares), (down_again, up_again) = (
             _rounded(problem, factors, {bits: solver(bits, step) for bits in widths})
             for factors, widths in zip(cuts, (PROBED_BITS, (GROUP_BITS,)), strict=True)
@@ -205,7 +206,6 @@ class _Problem(NamedTuple):
         weight: W with shape (m, n).
         covariance: H with shape (n, n).
         metric: G with shape (m, m), or None where all outputs count alike.
-        root: S with SᵀS = G, likewise.
         whole: What losing all of it would cost in that metric.
         options: How it is stacked.
         seed: Of rotations.
@@ -214,14 +214,13 @@ class _Problem(NamedTuple):
     weight: torch.Tensor
     covariance: torch.Tensor
     metric: torch.Tensor | None
-    root: torch.Tensor | None
     whole: float
     options: JointConfig
     seed: int
 
     def error(self, product: torch.Tensor) -> float:
         """Returns what a product in its place loses, relative to the whole."""
-        return relative_error(product, self.weight, self.covariance, self.root, self.whole)
+        return relative_error(product, self.weight, self.covariance, self.metric, self.whole)
 
     def two_factor(self, factors: Factors, solvers: Solvers) -> float:
         """Returns what is lost once factors are quantized."""

@@ -42,7 +42,7 @@ def choose_rank(unit: Unit, lowrank: LowrankConfig, explicit: int | None, group_
         unit: The layer, or the layers it is grouped with.
         lowrank: How ranks are chosen.
         explicit: Its own rank, if `rank_pattern` has one.
-        group_size: Inputs per scale.
+        group_size: Inputs per scale of `up`.
     """
     if 1 in (lowrank.rank_ratio, lowrank.param_ratio) or (lowrank.rank_pattern is not None and explicit is None):
         return None, ""
@@ -103,7 +103,7 @@ def nothing_decomposed(notes: Mapping[str, str], units: Mapping[str, Unit], grou
     Args:
         notes: Why layers of one block stay dense, by full path.
         units: What is decomposed as one, by layer.
-        group_sizes: Group sizes of all layers, by full path.
+        group_sizes: Group sizes of `up`, by layer.
     """
     sizes = sorted(set(group_sizes.values()))
     steps, groups = (", ".join(map(str, values)) for values in (map(rank_step, sizes), sizes))

@@ -111,10 +111,10 @@ def _fit_scales(
     """Returns the best scales, with shape (groups, m), for steps q − z with shape (n, m)."""
     count, height = scales.shape
     ranges = list(_ranges(groups.tolist()))
-    system, right = steps.new_empty(count, count, height), torch.empty_like(scales)
-    for group, (start, stop) in ranges:
+    system, right = steps.new_zeros(count, count, height), torch.zeros_like(scales)
+    for place, (group, (start, stop)) in enumerate(ranges):
         right[group] = (pull[start:stop] * steps[start:stop]).sum(dim=0)
-        for first, last, begin, end in _runs(ranges[group:]):  # M is symmetric: later groups have been here
+        for first, last, begin, end in _runs(ranges[place:]):  # M is symmetric: earlier groups have been here
             shared = (metric[begin:end, start:stop] @ steps[start:stop]).mul_(steps[begin:end])
             system[group, first:last] = shared.unflatten(0, (last - first, -1)).sum(dim=1)
         system[group + 1 :, group] = system[group, group + 1 :]
@@ -163,12 +163,18 @@ def _spans(groups: list[int]) -> Iterator[tuple[int, int]]:
 
 
 def _runs(ranges: Sequence[tuple[int, tuple[int, int]]]) -> Iterator[tuple[int, int, int, int]]:
-    """Yields runs of groups of one width, at most `TOGETHER` columns: first and last group, first and last column."""
-    for width, alike in itertools.groupby(ranges, key=lambda each: each[1][1] - each[1][0]):
-        members = list(alike)
+    """Yields runs of groups of one width, at most `TOGETHER` columns: their groups and their columns, from and to."""
+    numbered = enumerate(ranges)  # a group without columns ends a run
+    for (width, _), alike in itertools.groupby(numbered, key=lambda each: (_width(each[1]), each[1][0] - each[0])):
+        members = [each for _, each in alike]
         most = max(1, TOGETHER // width)
         for chosen in (members[at : at + most] for at in range(0, len(members), most)):
             yield chosen[0][0], chosen[-1][0] + 1, chosen[0][1][0], chosen[-1][1][1]
+
+
+def _width(group: tuple[int, tuple[int, int]]) -> int:
+    _, (start, stop) = group
+    return stop - start
 
 
 def _ranges(groups: list[int]) -> Iterator[tuple[int, tuple[int, int]]]:

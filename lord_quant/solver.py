@@ -42,7 +42,7 @@ Solver = Callable[[torch.Tensor, torch.Tensor], Quantized]
 
 
 class Solvers(NamedTuple):
-    """The solvers of a layer's factors, which may differ in bits; a layer that stays dense has that of `down`."""
+    """The solvers of a layer's factors, which may differ in bits and group size; a dense layer has that of `down`."""
 
     down: Solver
     up: Solver

@@ -158,16 +158,13 @@ def stack_layer(
     target = anchored_target(weight, moments, notes.append) if options.anchor else weight
     quantize = None if solve is None else refined(solve, options.refine)
     quantized: dict[str, Quantized] = {}
-    factors, spectrum, root, coefficient = None, None, None, None
+    factors, spectrum, coefficient = None, None, None
     outputs = None if metric is None or rank is None else metric.to(weight)
     if rank is None:
         quantized = {"": quantize.down(target, moments.covariance)} if quantize else {}
         result = quantized[""].weight() if quantized else target
     else:
-        weighed = weigh(target, outputs)
-        root = weighed.root
-        spectrum, factors = truncate(weighed, moments.covariance, rank)
-        del weighed  # as large as the weight
+        spectrum, factors = truncate(weigh(target, outputs), moments.covariance, rank)
         if form == "pivoted":
             factors = pivoted_factors(factors, outputs)
             coefficient = float(factors.up.abs().max())
@@ -189,7 +186,7 @@ def stack_layer(
         bias=shifted,
         quantized=quantized,
         spectrum=spectrum,
-        error=relative_error(result, target, moments.covariance, root, spectrum.total() if spectrum else None),
+        error=relative_error(result, target, moments.covariance, outputs, spectrum.total() if spectrum else None),
         largest_coefficient=coefficient,
         remedies=(*(() if spectrum is None else spectrum.remedies), *notes),
     )

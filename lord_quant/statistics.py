@@ -23,6 +23,7 @@ from lord_quant.config import GptqConfig, JointConfig
 from lord_quant.crossfit import Half
 from lord_quant.engine import gather
 from lord_quant.errors import CheckpointError, NumericsError
+from lord_quant.layer_bytes import PACK_MULTIPLE
 from lord_quant.probe import PROBED_BITS, SLOPES, FactorNoise, LayerLoss, probe
 from lord_quant.progress import Progress
 from lord_quant.reading import open_tensors, parse_json
@@ -241,11 +242,16 @@ def _plain(loss: LayerLoss) -> dict[str, Any]:
 def _loss(tails: torch.Tensor, values: dict[str, Any]) -> LayerLoss:
     down, up = (None if values[name] is None else _factor(values[name]) for name in ("down", "up"))
     tail, cut = tails.double()
+    groups = {int(size): float(ratio) for size, ratio in values["groups"].items()}
+    if PACK_MULTIPLE not in groups:
+        raise ValueError(
+            f"noise in groups of {sorted(groups)}; wanted {PACK_MULTIPLE} among them, which divides every rank"
+        )
     return LayerLoss(
         tail,
         cut,
         _by_bits(values["dense"]),
-        {int(size): float(ratio) for size, ratio in values["groups"].items()},
+        groups,
         int(values["group_size"]),
         down,
         up,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a checkpoint's configuration says, and holding the tensors in its files against the plan."""
 
+import dataclasses
 import json
 import math
 
@@ -92,7 +93,7 @@ def test_quantization_config_says_what_was_done_and_is_json(bits: int) -> None:
     check_version(values)
 
 
-def test_only_mixed_checkpoints_take_the_newest_version() -> None:
+def test_checkpoints_take_the_oldest_version_that_knows_what_is_in_them() -> None:
     sites = [LinearSite("h.0.up", 0, 256, 1024, False), LinearSite("h.0.down", 0, 1024, 256, False)]
     uniform = {"bits_pattern": {"up": 4, "down": 4}, "group_size_pattern": {"all": 64}}
     cases: list[tuple[dict, dict]] = [
@@ -112,6 +113,10 @@ def test_only_mixed_checkpoints_take_the_newest_version() -> None:
         assert (values["bits"], values["group_size"]) == (4, 64)
         assert json.loads(json.dumps(values)) == values
         check_version(values)
+    gptq = GptqConfig(bits=4, group_size=64)
+    plan = build_plan(sites, LowrankConfig(rank_ratio=0.5), gptq, itemsize=4, other_bytes=0)
+    kept = dataclasses.replace(plan, layers=(plan.layers[0], dataclasses.replace(plan.layers[1], bits=16, up_bits=16)))
+    assert quantization_config(kept, gptq, "gptq_v2")["format_version"] == 4
     gptq = GptqConfig(bits=16, group_size=64, group_size_pattern={"up": 32})  # here it only says which ranks are legal
     plan = build_plan(sites, LowrankConfig(rank_ratio=0.5), gptq, itemsize=4, other_bytes=0)
     values = quantization_config(plan, gptq, "")

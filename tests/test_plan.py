@@ -312,13 +312,13 @@ def test_nothing_decomposed_is_an_error_that_helps() -> None:
 def test_a_group_size_that_does_not_divide_names_every_layer_and_the_nearest() -> None:
     sites = [site("a", 96, 128), site("b", 256, 128), site("c", 320, 128)]
     with pytest.raises(GroupSizeError) as caught:
-        check_packable(sites, 4, 128)
+        check_packable(sites, 4, {each.name: 128 for each in sites})
     text = str(caught.value)
     assert "h.0.a: group size 128 does not divide 96 inputs; nearest: 32" in text
     assert "h.0.c: group size 128 does not divide 320 inputs; nearest: 64" in text
     assert "h.0.b" not in text
-    check_packable(sites, 4, 32)
-    check_packable(sites, 16, 128)
+    check_packable(sites, 4, {each.name: 32 for each in sites})
+    check_packable(sites, 16, {each.name: 128 for each in sites})
 
 
 def test_shapes_that_cannot_be_packed_are_named_but_for_float() -> None:

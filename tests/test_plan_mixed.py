@@ -126,6 +126,8 @@ def test_illegal_patterns_name_every_layer() -> None:
     assert "h.0.a: group size 64 does not divide 96 inputs; nearest: 32" in str(caught.value)
     assert "h.0.c: group size 256 does not divide 320 inputs; nearest: 64" in str(caught.value)
     assert "h.0.b" not in str(caught.value)
+    with pytest.raises(GroupSizeError, match=r"h\.0\.a: group size 64 does not divide 96 inputs; nearest: 32"):
+        plan(sites, gptq=GptqConfig(group_size=32, group_size_pattern={"a.down": 64}), rank_pattern={"a": 32})
     with pytest.raises(RankError) as caught:
         sizes = {"c_fc": 128, "c_attn": 64}
         ranks = {"c_fc": 96, "c_attn": 96, "attn.c_proj": 96}

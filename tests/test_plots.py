@@ -73,6 +73,8 @@ def test_the_grid_has_every_layer_at_its_place(data: PlotData) -> None:
     assert len(texts) == BLOCKS * len(TYPES)
     assert [texts[column, 2] for column in range(3)] == ["dense 4b g32", "two_factor r32, 4b g32", "pivoted r32, 4b g32"]
     assert texts[1, 0] == describe(data.layers[1])
+    other = dataclasses.replace(data.layers[1], bits=3, group_size=128, up_group_size=64)
+    assert describe(other) == "two_factor r32, 3/4b g128/64"
     colours = axes.images[0].get_array().tolist()
     assert colours == [[pytest.approx(8 * 3000 / (m * n)) for n, m in TYPES.values()]] * BLOCKS
 

@@ -256,6 +256,25 @@ def test_groups_are_measured_and_shown(packed: Path, tmp_path: Path, capsys: pyt
     assert [(shown[name]["leader"], shown[name]["bits"], shown[name]["up_bits"]) for name in (Q, K)] == [(Q, 4, 3)] * 2
 
 
+def test_group_sizes_of_factors_are_read_off_and_shown(
+    packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def coarser(made: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        for leaf in ("scales", "qzeros"):
+            made[f"{Q}.down.{leaf}"] = made[f"{Q}.down.{leaf}"][::2].clone()
+        return made
+
+    folder = change(grouped(packed, tmp_path / "grouped", packed=True), tmp_path / "coarser", coarser)
+    layers = {layer.site.name: layer for layer in measure(folder).layers}
+    assert {(layers[name].group_size, layers[name].up_group_size) for name in (Q, K, V)} == {(64, 32)}
+    assert inspect.run(argparse.Namespace(folder=folder, json=False, verify=False)) == 0
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
+    assert rows[Q][5:7] == ["4/3", "64/32"]
+    assert inspect.run(argparse.Namespace(folder=folder, json=True, verify=False)) == 0
+    shown = {row["name"]: row for row in json.loads(capsys.readouterr().out)["layers"]}
+    assert [(shown[name]["group_size"], shown[name]["up_group_size"]) for name in (Q, K)] == [(64, 32)] * 2
+
+
 def test_float_groups_are_measured(model_folder: ModelFolder, tmp_path: Path) -> None:
     layers = {
         layer.site.name: layer for layer in measure(grouped(model_folder("llama"), tmp_path / "g", packed=False)).layers

@@ -78,7 +78,7 @@ def menu_from(args: argparse.Namespace) -> Menu:
     bits, group_size, form = gptq.get("bits"), gptq.get("group_size"), lowrank.get("form")
     if bits is not None:
         restricted["bits"] = (GptqConfig(bits=bits).bits,)
-    if bits == FLOAT_BITS:  # ranks alone are chosen, of which groups only set the step
+    if bits == FLOAT_BITS:  # ranks alone are chosen, which no group size limits
         restricted["group_sizes"] = (min(GROUP_SIZES),)
     if group_size is not None:
         restricted["group_sizes"] = (GptqConfig(group_size=group_size).group_size,)

@@ -65,11 +65,17 @@ def test_predicted_parts_add_up_as_the_planner_counts_them(prediction: Any) -> N
     noise = FactorNoise(64, {2: 0.1, 3: 0.02, 4: 0.005}, 0.9)
     loss = LayerLoss(tail, tail, {2: 0.5, 3: 0.1, 4: 0.02}, {32: 0.8, 64: 1.0}, 64, noise, noise, 1.5)
     site = LinearSite("h.0.fc", 0, 128, 256, True)
-    for form in ("dense", "two_factor", "pivoted"):
-        for found in Menu((form,), (3,), (32,)).of(site, loss):
-            own = prediction.Choice(form, found.rank, 3, 32, found.num_bytes)
-            cut, rounded = prediction.parts(loss, own)
-            assert cut + rounded == pytest.approx(found.loss)
+    every = list(prediction.menu(SimpleNamespace(site=site), loss))
+    assert {(own.rank, own.group_size) for own in every if own.kind == "two_factor"} >= {(32, 32), (64, 32), (64, 64)}
+    assert all(own.rank is None or own.rank % own.group_size == 0 for own in every)
+    for own in every:
+        (found,) = (
+            each
+            for each in Menu((own.kind,), (own.bits,), (own.group_size,)).of(site, loss)
+            if (each.rank, each.up_group_size) == (own.rank, own.group_size)
+        )
+        cut, rounded = prediction.parts(loss, own)
+        assert cut + rounded == pytest.approx(found.loss) and own.num_bytes == found.num_bytes
     assert prediction.parts(loss, prediction.Choice("truncation", 32, 16, 32, None)) == (float(tail[32]), 0.0)
 
 
