@@ -4,8 +4,8 @@
 The goal: allocated ranks have at least 30 % less excess perplexity than uniform ones of the same bytes, in float and at 4
 bits. Excess is perplexity minus that of the dense model; saved is 1 - (allocated - dense) / (uniform - dense), seed by
 seed. A uniform plan's bytes are known from shapes alone; the planner gets them as its budget, at the same bits. Where
-weights are packed it has the same group size too, which allows few ranks in a small model; once more it may choose that as
-well. What it spends is at most that.
+weights are packed it has the same group size too, but for factors whose rank is no multiple of it; once more it may choose
+group sizes as well. What it spends is at most that.
 
 Uniform ranks come in two ways. Forced, every layer is decomposed, also where that makes it larger (at rank ratio 0.75 a
 square layer grows by half), which is easy to beat by leaving layers dense. Not forced, such layers stay dense.
@@ -35,7 +35,7 @@ GOAL = 0.3
 KINDS = {"two_factor": ("--form", "two_factor"), "all forms": (), "all forms, groups": ()}
 """What the planner may choose from, dense layers always among it; two_factor is the form of the uniform plans."""
 FREE_GROUPS = "all forms, groups"
-"""Where weights are packed, the planner may also choose group sizes, and with them finer steps of ranks."""
+"""Where weights are packed, the planner may also choose group sizes."""
 NOTE = (
     "Every line compares with the uniform plan of the same rank ratio and bits, whose bits per weight are the budget; bpw "
     "counts every stored bit of the linear layers, from the files. decomposed: how many linear layers are; the others stay "
