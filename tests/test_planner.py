@@ -259,36 +259,22 @@ def test_wide_layers_have_as_many_ranks_as_are_tried_and_all_group_sizes() -> No
     assert {each.up_group_size for each in found} == {128}
 
 
-@pytest.mark.parametrize("bpw", [1.5, 1.75, 2.0, 2.25, 2.5, 3.0, 3.25, 4.0])
-def test_a_budget_makes_a_plan_that_can_be_packed_where_few_group_sizes_divide(bpw: float) -> None:
-    """2752 = 64 * 43 inputs beside 1024: what is usual for the others divides neither this layer nor its ranks."""
-    sites = {
-        site.name: site
-        for site in (
-            LinearSite("h.0.q_proj", 0, 1024, 1024, False),
-            LinearSite("h.0.gate_proj", 0, 1024, 2752, False),
-            LinearSite("h.0.up_proj", 0, 1024, 2752, False),
-            LinearSite("h.0.down_proj", 0, 2752, 1024, False),
-        )
-    }
-    losses = {name: layer_loss(1024, seed, 3.0**seed) for seed, name in enumerate(sites)}
-    narrow = losses["h.0.down_proj"]
-    losses["h.0.down_proj"] = narrow._replace(groups={size: narrow.groups[size] for size in (32, 64)})
-    menus = [single(name, Menu().of(sites[name], loss)) for name, loss in losses.items()]
-    weights = sum(site.in_features * site.out_features for site in sites.values())
-    allocation = Frontier(menus).within(bpw * weights / 8)
-    settings = patterns(allocation)
-    plan = build_plan(
-        list(sites.values()),
-        LowrankConfig(**settings["lowrank"]),
-        GptqConfig(**settings["gptq"]),
-        itemsize=2,
-        other_bytes=0,
-    )
-    for layer in plan.layers:
-        each = allocation.chosen[layer.name]
-        assert (layer.group_size, layer.up_group_size) == (each.group_size, each.up_group_size)
-        assert layer.counted_bytes == each.num_bytes
+def test_a_plan_can_be_packed_where_what_is_usual_divides_neither_a_layer_nor_its_rank() -> None:
+    """2752 = 64 * 43 inputs, `down` in groups of 64 and `up` of 32, beside three layers in groups of 256."""
+    gate = LinearSite("h.0.gate_proj", 0, 1024, 2752, False)
+    others = [gate, gate._replace(name="h.0.up_proj"), LinearSite("h.0.q_proj", 0, 1024, 1024, False)]
+    narrow, loss = LinearSite("h.0.down_proj", 0, 2752, 1024, False), layer_loss(1024, 0)
+    usual = {site.name: Menu(forms=(DENSE,), bits=(4,), group_sizes=(256,)).of(site, loss)[0] for site in others}
+    few = loss._replace(groups={size: loss.groups[size] for size in (32, 64)})
+    own = [each for each in Menu(forms=("two_factor",)).of(narrow, few) if each.group_size != each.up_group_size]
+    assert {(each.group_size, each.up_group_size) for each in own} == {(64, 32)}
+    for each in own:
+        chosen = usual | {narrow.name: each}
+        settings = patterns(total(chosen))
+        assert settings["gptq"]["group_size"] == 256
+        lowrank, gptq = LowrankConfig(**settings["lowrank"]), GptqConfig(**settings["gptq"])
+        plan = build_plan([*others, narrow], lowrank, gptq, itemsize=2, other_bytes=0)
+        assert [layer.counted_bytes for layer in plan.layers] == [chosen[layer.name].num_bytes for layer in plan.layers]
 
 
 TOGETHER = [LinearSite(f"h.0.{name}", 0, 256, size, False) for name, size in (("q", 256), ("k", 128), ("v", 128))]
