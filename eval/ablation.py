@@ -26,6 +26,7 @@ IDEAS: dict[str, tuple[str, ...]] = {
     "no refit": ("--no-refit",),
     "no deflation": ("--no-deflate",),
     "no refinement": ("--refine", "0"),
+    "one-sided": ("--no-two-sided",),
     "order down first": ("--order", "down_first"),
 }
 SOLVER: dict[str, tuple[str, ...]] = {"no scale search": ("--mse", "0"), "symmetric": ("--sym",)}

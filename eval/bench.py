@@ -23,7 +23,7 @@ from lord_quant.engine import gather
 from lord_quant.moments import Moments, PairedMoments
 from lord_quant.probe import LayerLoss, probe
 from lord_quant.sensitivity import Sensitivity, Slope, Steepness
-from lord_quant.solver import make_solver
+from lord_quant.solver import Gptq
 from lord_quant.stack import stack_layer
 from lord_quant.stream import Replay, block_kinds, capture
 from lord_quant.targets import LinearSite, dense_bias, dense_weight, find_blocks, find_linears
@@ -83,7 +83,7 @@ class Layer(NamedTuple):
             seed: Of the rotation.
         """
         mean, covariance, count = self.moments
-        solve = None if bits == FLOAT_BITS else make_solver(GptqConfig(bits=bits), group_size, count)
+        solve = None if bits == FLOAT_BITS else Gptq(GptqConfig(bits=bits), group_size, count)
         stacked = stack_layer(
             dense_weight(self.module),
             dense_bias(self.module),

@@ -142,7 +142,7 @@ def _origin(config: LordConfig, windows: TokenWindows) -> dict[str, Any]:
 def _solver(config: LordConfig) -> dict[str, Any]:
     """Returns the settings that change what rounding loses."""
     gptq = {name: getattr(config.gptq, name) for name in ("sym", "desc_act", "act_group_aware", "damp_percent", "mse")}
-    joint = {name: getattr(config.joint, name) for name in ("rotate", "refit", "order", "deflate", "refine")}
+    joint = {name: getattr(config.joint, name) for name in ("rotate", "refit", "order", "deflate", "refine", "two_sided")}
     return gptq | joint | {"mean_correction": config.lowrank.mean_correction}
 
 

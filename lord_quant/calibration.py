@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 POOL_FACTOR = 4
 """Windows cut per window asked for, before sampling."""
+PASS_TOKENS = 2048
+"""Tokens per pass: enough to keep a processor busy, few enough for what a block makes of them, or a large vocabulary's
+logits, to take less memory than the block."""
+MOST_AT_ONCE = 4
+"""Windows per forward pass, however short."""
 
 
 class TokenWindows(NamedTuple):
@@ -42,13 +47,18 @@ class TokenWindows(NamedTuple):
         """Number of tokens in all windows."""
         return self.input_ids.numel()
 
-    def batches(self, size: int) -> list[torch.Tensor]:
-        """Splits into batches with shape (≤ size, seq_len)."""
-        return list(self.input_ids.split(size))
+    def batches(self, size: int | None) -> list[torch.Tensor]:
+        """Splits into batches with shape (≤ size, seq_len); None takes what `windows_at_once` does."""
+        return list(self.input_ids.split(size or windows_at_once(self.input_ids.shape[1])))
 
     def as_samples(self) -> list[dict[str, torch.Tensor]]:
         """Returns what Optimum takes: one dict of (1, seq_len) tensors per window."""
         return [{"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]} for ids in self.input_ids]
+
+
+def windows_at_once(seq_len: int) -> int:
+    """Returns how many windows a forward pass takes where nobody says so."""
+    return max(1, min(MOST_AT_ONCE, PASS_TOKENS // seq_len))
 
 
 def sample_windows(

@@ -87,7 +87,7 @@ class CalibrationConfig:
         num_samples: Number of token windows.
         seq_len: Tokens per window; None takes the model's context, at most 2048.
         seed: Seed of the sampling generator.
-        batch_size: Windows per forward pass; changes speed and memory, not results beyond rounding.
+        batch_size: Windows per forward pass, None: `windows_at_once`; of no meaning to results, but for their rounding.
     """
 
     dataset: str = STDLIB
@@ -95,11 +95,11 @@ class CalibrationConfig:
     num_samples: int = 128
     seq_len: int | None = None
     seed: int = 0
-    batch_size: int = 4
+    batch_size: int | None = None
 
     def __post_init__(self) -> None:
         problems = []
-        for name in ("num_samples", "batch_size"):
+        for name in ("num_samples",) if self.batch_size is None else ("num_samples", "batch_size"):
             if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
                 problems.append(f"{name} is {getattr(self, name)!r}; wanted an integer of at least 1")
         if self.seq_len is not None and (not _is_int(self.seq_len) or self.seq_len < 2):
@@ -235,9 +235,9 @@ class JointConfig:
         order: Which factor is quantized first: `auto`, `down_first` or `up_first`.
         deflate: Quantize `down` modulo what the refit of `up` absorbs.
         refine: Sweeps over scales and codes after each solve; 0 for none.
-        fisher: Truncate in the metric of the model's loss, which takes a backward pass; otherwise in that of output error.
-        fisher_samples: Calibration windows of that backward pass, the first so many. None takes 8; for a sensitivity pass,
-            and for the run of a plan that was made of one, as many as hold 65536 tokens.
+        two_sided: Let outputs take back what others have missed, as the metric of the model's loss says; GPTQ does not.
+        fisher: Work in the metric of the model's loss, which takes a backward pass; otherwise in that of output error.
+        fisher_samples: Windows of that pass, the first so many. None takes 8; those of a budget and its plans 65536 tokens.
     """
 
     anchor: bool = True
@@ -246,11 +246,12 @@ class JointConfig:
     order: str = "auto"
     deflate: bool = True
     refine: int = 2
+    two_sided: bool = True
     fisher: bool = True
     fisher_samples: int | None = None
 
     def __post_init__(self) -> None:
-        problems = _not_bool(self, "anchor", "rotate", "refit", "deflate", "fisher")
+        problems = _not_bool(self, "anchor", "rotate", "refit", "deflate", "two_sided", "fisher")
         problems += choice_problems("order", self.order, ORDERS)
         if not _is_int(self.refine) or not 0 <= self.refine <= 100:
             problems.append(f"refine is {self.refine!r}; wanted a number of sweeps from 0 to 100, such as 2")
@@ -270,8 +271,7 @@ class LordConfig:
         stack: How decomposition and quantization are stacked: `joint` does both layer by layer, each step knowing the
             other; `naive` decomposes the float model, then runs Optimum's GPTQ on it unmodified.
         device: `auto`, `cpu`, `cuda`, `cuda:0`, …
-        dtype: dtype in which float tensors are stored; `auto` keeps the model's own. On the CPU the run itself computes
-            in float32 whatever is stored.
+        dtype: dtype in which float tensors are stored; `auto` keeps the model's own. CPUs compute in float32 anyway.
         calibration: See `CalibrationConfig`.
         lowrank: See `LowrankConfig`.
         gptq: See `GptqConfig`.

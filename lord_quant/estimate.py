@@ -65,7 +65,7 @@ def memory_bytes(plan: Plan, load: Workload, device: torch.device) -> int:
         waiting = activations + load.num_tokens * per_token + load.fisher_tokens * held * 2 * blocks * width
         in_memory = waiting_bytes(dense // blocks * held)
         activations = min(waiting, in_memory) + min(load.num_tokens, TOKENS_AT_WORK) * per_token
-        squares = sum(layer.out_features**2 for layer in inside if layer.rank is not None)
+        squares = sum(layer.out_features**2 for layer in inside)
         activations += 4 * squares * bool(load.fisher_tokens)
     return int(weights + activations + 4 * 4 * widest**2)
 

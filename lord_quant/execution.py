@@ -30,7 +30,7 @@ from lord_quant.distributed import ALONE, World
 from lord_quant.errors import CheckpointError, ConfigError, ModelError, OutputError, reason_of
 from lord_quant.fingerprint import TOLERANCE, Fingerprint
 from lord_quant.headers import read_headers, weight_files
-from lord_quant.joint import ranked_layers
+from lord_quant.joint import minded_layers
 from lord_quant.journal import Journal, Unfinished
 from lord_quant.manifest import write_manifest
 from lord_quant.outcomes import plan_as_run
@@ -210,10 +210,11 @@ def _stream(run: _Streaming, journal: Unfinished, made_of_sha256: str) -> dict[s
         "seed": config.calibration.seed,
         "dtype": torch.float64 if config.lowrank.float64 else torch.float32,
     }
-    if len(fisher_windows(job.windows, config)) and plan.rank_pattern:
+    names = minded_layers(model, plan, config.joint)
+    if len(fisher_windows(job.windows, config)) and any(names):
         with phases.measure("sensitivity"):
             batches, seed = backward_batches(job.windows, config), config.calibration.seed
-            asked: dict[str, Any] = {"names": ranked_layers(model, plan), "dtype": others["dtype"]}
+            asked: dict[str, Any] = {"names": names, "dtype": others["dtype"]}
             sensitivity = Sensitivity.measure(
                 model, batches, seed=seed, **asked, residency=residency, progress=progress, world=world
             )

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lord_quant.config import JointConfig
+from lord_quant.config import FLOAT_BITS, JointConfig
 from lord_quant.distributed import ALONE, World
 from lord_quant.errors import CalibrationError, NumericsError
 from lord_quant.kept import Batches
@@ -101,6 +101,7 @@ class JointRun:
     ) -> None:
         self.model, self.plan, self.solve, self.options, self.sensitivity = model, plan, solve, options, sensitivity
         self.true_sequential, self.seed, self.dtype, self.residency = true_sequential, seed, dtype, residency
+        self.num_labels = None if sensitivity is None else sensitivity.num_labels
         self.world, self.done, self.progress = world, StackedModel(), progress or Progress()
         self.planned = {layer.name: layer for layer in plan.layers if solve is not None or layer.rank is not None}
         self.last = max((layer.block for layer in self.planned.values()), default=-1)
@@ -123,8 +124,8 @@ class JointRun:
         dense = copy.deepcopy(block, {id(parameter): parameter for parameter in block.parameters()})
         minded = {}
         if self.sensitivity is not None:
-            ranked = [name for name, layer in layers.items() if layer.rank is not None]
-            minded = self.sensitivity.of_block(index, dense, kind, ranked, self.dtype)
+            asked = [name for name, layer in layers.items() if minds(layer, self.options)]
+            minded = self.sensitivity.of_block(index, dense, kind, asked, self.dtype)
         keep = self.residency.keep
         run = Runner(self.stream, kind, Replay(block, keep), keep)
         inputs = record_inputs(dense, run, list(layers), prefix, outputs=self.options.anchor)
@@ -199,7 +200,7 @@ class JointRun:
             require_finite(weight, "weight")
             if bias is not None:
                 require_finite(bias, "bias")
-            metric = None if metric is None else unit_metric(metric.to(moments.covariance))
+            metric = None if metric is None else unit_metric(metric.to(moments.covariance), self.num_labels)
         except NumericsError as error:
             raise NumericsError(f"layer {first.name!r}: {error}") from error
         arguments = {
@@ -247,14 +248,19 @@ def stack_model(
     return run.done
 
 
-def ranked_layers(model: nn.Module, plan: Plan) -> list[list[str]]:
-    """Returns the layers whose sensitivities a run asks for, those that get a rank, per block, by path inside it."""
+def minded_layers(model: nn.Module, plan: Plan, options: JointConfig) -> list[list[str]]:
+    """Returns the layers whose sensitivities a run asks for, per block, by path inside it."""
     blocks = find_blocks(model)
     found: list[list[str]] = [[] for _ in blocks.modules]
     for layer in plan.layers:
-        if layer.rank is not None:
+        if minds(layer, options):
             found[layer.block].append(layer.name.removeprefix(f"{blocks.path}.{layer.block}."))
     return found
+
+
+def minds(layer: LayerPlan, options: JointConfig) -> bool:
+    """Tells whether what a layer becomes depends on how much the loss minds errors in its outputs."""
+    return layer.rank is not None or (options.two_sided and layer.bits != FLOAT_BITS)
 
 
 def _cost(layers: Sequence[LayerPlan]) -> float:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from lord_quant.config import FLOAT_BITS
 from lord_quant.halves import share_left
 from lord_quant.plan import LayerPlan, Plan
+from lord_quant.two_sided import GPU_STEPS
 
 
 EIGEN_FLOPS = 10
@@ -61,7 +62,7 @@ class Work:
         products: Operations of matrix products, triangular solves and Cholesky and QR factorizations in float32.
         eigen: Operations of eigendecompositions in float32.
         solves: Operations of solvers that go column by column, in float32, polishing not counted.
-        columns: Columns such solvers go through.
+        columns: Columns such solvers go through, on a GPU.
         moved: Bytes read and written in the device's memory by what is not bound by its operations.
         files: Bytes read from and written to files.
         packed: Weights packed on the CPU.
@@ -103,7 +104,8 @@ def _joint_phases(plan: Plan, load: Workload) -> dict[str, Work]:
     ranked = [layer for layer in plan.layers if layer.rank is not None]
     packed = plan.bits != FLOAT_BITS
     one_pass, one_kept = pass_flops(plan, load, dense), pass_flops(plan, load, kept)
-    grams = sum(gram_flops(layer.out_features, few) for layer in ranked)
+    minded = plan.layers if packed else ranked
+    grams = sum(gram_flops(layer.out_features, few) for layer in minded)
     model_bytes = dense * load.itemsize + plan.other_bytes
     streams = 2 * tokens * width * load.itemsize * blocks
     phases = {
@@ -116,7 +118,7 @@ def _joint_phases(plan: Plan, load: Workload) -> dict[str, Work]:
         "moments": Work(products=sum(paired_moment_flops(layer, tokens) for layer in plan.layers)),
         "anchor": _sum(anchor_work(layer) for layer in plan.layers if packed or layer.rank is not None),
         "decompose": _sum(truncation_work(layer, bool(few)) for layer in ranked),
-        "quantize": _sum(stack_work(layer) for layer in plan.layers) if packed else Work(),
+        "quantize": _sum(stack_work(layer, bool(few)) for layer in plan.layers) if packed else Work(),
         "pack": Work(packed=kept if packed else 0),
         "files": Work(files=float(model_bytes + streams + 3 * plan.tensor_bytes)),  # shards are written, read, joined
     }
@@ -191,15 +193,22 @@ def truncation_work(layer: LayerPlan, of_loss: bool) -> Work:
     return Work(products=products, eigen=EIGEN_FLOPS * float(small) ** 3)
 
 
-def stack_work(layer: LayerPlan) -> Work:
-    """Counts what quantizes a layer or, with gauge, metrics and refit, its factors."""
+def stack_work(layer: LayerPlan, coupled: bool) -> Work:
+    """Counts what quantizes a layer or, with gauge, metrics and refit, its factors; `coupled`, on both sides."""
     m, n = layer.out_features, layer.in_features
-    solves = _sum(solve_work(*shape) + refine_work(*shape) for shape in layer.factor_shapes().values())
+    shapes, steps = layer.factor_shapes().values(), GPU_STEPS if coupled else 1
+    solves = _sum(solve_work(*shape, steps) + refine_work(*shape, steps) for shape in shapes)
+    if coupled:
+        solves += _sum(rows_work(*shape) for shape in shapes)
     if layer.rank is None:
         return solves
     r = layer.rank
     rotation = Work(products=2.0 * r**2 * (m + n), rotations=qr_flops(r, r))
-    if m < n:  # up first in the metric B H Bᵀ, then down refitted for it
+    if coupled and m <= n:  # G deflated
+        rotation += Work(products=2.0 * r * m**2 * (1 + share_left(m)) + 4.0 * r**2 * m + cholesky_flops(r))
+    elif coupled:  # AᵀG A
+        rotation += Work(products=2.0 * r * m**2 + 2.0 * r**2 * m * share_left(r))
+    if m < n + coupled:  # up first in the metric B H Bᵀ, then down refitted for it
         bottleneck = 2.0 * r * n**2 * share_left(n) + 2.0 * r**2 * n
         refit = bottleneck + 2.0 * m**2 * r + 2.0 * m * n * r + 2.0 * m * r**2 + cholesky_flops(r) + 2.0 * n * r**2
     else:  # deflated metric, down, then up refitted for it in the metric B H Bᵀ
@@ -209,17 +218,22 @@ def stack_work(layer: LayerPlan) -> Work:
     return solves + rotation + Work(products=refit)
 
 
-def solve_work(inputs: int, outputs: int) -> Work:
-    """Counts one GPTQ solve: Cholesky factor, its inverse, columns with their feedback."""
+def rows_work(inputs: int, outputs: int) -> Work:
+    """Counts what two-sided rounding does besides: factor of the outputs' metric, its inverse, rows with their feedback."""
+    return Work(products=float(outputs) ** 3 + float(outputs) ** 2 * inputs)
+
+
+def solve_work(inputs: int, outputs: int, steps: int = 1) -> Work:
+    """Counts one GPTQ solve: Cholesky factor, its inverse, columns with their feedback, rows in so many steps."""
     return Work(
         solves=2.0 * inputs**2 * outputs + float(inputs) ** 3,
-        columns=inputs,
+        columns=inputs * steps,
         moved=inputs**2 * outputs / 32 * FLOAT_BYTES,  # what is left is read and written once per 32 columns
     )
 
 
-def refine_work(inputs: int, outputs: int) -> Work:
+def refine_work(inputs: int, outputs: int, steps: int = 1) -> Work:
     """Counts the polishing of a solve: scales fitted and codes revisited, sweep by sweep."""
     product = 2.0 * inputs**2 * outputs
     products = (SWEEPS * 2 + 1) * product  # the target's pull once; scales half a product a sweep, codes one and a half
-    return Work(products=products, columns=SWEEPS * inputs, moved=SWEEPS * inputs**2 * outputs / 32 * FLOAT_BYTES)
+    return Work(products=products, columns=SWEEPS * inputs * steps, moved=SWEEPS * inputs**2 * outputs / 32 * FLOAT_BYTES)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lord_quant.backends import gptq as backend
-from lord_quant.calibration import TokenWindows, sample_windows
+from lord_quant.calibration import PASS_TOKENS, TokenWindows, sample_windows
 from lord_quant.cautions import run_cautions
 from lord_quant.checkpoint import (
     check_output,
@@ -30,14 +30,14 @@ from lord_quant.engine import DecompositionRecord, decompose_model
 from lord_quant.errors import CalibrationError, ConfigError, ModelError
 from lord_quant.estimate import Estimate, estimate
 from lord_quant.fingerprint import Fingerprint, fingerprint_of
-from lord_quant.joint import ranked_layers, stack_model
+from lord_quant.joint import minded_layers, minds, stack_model
 from lord_quant.linalg import require_finite
 from lord_quant.operations import Workload
 from lord_quant.outcomes import StackRecord, plan_as_run
 from lord_quant.plan import LayerPlan, Plan, build_plan
 from lord_quant.progress import Progress
 from lord_quant.sensitivity import Sensitivity
-from lord_quant.solver import Solvers, make_solver
+from lord_quant.solver import Gptq, Solvers
 from lord_quant.source import (
     Source,
     build_skeleton,
@@ -58,8 +58,6 @@ if TYPE_CHECKING:
 DEFAULT_SEQ_LEN = 2048
 FISHER_SAMPLES = 8
 """Windows of the backward pass where nothing else is said: what a run with given ranks can spare the time for."""
-BACKWARD_TOKENS = 2048
-"""Tokens per backward pass: enough to keep a processor busy, few enough for a large vocabulary's logits."""
 
 
 @dataclass(frozen=True)
@@ -172,13 +170,14 @@ def prepare(config: LordConfig, *, overwrite: bool = False, measured_on: str | N
     plan = plan_model(skeleton, config, source.dtype.itemsize)
     windows = calibrate(config, source.tokenizer, source.context)
     joint = config.stack == "joint"
+    backward = joint and any(minds(layer, config.joint) for layer in plan.layers)
     head = skeleton.get_output_embeddings()
     load = Workload(
         num_tokens=windows.num_tokens,
         itemsize=source.dtype.itemsize,
         joint=joint,
         seq_len=windows.input_ids.shape[1],
-        fisher_tokens=fisher_windows(windows, config).numel() if joint and plan.rank_pattern else 0,
+        fisher_tokens=fisher_windows(windows, config).numel() if backward else 0,
         head_weights=0 if head is None else head.weight.numel(),
     )
     guess = estimate(plan, load, device)
@@ -261,10 +260,10 @@ def _compress_jointly(
     dtype = torch.float64 if config.lowrank.float64 else torch.float32
     batches, sensitivity = windows.batches(config.calibration.batch_size), None
     few = fisher_windows(windows, config)
-    if len(few) and plan.rank_pattern:
+    names = minded_layers(model, plan, config.joint)
+    if len(few) and any(names):
         with phases.measure("sensitivity"):
             passed, seed = backward_batches(windows, config), config.calibration.seed
-            names = ranked_layers(model, plan)
             sensitivity = Sensitivity.measure(model, passed, seed=seed, names=names, dtype=dtype, progress=progress)
     with phases.measure("stack"):
         stacked = stack_model(
@@ -288,7 +287,8 @@ def _compress_jointly(
 
 def solvers_of(layer: LayerPlan, gptq: GptqConfig, num_tokens: int) -> Solvers:
     packings = ((layer.bits, layer.group_size), (layer.up_bits, layer.up_group_size))
-    return Solvers(*(make_solver(dataclasses.replace(gptq, bits=bits), size, num_tokens) for bits, size in packings))
+    down, up = (Gptq(dataclasses.replace(gptq, bits=bits), size, num_tokens) for bits, size in packings)
+    return Solvers(down, up)
 
 
 def fisher_windows(windows: TokenWindows, config: LordConfig) -> torch.Tensor:
@@ -298,8 +298,8 @@ def fisher_windows(windows: TokenWindows, config: LordConfig) -> torch.Tensor:
 
 
 def backward_batches(windows: TokenWindows, config: LordConfig) -> list[torch.Tensor]:
-    """Returns the windows of the backward pass in batches of about `BACKWARD_TOKENS`."""
-    return list(fisher_windows(windows, config).split(max(1, BACKWARD_TOKENS // windows.input_ids.shape[1])))
+    """Returns the windows of the backward pass in batches of about `PASS_TOKENS`."""
+    return list(fisher_windows(windows, config).split(max(1, PASS_TOKENS // windows.input_ids.shape[1])))
 
 
 def _compress_naively(

@@ -8,9 +8,9 @@ of 1, as `truncation.unit_metric` does, that is `unit` · tr G D H Dᵀ, unit = 
 Truncation is exact: the best rank-r approximation loses the eigenvalues after the r-th; one decomposition serves every
 rank. What that is on other text is `crossfit.py`'s.
 
-Rounding has no formula that could be trusted, so a few real solves stand for all. Rows of a dense layer are independent:
-some of them, solved at 2, 3 and 4 bits and at 3 bits in other groups, tell the noise of every bit width and group size,
-taken as a product of the two. Factors are made at half rank, and each is rounded alone at 2, 3 and 4 bits, the other left
+Rounding has no formula that could be trusted, so a few real solves stand for all. The dense layer, or of a tall one some of
+its rows, solved at 2, 3 and 4 bits and at 3 bits in other groups, tells the noise of every bit width and group size, taken
+as a product of the two. Factors are made at half rank, and each is rounded alone at 2, 3 and 4 bits, the other left
 in float but given its optimum, as in the real stack; at 3/4 of the rank, at 3 bits, once more. What is lost beyond
 truncation, relative to the energy kept, is taken to add up over both factors, to follow a power of the rank (usually about
 1/r: solvers make more of many channels than of few), and to go with groups as the dense layer's noise does. The pivoted
@@ -29,16 +29,21 @@ import torch
 from lord_quant.config import FLOAT_BITS, GptqConfig, JointConfig
 from lord_quant.crossfit import Half, crossed_tail
 from lord_quant.decompose import Factors, output_spectrum
+from lord_quant.halves import energy
 from lord_quant.layer_bytes import PACK_MULTIPLE, Packing
 from lord_quant.linalg import relative_error, require_finite
 from lord_quant.moments import merged
-from lord_quant.solver import Solver, Solvers, exact, make_solver
-from lord_quant.stack import polished, stack_pivoted, stack_two_factor
+from lord_quant.solver import Gptq, Solver, Solvers, exact
+from lord_quant.stack import Polished, stack_pivoted, stack_two_factor
 from lord_quant.truncation import factors_of, pivoted_factors, unit_metric, weigh
+from lord_quant.two_sided import round_rows
 
 
-ROWS = 256
-"""Rows of a weight that are solved for its noise."""
+ROWS = 2048
+"""Most rows of a weight that are solved for its noise; what others would take back is not seen then."""
+STEPS = 4
+"""Of two-sided rounding: fewer than a run takes, for time; what they save less is about the same for dense layers and
+factors."""
 PROBED_BITS = (2, 3, 4)
 PROBED_GROUPS = (32, 64, 128)
 PROBED_RANKS = (1 / 2, 3 / 4)
@@ -156,15 +161,15 @@ def probe(
     usual = 64 if 64 in fitting else fitting[0]
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(weight), generator=generator)[:ROWS].sort().values.to(weight.device)
-    part, counts = weight[rows], 1.0 if metric is None else metric.diagonal()[rows].double()
+    part, within = weight[rows], None if metric is None else metric[rows[:, None], rows]
 
     def solver(bits: int, group_size: int) -> Solver:
-        return polished(make_solver(replace(gptq, bits=bits), group_size, moments.num_tokens), options.refine)
+        return Polished(Gptq(replace(gptq, bits=bits), group_size, moments.num_tokens), options.refine)
 
     def noise(bits: int, group_size: int) -> float:
-        error = solver(bits, group_size)(part, seen).weight() - part
-        lost = ((error @ seen) * error).sum(dim=1).double() * counts
-        return unit * float(lost.mean()) * len(weight)
+        coupled = within if options.two_sided else None
+        error = round_rows(solver(bits, group_size), part, seen, coupled, STEPS).weight() - part
+        return unit * energy(error, seen, within) * len(weight) / len(part)
 
     dense = {bits: noise(bits, usual) for bits in PROBED_BITS}
     floor = torch.finfo(torch.float32).tiny  # of a layer that loses nothing
@@ -247,8 +252,8 @@ def _rounded(
     def lost(solvers: Solvers) -> float:
         return max(problem.two_factor(factors, solvers) - cut, 0.0) / (1 - cut) if cut < 1 else 0.0
 
-    down = {bits: lost(Solvers(solve, exact)) for bits, solve in solvers.items()}
-    return down, {bits: lost(Solvers(exact, solve)) for bits, solve in solvers.items()}
+    down = {bits: lost(Solvers(solve, exact, STEPS)) for bits, solve in solvers.items()}
+    return down, {bits: lost(Solvers(exact, solve, STEPS)) for bits, solve in solvers.items()}
 
 
 def _pivoted_noise(problem: _Problem, factors: Factors, solve: Solver) -> float:
@@ -256,7 +261,7 @@ def _pivoted_noise(problem: _Problem, factors: Factors, solve: Solver) -> float:
     height = len(problem.weight)
     if problem.weight.numel() > PIVOTED_SIZE or len(factors.down) >= height:
         return PIVOTED_NOISE
-    cut, both = problem.error(factors.product()), Solvers(solve, solve)
+    cut, both = problem.error(factors.product()), Solvers(solve, solve, STEPS)
     two, one = (made(factors, both) - cut for made in (problem.two_factor, problem.pivoted))
     return max(one / two, 0.1) if two > 0 else PIVOTED_NOISE
 

@@ -92,21 +92,51 @@ def refine(weight: torch.Tensor, hessian: torch.Tensor, quantized: Quantized, sw
         return quantized
     perm = torch.argsort(quantized.g_idx, stable=True)  # groups lie together, whatever the activation order
     back = torch.argsort(perm)
-    metric = hessian[perm[:, None], perm].div_(hessian.diagonal().mean())
-    metric.diagonal().add_(DAMPING)
     groups = quantized.g_idx[perm].long()
+    sorted_already = torch.equal(groups, quantized.g_idx)  # usually; wide Hessians are not copied then
+    metric = _Damped.of(hessian if sorted_already else hessian[perm[:, None], perm])
     # All transposed, so that a column of the weight is contiguous.
     target, codes = weight.T[perm], quantized.codes.T[perm]
     scales, zeros = quantized.scales.T.contiguous(), quantized.zeros.T.contiguous()
-    pull = metric @ target
+    pull = metric.times(target)
     for _ in range(sweeps):
         scales = _fit_scales(pull, metric, codes - zeros[groups], scales, groups)
         _descend_(codes, target, metric, scales, zeros, groups, 2**quantized.bits - 1)
     return quantized._replace(codes=codes[back].T.contiguous(), scales=scales.T.contiguous())
 
 
+class _Damped(NamedTuple):
+    """H / μ + `DAMPING` · I with μ the mean of H's diagonal; no copy of H is made.
+
+    Attributes:
+        hessian: H with shape (n, n).
+        unit: 1 / μ.
+    """
+
+    hessian: torch.Tensor
+    unit: float
+
+    @classmethod
+    def of(cls, hessian: torch.Tensor) -> _Damped:
+        return cls(hessian, 1 / float(hessian.diagonal().double().mean()))
+
+    def times(self, right: torch.Tensor) -> torch.Tensor:
+        """Returns the product with a matrix with shape (n, k)."""
+        return torch.addmm(right, self.hessian, right, beta=DAMPING, alpha=self.unit)
+
+    def block(self, start: int, stop: int) -> torch.Tensor:
+        """Returns what stands on the diagonal from row `start` to before `stop`."""
+        own = self.hessian[start:stop, start:stop] * self.unit
+        own.diagonal().add_(DAMPING)
+        return own
+
+    def diagonal(self) -> list[float]:
+        """Returns the diagonal."""
+        return (self.hessian.diagonal() * self.unit + DAMPING).tolist()
+
+
 def _fit_scales(
-    pull: torch.Tensor, metric: torch.Tensor, steps: torch.Tensor, scales: torch.Tensor, groups: torch.Tensor
+    pull: torch.Tensor, metric: _Damped, steps: torch.Tensor, scales: torch.Tensor, groups: torch.Tensor
 ) -> torch.Tensor:
     """Returns the best scales, with shape (groups, m), for steps q − z with shape (n, m)."""
     count, height = scales.shape
@@ -115,8 +145,9 @@ def _fit_scales(
     for place, (group, (start, stop)) in enumerate(ranges):
         right[group] = (pull[start:stop] * steps[start:stop]).sum(dim=0)
         for first, last, begin, end in _runs(ranges[place:]):  # M is symmetric: earlier groups have been here
-            shared = (metric[begin:end, start:stop] @ steps[start:stop]).mul_(steps[begin:end])
-            system[group, first:last] = shared.unflatten(0, (last - first, -1)).sum(dim=1)
+            shared = (metric.hessian[begin:end, start:stop] @ steps[start:stop]).mul_(steps[begin:end])
+            system[group, first:last] = shared.unflatten(0, (last - first, -1)).sum(dim=1).mul_(metric.unit)
+        system[group, group] += DAMPING * steps[start:stop].square().sum(dim=0)
         system[group + 1 :, group] = system[group, group + 1 :]
     whole = system.permute(2, 0, 1).double()
     ridge = 1e-6 * whole.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(1e-30)
@@ -133,18 +164,18 @@ def _fit_scales(
 def _descend_(
     codes: torch.Tensor,
     target: torch.Tensor,
-    metric: torch.Tensor,
+    metric: _Damped,
     scales: torch.Tensor,
     zeros: torch.Tensor,
     groups: torch.Tensor,
     largest: int,
 ) -> None:
     """Improves codes in place, with shape (n, m). Within a group, whose scale is one, in units of codes."""
-    residual = metric @ (codes - zeros[groups]).mul_(scales[groups]).sub_(target)
-    diagonal = metric.diagonal().tolist()
+    residual = metric.times((codes - zeros[groups]).mul_(scales[groups]).sub_(target))
+    diagonal = metric.diagonal()
     for start, stop in _spans(groups.tolist()):
         step, old = scales[groups[start]], codes[start:stop]
-        inside, block = residual[start:stop] / step, metric[start:stop, start:stop]
+        inside, block = residual[start:stop] / step, metric.block(start, stop)
         new, moved = torch.empty_like(inside), torch.empty_like(inside)
         rows = zip(old.unbind(), inside.unbind(), new.unbind(), moved.unbind(), diagonal[start:stop], strict=True)
         for j, (before, force, code, change, own) in enumerate(rows):
@@ -152,7 +183,7 @@ def _descend_(
             torch.sub(code, before, out=change)
             inside[j + 1 :].addr_(block[j, j + 1 :], change)
         codes[start:stop] = new
-        residual[stop:].addmm_(metric[stop:, start:stop], moved.mul_(step))
+        residual[stop:].addmm_(metric.hessian[stop:, start:stop], moved.mul_(step), alpha=metric.unit)
 
 
 def _spans(groups: list[int]) -> Iterator[tuple[int, int]]:

@@ -41,11 +41,14 @@ class Sensitivity:
     Args:
         gradients: Of the loss of labels drawn from the model's predictions; used up. Or the sums already made of them.
         world: The processes, each with gradients of its own windows.
+
+    Attributes:
+        num_labels: Tokens whose gradients were taken, over all processes.
     """
 
     def __init__(self, gradients: BlockGradients | _Sums, world: World = ALONE) -> None:
         self._gradients, self._world = gradients, world
-        self._num_labels = sum(world.gather(gradients.num_labels))
+        self.num_labels = sum(world.gather(gradients.num_labels))
 
     @classmethod
     def measure(
@@ -115,7 +118,7 @@ class Sensitivity:
         else:
             sums = _summed(self._gradients.through(index, block, kind, names), dtype)
         totals = self._world.totals(sums, next(block.parameters()).device)
-        return {name: total.div_(self._num_labels) for name, total in totals.items()}
+        return {name: total.div_(self.num_labels) for name, total in totals.items()}
 
 
 class _Sums:

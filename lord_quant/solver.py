@@ -24,9 +24,9 @@ Sources: GPTQ, arXiv 2210.17323; activation order inside whole groups as in GPTQ
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -42,10 +42,17 @@ Solver = Callable[[torch.Tensor, torch.Tensor], Quantized]
 
 
 class Solvers(NamedTuple):
-    """The solvers of a layer's factors, which may differ in bits and group size; a dense layer has that of `down`."""
+    """The solvers of a layer's factors, which may differ in bits and group size; a dense layer has that of `down`.
+
+    Attributes:
+        down: That of `down`.
+        up: That of `up`.
+        steps: In how many steps rows are quantized where outputs are coupled (`two_sided.py`); None: `num_steps`.
+    """
 
     down: Solver
     up: Solver
+    steps: int | None = None
 
 
 COLUMNS = 32
@@ -63,68 +70,82 @@ def exact(weight: torch.Tensor, hessian: torch.Tensor) -> Quantized:
     return Quantized(weight, scales, torch.zeros_like(scales), g_idx, bits=FLOAT_BITS)
 
 
-def make_solver(gptq: GptqConfig, group_size: int, num_tokens: int) -> Solver:
-    """Returns `solve` with its settings filled in.
+@dataclass(frozen=True)
+class Gptq:
+    """GPTQ with its settings filled in: a `Solver`.
 
-    Args:
-        gptq: How to quantize.
-        group_size: Inputs per scale.
+    Attributes:
+        settings: Bits, symmetry, order of columns, damping and the norm that scales minimise.
+        group_size: Columns per scale; the last group may be short.
         num_tokens: Tokens behind the Hessians; the reported loss is divided by them, as the host does.
     """
-    return functools.partial(solve, gptq=gptq, group_size=group_size, num_tokens=num_tokens)
+
+    settings: GptqConfig
+    group_size: int
+    num_tokens: int
+
+    def __call__(self, weight: torch.Tensor, hessian: torch.Tensor) -> Quantized:
+        """Quantizes a weight.
+
+        Args:
+            weight: W with shape (m, n), any float dtype; the work is done in float32 at least.
+            hessian: H with shape (n, n), symmetric positive semidefinite, in any unit.
+
+        Returns:
+            Codes, with the scales in float16 precision; ``loss`` is the error in the metric of H over `num_tokens`.
+
+        Raises:
+            NumericsError: Weight or Hessian hold NaN or inf, scales overflow float16, or no damping below 1 helped.
+        """
+        start = time.perf_counter()
+        require_finite(weight, "weight to be quantized")
+        done = self.of(hessian)(weight)
+        return done._replace(seconds=time.perf_counter() - start)
+
+    def of(self, hessian: torch.Tensor) -> Callable[[torch.Tensor], Quantized]:
+        """Factors a Hessian and returns what quantizes any number of weights in its metric, without timing it."""
+        require_finite(hessian, "Hessian to quantize in")
+        order = _column_order(hessian.diagonal(), self.group_size, self.settings)
+        size = hessian.diagonal().double().mean()
+        dtype = torch.promote_types(hessian.dtype, torch.float32)
+        feedback, damp = Feedback.of(hessian, size, order, self.settings.damp_percent, dtype)
+        return lambda weight: self._solve(weight.detach().to(dtype), feedback, order, float(size), damp)
+
+    def _solve(self, weight: torch.Tensor, feedback: Feedback, order: torch.Tensor, size: float, damp: float) -> Quantized:
+        gptq, group_size = self.settings, self.group_size
+        positions = torch.arange(len(order), device=order.device) if gptq.desc_act else order
+        groups = positions.div(group_size, rounding_mode="floor")  # of columns in order
+        rest = weight.T[order]  # transposed: a column of the weight is contiguous
+        codes = torch.empty_like(rest)
+        largest, loss = 2**gptq.bits - 1, 0.0
+        scales, zeros = (rest.new_empty(int(groups.max()) + 1, rest.shape[1]) for _ in range(2))
+        for begin in range(0, len(rest), group_size):
+            end = min(begin + group_size, len(rest))
+            scale, zero = _grid(rest[begin:end], largest, gptq.sym, gptq.mse)
+            scales[groups[begin]], zeros[groups[begin]] = scale, zero
+            for first in range(begin, end, COLUMNS):
+                last = min(first + COLUMNS, end)
+                own, later = feedback.rows(first, last)
+                errors = _round(rest[first:last] / scale + zero, own, codes[first:last], largest)
+                errors *= scale / own.diagonal()[:, None]
+                loss += float(errors.double().square().sum())
+                rest[last:].addmm_(later.T, errors, alpha=-1)
+        back = torch.argsort(order)
+        return Quantized(
+            codes=codes[back].T.contiguous(),
+            scales=scales.T.contiguous(),
+            zeros=zeros.T.contiguous(),
+            g_idx=groups[back].to(torch.int32),
+            bits=gptq.bits,
+            loss=loss * size / self.num_tokens,
+            damp_percent=damp,
+        )
 
 
-def solve(weight: torch.Tensor, hessian: torch.Tensor, *, gptq: GptqConfig, group_size: int, num_tokens: int) -> Quantized:
-    """Quantizes a weight with GPTQ.
-
-    Args:
-        weight: W with shape (m, n), any float dtype; the work is done in float32 at least.
-        hessian: H with shape (n, n), symmetric positive semidefinite, in any unit.
-        gptq: Bits, symmetry, order of columns, damping and the norm that scales minimise.
-        group_size: Columns per scale; the last group may be short.
-        num_tokens: What the loss is divided by.
-
-    Returns:
-        Codes, with the scales in float16 precision; ``loss`` is the error in the metric of H over `num_tokens`.
-
-    Raises:
-        NumericsError: Weight or Hessian hold NaN or inf, scales overflow float16, or no damping below 1 helped.
-    """
-    start = time.perf_counter()
-    require_finite(weight, "weight to be quantized")
-    require_finite(hessian, "Hessian to quantize in")
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    order = _column_order(hessian.diagonal(), group_size, gptq)
-    size = hessian.diagonal().double().mean()
-    feedback, damp = Feedback.of(hessian, size, order, gptq.damp_percent, dtype)
-    positions = torch.arange(len(order), device=order.device) if gptq.desc_act else order
-    groups = positions.div(group_size, rounding_mode="floor")  # of columns in order
-    rest = weight.detach().to(dtype).T[order]  # transposed: a column of the weight is contiguous
-    codes = torch.empty_like(rest)
-    largest, loss = 2**gptq.bits - 1, 0.0
-    scales, zeros = (rest.new_empty(int(groups.max()) + 1, rest.shape[1]) for _ in range(2))
-    for begin in range(0, len(rest), group_size):
-        end = min(begin + group_size, len(rest))
-        scale, zero = _grid(rest[begin:end], largest, gptq.sym, gptq.mse)
-        scales[groups[begin]], zeros[groups[begin]] = scale, zero
-        for first in range(begin, end, COLUMNS):
-            last = min(first + COLUMNS, end)
-            own, later = feedback.rows(first, last)
-            errors = _round(rest[first:last] / scale + zero, own, codes[first:last], largest)
-            errors *= scale / own.diagonal()[:, None]
-            loss += float(errors.double().square().sum())
-            rest[last:].addmm_(later.T, errors, alpha=-1)
-    back = torch.argsort(order)
-    return Quantized(
-        codes=codes[back].T.contiguous(),
-        scales=scales.T.contiguous(),
-        zeros=zeros.T.contiguous(),
-        g_idx=groups[back].to(torch.int32),
-        bits=gptq.bits,
-        loss=loss * float(size) / num_tokens,
-        damp_percent=damp,
-        seconds=time.perf_counter() - start,
-    )
+def prepared(solve: Solver, hessian: torch.Tensor) -> Callable[[torch.Tensor], Quantized]:
+    """Returns what quantizes several weights in one metric: factored once, where the solver knows how to."""
+    of = getattr(solve, "of", None)
+    return (lambda weight: solve(weight, hessian)) if of is None else of(hessian)
 
 
 def _column_order(diagonal: torch.Tensor, group_size: int, gptq: GptqConfig) -> torch.Tensor:

@@ -36,7 +36,8 @@ below is closed form on H and C.
 
    (The optimum of A does not depend on G: every output has its own row.)
    Rounding noise spreads over all n inputs of B, or all m outputs of A, and all but n − r, or m − r, of these dimensions
-   are absorbed. So the factor with the *smaller* free dimension goes first: up where m < n, else down.
+   are absorbed. So the factor with the *smaller* free dimension goes first: up where m < n, else down; where m = n, up if
+   it can be rounded as in 6, which was better on every layer tried.
 
 5. Deflation (down first). If A will be refitted, only the part of E x′ that z cannot predict does harm. Its second moment
    is the Schur complement H_⊥ = H − H Bᵀ (B H Bᵀ)⁻¹ B H, so B is quantized in the metric H_⊥ + μ H, with a little μ to keep
@@ -44,18 +45,18 @@ below is closed form on H and C.
    its row space.
 
 6. Both solves are GPTQ in these metrics (H or H_⊥ + μH for B; B_q H B_qᵀ, or B H Bᵀ if up goes first, for A), polished by
-   `refine`. They take rows as independent, which G's coupling of outputs makes an approximation. Last,
-   b̂ = b + W μ − A_q B_q μ′.
+   `refine`. GPTQ takes outputs as independent; in G they are not, and what one has missed others take back
+   (`two_sided.py`), as Aᵀ G A says for the rows of B, and G for those of A or of a layer that stays dense. If B will be
+   refitted, errors of A inside its own range do no harm, the mirror image of 5: A is rounded as G_⊥ + μ G says, with
+   G_⊥ = G − G A (Aᵀ G A)⁻¹ Aᵀ G.
+
+7. Last, b̂ = b + W μ − A_q B_q μ′.
 
 Pivoted form. Here B holds rows of the product itself, there is no gauge to choose, and an error in one pivot output also
 enters all outputs predicted from it: with P = [I; A] the metric on B's rows is N = Pᵀ G P, I + AᵀA if G = I, far from I. So
-A is quantized first, B gets its optimum B = N_q⁻¹ P_qᵀ G T, and is quantized a few rows at a time: after rows 1 the others
-move to
-
-       B₂ ← B₂ − N₂₂⁻¹ N₂₁ (B̂₁ − B₁),
-
-the optimum for what was fixed. That is GPTQ's own feedback, along the outputs: rows cost the diagonal of N's Cholesky
-factorization instead of its trace, whose product is det N, a constant over vol²: hence pivots of large volume.
+A is quantized first, B gets its optimum B = N_q⁻¹ P_qᵀ G T, and is rounded as N says, whatever is known of G: rows then
+cost the diagonal of N's Cholesky factorization instead of its trace, whose product is det N, a constant over vol²: hence
+pivots of large volume.
 
 Failure cases. Singular H (few tokens, dead or duplicated channels): solves are damped, damping is raised until they exist;
 unseen directions keep W's values. Rank 1 to full are legal; at full rank with m ≤ n `up` is square and its error is
@@ -67,6 +68,8 @@ Sources: LoRD, arXiv 2309.14021; GPTQ, arXiv 2210.17323; PIFA, arXiv 2501.19090;
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -82,16 +85,15 @@ from lord_quant.linalg import (
 )
 from lord_quant.moments import PairedMoments
 from lord_quant.refine import Quantized, refine
-from lord_quant.solver import Solver, Solvers
+from lord_quant.solver import Solver, Solvers, prepared
 from lord_quant.truncation import pivoted_factors, truncate, weigh
+from lord_quant.two_sided import round_rows
 
 
 ANCHOR_DAMPING = 0.01
 REFIT_DAMPING = 0.01
 DEFLATED_SHARE = 0.1
 """μ: how much of H stays in the metric of a factor whose errors will be absorbed."""
-FEEDBACK_BLOCKS = 8
-"""Row blocks of a pivoted `down`; more gain little."""
 
 
 class Stacked(NamedTuple):
@@ -159,9 +161,10 @@ def stack_layer(
     quantize = None if solve is None else refined(solve, options.refine)
     quantized: dict[str, Quantized] = {}
     factors, spectrum, coefficient = None, None, None
-    outputs = None if metric is None or rank is None else metric.to(weight)
+    outputs = None if metric is None else metric.to(weight)
+    coupled = outputs if options.two_sided else None
     if rank is None:
-        quantized = {"": quantize.down(target, moments.covariance)} if quantize else {}
+        quantized = {"": round_rows(quantize.down, target, moments.covariance, coupled, quantize.steps)} if quantize else {}
         result = quantized[""].weight() if quantized else target
     else:
         spectrum, factors = truncate(weigh(target, outputs), moments.covariance, rank)
@@ -243,16 +246,27 @@ def stack_two_factor(
     balance = (up.square().mean() / size).pow(0.25).clamp(1e-3, 1e3)
     down, up = down * balance, up / balance
     outputs, inputs = target.shape
-    if options.order == "up_first" or (options.order == "auto" and outputs < inputs):
-        first = quantize.up(up, seen_through(down, covariance))
+    coupled = metric if options.two_sided else None
+    if options.order == "up_first" or (options.order == "auto" and outputs < inputs + (coupled is not None)):
+        left = coupled if coupled is None or not (options.deflate and options.refit) else deflated(coupled, up.T, note=note)
+        first = round_rows(quantize.up, up, seen_through(down, covariance), left, quantize.steps)
+        grid = first.weight() if options.refit else up
+        seen = grid if metric is None else metric @ grid
+        rows = grid.T @ seen
         if options.refit:
             # A backward stable solve with a metric whose damping bounds its condition: near the optimum in what it costs.
-            grid = first.weight()
-            seen = grid if metric is None else metric @ grid
-            down = damped_right_solve(target.T @ seen, grid.T @ seen, 1e-7, note).T
-        return {".down": quantize.down(down, covariance), ".up": first}
+            down = damped_right_solve(target.T @ seen, rows, 1e-7, note).T
+        second = round_rows(quantize.down, down, covariance, None if coupled is None else rows, quantize.steps)
+        return {".down": second, ".up": first}
     left = deflated(covariance, down, note=note) if options.deflate and options.refit else covariance
-    return _down_first(target, covariance, down, up, left, quantize, options.refit, note)
+    return _down_first(target, covariance, down, up, _Metrics(left, coupled), quantize, options.refit, note)
+
+
+class _Metrics(NamedTuple):
+    """What errors of `down` cost by its inputs, and errors of `up` by its outputs; None counts those alike."""
+
+    inputs: torch.Tensor
+    outputs: torch.Tensor | None
 
 
 def _down_first(
@@ -260,19 +274,20 @@ def _down_first(
     covariance: torch.Tensor,
     down: torch.Tensor,
     up: torch.Tensor,
-    metric: torch.Tensor,
+    metrics: _Metrics,
     quantize: Solvers,
     refit: bool,
     note: Note | None = None,
 ) -> dict[str, Quantized]:
-    """Quantizes `down` in `metric`, then `up`, or its optimum for the quantized `down`, in the metric of the bottleneck."""
-    first = quantize.down(down, metric)
+    """Quantizes `down`, then `up`, or its optimum for the quantized `down`, in the metric of the bottleneck."""
+    rows = None if metrics.outputs is None else symmetric_product(up.T @ metrics.outputs, up)
+    first = round_rows(quantize.down, down, metrics.inputs, rows, quantize.steps)
     grid = first.weight()
     if refit:
         up, seen = refit_up(target, covariance, grid, up, note=note)
     else:
         seen = seen_through(grid, covariance)
-    return {".down": first, ".up": quantize.up(up, seen)}
+    return {".down": first, ".up": round_rows(quantize.up, up, seen, metrics.outputs, quantize.steps)}
 
 
 def stack_pivoted(
@@ -285,50 +300,45 @@ def stack_pivoted(
 ) -> dict[str, Quantized]:
     """Quantizes pivoted factors of T, as `stack_two_factor` does others."""
     down, up, pivots, others = factors.down, factors.up, factors.pivots, factors.others()
+    spread = target.new_zeros(len(target), len(down))
+    spread[pivots], spread[others] = torch.eye(len(down)).to(spread), up
+    coupled = metric if options.two_sided else None
+    if coupled is not None:
+        if options.order != "down_first" and options.deflate and options.refit:
+            coupled = deflated(coupled, spread.T)
+        coupled = coupled[others[:, None], others]
     if options.order == "down_first":
-        return _down_first(target[others], covariance, down, up, covariance, quantize, options.refit)
-    first = quantize.up(up, seen_through(down, covariance))
+        metrics = _Metrics(covariance, coupled)
+        return _down_first(target[others], covariance, down, up, metrics, quantize, options.refit)
+    first = round_rows(quantize.up, up, seen_through(down, covariance), coupled, quantize.steps)
     if not options.refit:
         return {".down": quantize.down(down, covariance), ".up": first}
     # What `down` computes enters all outputs: itself, and those predicted from it.
-    spread = target.new_zeros(len(target), len(down))
-    spread[pivots], spread[others] = torch.eye(len(down)).to(spread), first.weight()
+    spread[others] = first.weight()
     seen = spread if metric is None else metric @ spread
     rows = spread.T @ seen
     down = torch.linalg.solve(rows, seen.T @ target)
-    return {".down": _quantize_rows(down, rows, covariance, quantize.down), ".up": first}
-
-
-def _quantize_rows(rows: torch.Tensor, metric: torch.Tensor, covariance: torch.Tensor, quantize: Solver) -> Quantized:
-    """Quantizes rows block by block in the metric `metric` ⊗ `covariance`, the costliest first."""
-    cost = metric.diagonal() * ((rows @ covariance) * rows).sum(dim=1)
-    perm = torch.argsort(cost, descending=True)
-    back = torch.argsort(perm)
-    left, metric = rows[perm].clone(), metric[perm][:, perm]
-    parts = []
-    for chosen in torch.arange(len(rows), device=rows.device).tensor_split(min(FEEDBACK_BLOCKS, len(rows))):
-        start, stop = int(chosen[0]), int(chosen[-1]) + 1
-        part = quantize(left[start:stop], covariance)
-        parts.append(part)
-        error = part.weight() - left[start:stop]
-        left[stop:] -= torch.linalg.solve(metric[stop:, stop:], metric[stop:, start:stop] @ error)
-    losses = [part.loss for part in parts]
-    return parts[0]._replace(
-        codes=torch.cat([part.codes for part in parts])[back],
-        scales=torch.cat([part.scales for part in parts])[back],
-        zeros=torch.cat([part.zeros for part in parts])[back],
-        loss=None if None in losses else sum(loss for loss in losses if loss is not None),
-        damp_percent=max(part.damp_percent for part in parts),
-        seconds=sum(part.seconds for part in parts),
-    )
+    return {".down": round_rows(quantize.down, down, covariance, rows, quantize.steps), ".up": first}
 
 
 def refined(solve: Solver | Solvers, sweeps: int) -> Solvers:
     """Returns solvers whose results are refined by so many sweeps; one alone stands for both factors."""
     both = solve if isinstance(solve, Solvers) else Solvers(solve, solve)
-    return Solvers(polished(both.down, sweeps), polished(both.up, sweeps))
+    return both._replace(down=Polished(both.down, sweeps), up=Polished(both.up, sweeps))
 
 
-def polished(solve: Solver, sweeps: int) -> Solver:
-    """Returns a solver whose results are refined by so many sweeps."""
-    return lambda weight, hessian: refine(weight, hessian, solve(weight, hessian).to(weight), sweeps)
+@dataclass(frozen=True)
+class Polished:
+    """A solver whose results are refined by so many sweeps."""
+
+    solve: Solver
+    sweeps: int
+
+    def __call__(self, weight: torch.Tensor, hessian: torch.Tensor) -> Quantized:
+        """Quantizes a weight."""
+        return refine(weight, hessian, self.solve(weight, hessian).to(weight), self.sweeps)
+
+    def of(self, hessian: torch.Tensor) -> Callable[[torch.Tensor], Quantized]:
+        """Returns what quantizes several weights in one metric."""
+        rounded = prepared(self.solve, hessian)
+        return lambda weight: refine(weight, hessian, rounded(weight).to(weight), self.sweeps)

@@ -31,7 +31,7 @@ LAYERS = [
         "distributed",
     },
     {"config", "moments", "decompose", "truncation", "refine", "corpus"},
-    {"calibration", "targets", "residency", "layer_bytes", "ranks", "plan", "solver", "operations"},
+    {"calibration", "targets", "residency", "layer_bytes", "ranks", "plan", "solver", "two_sided", "operations"},
     {
         "gradients",
         "sensitivity",
@@ -174,7 +174,7 @@ def test_evaluation_scripts_import_the_package_and_never_the_reverse() -> None:
 
 
 def test_tensor_only_modules_know_no_model_and_no_host() -> None:
-    numerics = {"linalg", "moments", "decompose", "plan", "modules", "errors", "config", "refine", "stack"}
+    numerics = {"linalg", "moments", "decompose", "plan", "modules", "errors", "config", "refine", "two_sided", "stack"}
     hosts = {"transformers", "optimum", "gptqmodel", "accelerate", "datasets", "lm_eval"}
     assert not [str(i) for i in IMPORTS if component(i.file) in numerics and i.module.split(".")[0] in hosts]
 

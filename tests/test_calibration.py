@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lord_quant.calibration import TokenWindows, as_windows, sample_windows
+from lord_quant.calibration import TokenWindows, as_windows, sample_windows, windows_at_once
 from lord_quant.corpus import Corpus
 from lord_quant.errors import CalibrationError
 
@@ -115,7 +115,13 @@ def test_batches_and_samples_hold_the_same_tokens() -> None:
     batches = windows.batches(3)
     assert [len(batch) for batch in batches] == [3, 3, 1]
     assert torch.equal(torch.cat(batches), windows.input_ids)
+    assert [len(batch) for batch in windows.batches(None)] == [4, 3]
     samples = windows.as_samples()
     assert torch.equal(torch.cat([item["input_ids"] for item in samples]), windows.input_ids)
     assert {tuple(tensor.shape) for item in samples for tensor in item.values()} == {(1, 16)}
     assert all((item["attention_mask"] == 1).all() for item in samples)
+
+
+@pytest.mark.parametrize(("seq_len", "windows"), [(32, 4), (512, 4), (513, 3), (1024, 2), (1025, 1), (2048, 1), (8192, 1)])
+def test_a_pass_takes_few_windows_where_they_are_long(seq_len: int, windows: int) -> None:
+    assert windows_at_once(seq_len) == windows

@@ -65,6 +65,7 @@ CONFIGS = [
             order="up_first",
             deflate=False,
             refine=0,
+            two_sided=False,
             fisher=False,
             fisher_samples=3,
         ),

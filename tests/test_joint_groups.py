@@ -23,7 +23,7 @@ from lord_quant.modules import GroupedLinear, LowRankLinear
 from lord_quant.plan import LayerPlan, Plan
 from lord_quant.refine import Quantized
 from lord_quant.sensitivity import Sensitivity
-from lord_quant.solver import Solvers, make_solver
+from lord_quant.solver import Gptq, Solvers
 from lord_quant.stack import Stacked, stack_layer
 from lord_quant.targets import dense_bias, dense_weight
 from lord_quant.truncation import unit_metric
@@ -179,7 +179,8 @@ def test_sensitivities_of_a_group_are_their_block_diagonal(calls: Calls) -> None
     names = [f"model.layers.0.{name}" for name in GROUPS[0]]
     minded = sensitivities(model, names)
     run_joint(model, grouped_plan(model), sensitivity=Sensitivity.measure(model, BATCHES))
-    wanted = unit_metric(torch.block_diag(*(minded[name] for name in names)))
+    tokens = sum(batch.numel() for batch in BATCHES)
+    wanted = unit_metric(torch.block_diag(*(minded[name] for name in names)), tokens)
     (found,) = [kwargs["metric"] for args, kwargs, _ in calls[:1]]
     assert wanted is not None and found.shape == (128, 128)
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=0)
@@ -215,7 +216,7 @@ def test_bits_of_a_factor_are_the_width_of_its_codes(form: str) -> None:
         plan = plan_of(model, bits=4, form=form, targets=("mlp",))
 
         def solvers_of(layer: LayerPlan, bits: tuple[int, int] = bits) -> Solvers:
-            return Solvers(*(make_solver(GptqConfig(bits=width), 32, 144) for width in bits))
+            return Solvers(*(Gptq(GptqConfig(bits=width), 32, 144) for width in bits))
 
         done = stack_model(model, plan, BATCHES, solvers_of, IDEAS, dtype=torch.float32)
         for name in plan.rank_pattern:

@@ -41,7 +41,9 @@ class OfSomeLayers(Sensitivity):
 def test_sensitivities_keep_their_precision_where_weights_have_less(monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16 a sensitivity of a few tokens would be indefinite."""
     seen: list[torch.dtype] = []
-    monkeypatch.setattr(joint, "unit_metric", lambda metric: (seen.append(metric.dtype), unit_metric(metric))[1])
+    monkeypatch.setattr(
+        joint, "unit_metric", lambda metric, tokens: (seen.append(metric.dtype), unit_metric(metric, tokens))[1]
+    )
     model = tiny_model("llama", torch.bfloat16)
     sensitivity = Sensitivity.measure(model, BATCHES)
     done = run_joint(model, plan_of(model), sensitivity=sensitivity, dtype=torch.float32)

@@ -153,10 +153,12 @@ def test_scales_do_not_depend_on_how_many_columns_are_taken_at_once(together: in
     groups = torch.tensor([0] * 8 + [1] * 8 + [3] * 8 + [4] * 8 + [5] * 5)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(3, len(groups), generator=generator)
-    metric = damped(hessian_of(len(groups), 1)).float()
+    hessian = hessian_of(len(groups), 1).float()
+    metric = damped(hessian).float()
     scales = torch.full((3, 6), 0.25)
     steps = (weight / 0.25).round()
-    found = module._fit_scales((weight @ metric).T, metric, steps.T, scales.T.contiguous(), groups).T
+    damping = module._Damped.of(hessian)
+    found = module._fit_scales((weight @ metric).T, damping, steps.T, scales.T.contiguous(), groups).T
     for row in range(3):
         parts = torch.stack([steps[row] * (groups == group) for group in (0, 1, 3, 4, 5)]).double()
         system = parts @ metric.double() @ parts.T
@@ -171,7 +173,8 @@ def fitted_scales(weight: torch.Tensor, hessian: torch.Tensor, start: Quantized)
     metric = damped(hessian).float()
     groups = start.g_idx.long()
     steps = start.codes - start.zeros[:, groups]
-    return module._fit_scales((weight @ metric).T, metric, steps.T, start.scales.T.contiguous(), groups).T
+    damping = module._Damped.of(hessian.float())
+    return module._fit_scales((weight @ metric).T, damping, steps.T, start.scales.T.contiguous(), groups).T
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -16,7 +16,7 @@ from lord_quant.backends.gptq import host
 from lord_quant.config import GptqConfig
 from lord_quant.errors import NumericsError
 from lord_quant.refine import Quantized
-from lord_quant.solver import SHRINKS, make_solver
+from lord_quant.solver import SHRINKS, Gptq
 
 
 GROUP = 32
@@ -58,7 +58,7 @@ def test_the_solver_beats_rounding_and_stays_on_its_grid(bits: int, desc_act: bo
     gptq = GptqConfig(bits=bits, sym=sym, desc_act=desc_act)
     weight, hessian = layer_of(64, 96)
     before = weight.clone(), hessian.clone()
-    solved = make_solver(gptq, GROUP, 576)(weight, hessian)
+    solved = Gptq(gptq, GROUP, 576)(weight, hessian)
     assert torch.equal(weight, before[0]) and torch.equal(hessian, before[1])
     assert solved.codes.shape == (64, 96) and solved.scales.shape == solved.zeros.shape == (64, 3)
     assert solved.g_idx.shape == (96,) and torch.equal(solved.g_idx.long().bincount(), torch.full((3,), 32))
@@ -79,7 +79,7 @@ def test_asymmetric_grids_and_searched_scales_are_better() -> None:
     weight, identity = layer_of(64, 64)[0], torch.eye(64)
 
     def error(**settings: Any) -> float:
-        return lost(make_solver(GptqConfig(bits=3, **settings), GROUP, 576)(weight, identity).weight(), weight, identity)
+        return lost(Gptq(GptqConfig(bits=3, **settings), GROUP, 576)(weight, identity).weight(), weight, identity)
 
     assert error(sym=False) < 0.95 * error(sym=True)
     assert error(mse=2.0) < 0.95 * error(mse=0.0)
@@ -87,8 +87,8 @@ def test_asymmetric_grids_and_searched_scales_are_better() -> None:
 
 def test_a_factor_in_the_hessian_and_the_count_of_tokens_change_nothing_but_the_loss() -> None:
     weight, hessian = layer_of(32, 64)
-    one = make_solver(GptqConfig(), GROUP, 100)(weight, hessian)
-    other = make_solver(GptqConfig(), GROUP, 7)(weight, 4 * hessian)
+    one = Gptq(GptqConfig(), GROUP, 100)(weight, hessian)
+    other = Gptq(GptqConfig(), GROUP, 7)(weight, 4 * hessian)
     assert torch.equal(one.codes, other.codes) and torch.equal(one.scales, other.scales)
 
 
@@ -102,7 +102,7 @@ def test_the_solver_survives_singular_hessians(kind: str) -> None:
         hessian[:, ::3] = 0
     else:
         hessian = hessian[:, :4] @ torch.linalg.inv(hessian[:4, :4]) @ hessian[:4]
-    solved = make_solver(GptqConfig(), GROUP, 100)(weight, hessian)
+    solved = Gptq(GptqConfig(), GROUP, 100)(weight, hessian)
     assert torch.isfinite(solved.weight()).all()
     assert lost(solved.weight(), weight, hessian) <= 0.05 * lost(torch.zeros_like(weight), weight, hessian)
 
@@ -111,7 +111,7 @@ def test_groups_of_zeros_and_of_next_to_nothing_stay_finite() -> None:
     weight, hessian = layer_of(32, 64)
     hessian = torch.block_diag(hessian[:32, :32], hessian[32:, 32:])  # no errors come over from the other group
     weight[:, :32], weight[3, 32:] = 0, 1e-12
-    solved = make_solver(GptqConfig(), GROUP, 100)(weight, hessian)
+    solved = Gptq(GptqConfig(), GROUP, 100)(weight, hessian)
     assert (solved.scales > 0).all() and torch.isfinite(solved.weight()).all()
     assert not solved.weight()[:, :32].any() and solved.weight()[3].abs().max() < 1e-3
 
@@ -119,7 +119,7 @@ def test_groups_of_zeros_and_of_next_to_nothing_stay_finite() -> None:
 def test_weights_beyond_float16_scales_are_an_error() -> None:
     weight, hessian = layer_of(32, 64)
     with pytest.raises(NumericsError, match="scales stored as float16"):
-        make_solver(GptqConfig(), GROUP, 100)(weight * 1e7, hessian)
+        Gptq(GptqConfig(), GROUP, 100)(weight * 1e7, hessian)
 
 
 SETTINGS = [{}, {"sym": True}, {"desc_act": True}, {"act_group_aware": False}, {"mse": 0.0}, {"mse": 2.4}]
@@ -133,7 +133,7 @@ def test_it_loses_what_the_hosts_solver_loses(bits: int, settings: dict[str, Any
     ours = theirs = 0.0
     for seed in range(3):
         weight, hessian = layer_of(128, 256, seed)
-        ours += lost(make_solver(gptq, 128, 576)(weight, hessian).weight(), weight, hessian)
+        ours += lost(Gptq(gptq, 128, 576)(weight, hessian).weight(), weight, hessian)
         theirs += lost(by_the_host(weight, hessian, gptq, 128), weight, hessian)
     assert ours == pytest.approx(theirs, rel=0.01)
 
@@ -143,7 +143,7 @@ def test_it_loses_what_the_hosts_solver_loses(bits: int, settings: dict[str, Any
 def test_every_step_is_the_best_answer_to_those_before(m: int, n: int, seed: int, desc_act: bool, bits: int) -> None:
     """The definition, the slow way: with some columns fixed, the optimum of all others by a solve of its own."""
     weight, hessian = (tensor.double() for tensor in layer_of(m, n, seed))
-    solved = make_solver(GptqConfig(bits=bits, desc_act=desc_act, act_group_aware=False), GROUP, 1)(weight, hessian)
+    solved = Gptq(GptqConfig(bits=bits, desc_act=desc_act, act_group_aware=False), GROUP, 1)(weight, hessian)
     metric = hessian / hessian.diagonal().mean() + 0.01 * torch.eye(n, dtype=F64)
     order = metric.diagonal().argsort(descending=True, stable=True) if desc_act else torch.arange(n)
     groups = solved.g_idx.long()
@@ -165,7 +165,7 @@ def test_every_step_is_the_best_answer_to_those_before(m: int, n: int, seed: int
 def test_short_last_groups_are_legal() -> None:
     weight, hessian = layer_of(16, 80)
     for setting in SETTINGS:
-        solved = make_solver(GptqConfig(**setting), GROUP, 1)(weight, hessian)
+        solved = Gptq(GptqConfig(**setting), GROUP, 1)(weight, hessian)
         assert solved.g_idx.long().bincount().tolist() == [32, 32, 16]
         assert lost(solved.weight(), weight, hessian) < 0.02 * lost(torch.zeros_like(weight), weight, hessian)
 
@@ -174,10 +174,10 @@ def test_damping_rises_until_there_is_a_factor() -> None:
     weight, hessian = layer_of(8, 32)
     values, vectors = torch.linalg.eigh(hessian)
     values[0] = -0.05 * values.mean()  # no covariance at all: rounding of a nearly singular one, overdone
-    solved = make_solver(GptqConfig(), GROUP, 1)(weight, vectors @ values.diag() @ vectors.T)
+    solved = Gptq(GptqConfig(), GROUP, 1)(weight, vectors @ values.diag() @ vectors.T)
     assert solved.damp_percent == pytest.approx(0.08)
     with pytest.raises(NumericsError, match=r"stayed indefinite with damp_percent 0\.64"):
-        make_solver(GptqConfig(), GROUP, 1)(weight, -hessian + 1.01 * hessian.trace() / 32 * torch.eye(32))
+        Gptq(GptqConfig(), GROUP, 1)(weight, -hessian + 1.01 * hessian.trace() / 32 * torch.eye(32))
 
 
 @pytest.mark.parametrize("which", ["weight", "Hessian"])
@@ -186,13 +186,13 @@ def test_what_is_not_finite_is_refused(which: str, value: float) -> None:
     weight, hessian = layer_of(8, 32)
     (weight if which == "weight" else hessian)[3, 3] = value
     with pytest.raises(NumericsError, match=f"{which} to"):
-        make_solver(GptqConfig(), GROUP, 1)(weight, hessian)
+        Gptq(GptqConfig(), GROUP, 1)(weight, hessian)
 
 
 def test_half_precision_weights_are_solved_in_float32() -> None:
     weight, hessian = layer_of(16, 64)
     half = weight.bfloat16()
-    solved = make_solver(GptqConfig(), GROUP, 1)(half, hessian)
+    solved = Gptq(GptqConfig(), GROUP, 1)(half, hessian)
     assert solved.codes.dtype == solved.scales.dtype == torch.float32
-    again = make_solver(GptqConfig(), GROUP, 1)(half.float(), hessian)
+    again = Gptq(GptqConfig(), GROUP, 1)(half.float(), hessian)
     assert torch.equal(solved.codes, again.codes) and torch.equal(solved.scales, again.scales)

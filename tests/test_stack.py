@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layer_problems import F64, FORMS, PLAIN, Problem, crude, exact, moments_of, perturbed, problem, product, run, squared
+from layer_problems import F64, FORMS, PLAIN, Problem, exact, moments_of, perturbed, problem, product, run, squared
 
 from lord_quant import stack
 from lord_quant.config import JointConfig
@@ -280,32 +280,3 @@ def test_deflation_survives_singular_covariances(dtype: torch.dtype) -> None:
         found = deflated(covariance.to(dtype), down.to(dtype))
         assert torch.isfinite(found).all() and torch.equal(found, found.T)
         assert torch.linalg.eigvalsh(found.double())[0] >= -1e-4 * float(covariance.abs().max())
-
-
-# Pivoted rows
-
-
-def test_feedback_is_the_optimum_for_the_rows_that_are_fixed() -> None:
-    """With only the first row rounded, the others take the place that least squares gives them."""
-    generator = torch.Generator().manual_seed(0)
-    rows, predictor = (torch.randn(5, n, generator=generator, dtype=F64) for n in (12, 7))
-    metric = torch.eye(5, dtype=F64) + predictor @ predictor.T
-    covariance = problem(3, 12).moments.covariance
-    calls: list[torch.Tensor] = []
-
-    def first_only(weight: torch.Tensor, hessian: torch.Tensor) -> Quantized:
-        assert torch.equal(hessian, covariance)
-        calls.append(weight.clone())
-        return (
-            crude(2)(weight, hessian) if len(calls) == 1 else exact(weight, hessian)._replace(g_idx=GROUPS, **wide(weight))
-        )
-
-    GROUPS = crude(2)(rows, covariance).g_idx
-    wide = lambda weight: {"scales": weight.new_ones(1, 2), "zeros": weight.new_zeros(1, 2)}  # noqa: E731
-    found = stack._quantize_rows(rows, metric, covariance, first_only).weight()
-    fixed = int((metric.diagonal() * ((rows @ covariance) * rows).sum(dim=1)).argmax())
-    assert torch.equal(calls[0], rows[[fixed]]) and not torch.equal(found[fixed], rows[fixed])
-    root = torch.linalg.cholesky(metric).T  # ‖root (B̂ − B)‖² over the rows that are free
-    free = [row for row in range(5) if row != fixed]
-    change = torch.linalg.lstsq(root[:, free], -root[:, [fixed]] @ (found - rows)[[fixed]]).solution
-    torch.testing.assert_close(found[free], rows[free] + change, rtol=0, atol=1e-9)

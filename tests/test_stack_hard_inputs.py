@@ -10,7 +10,7 @@ import torch
 from layer_problems import FORMS, moments_of, problem, product, run
 
 from lord_quant.config import GptqConfig, JointConfig
-from lord_quant.solver import make_solver
+from lord_quant.solver import Gptq
 from lord_quant.stack import stack_layer
 
 
@@ -54,7 +54,7 @@ def test_hard_inputs_are_survived(kind: str, m: int, n: int, form: str) -> None:
     x, y = hard(kind, n)
     moments = moments_of(x, y, torch.float32)
     weight = torch.randn(m, n, generator=torch.Generator().manual_seed(0))
-    solve = make_solver(GptqConfig(bits=4), 32, len(x))
+    solve = Gptq(GptqConfig(bits=4), 32, len(x))
     full = min(m - 32, n) if form == "pivoted" else min(m, n)
     for rank in (32, full):
         result = stack_layer(weight, None, moments, rank, form, solve, JointConfig())
@@ -91,7 +91,7 @@ def test_every_setting_of_the_solver_serves_both_forms(settings: dict[str, Any],
     """Rows of a pivoted `down` are solved in parts; they must agree on groups and come back to their places."""
     p = problem(96, 64)
     moments = moments_of(p.x, p.y, torch.float32)
-    solve = make_solver(GptqConfig(**settings), 32, len(p.x))
+    solve = Gptq(GptqConfig(**settings), 32, len(p.x))
     result = stack_layer(p.weight.float(), p.bias.float(), moments, 32, form, solve, JointConfig())
     assert result.spectrum is not None
     assert 0 < result.error - result.spectrum.discarded_share(32) < bound
@@ -101,7 +101,7 @@ def test_every_setting_of_the_solver_serves_both_forms(settings: dict[str, Any],
 @pytest.mark.parametrize(("loudness", "size"), [(1e-6, 1.0), (1e12, 1.0), (1e4, 1e-3)])
 def test_units_of_weights_and_activations_do_not_matter(loudness: float, size: float, form: str) -> None:
     p = problem(64, 64)
-    solve, errors = make_solver(GptqConfig(bits=4), 32, len(p.x)), []
+    solve, errors = Gptq(GptqConfig(bits=4), 32, len(p.x)), []
     for units, factor in ((1.0, 1.0), (loudness, size)):
         moments = moments_of(p.x * units, p.y * units, torch.float32)
         result = stack_layer((p.weight * factor).float(), None, moments, 32, form, solve, JointConfig())
@@ -114,7 +114,7 @@ def test_units_of_weights_and_activations_do_not_matter(loudness: float, size: f
 def test_one_token_is_reproduced(mean_correction: bool, form: str) -> None:
     p = problem(96, 64, tokens=1)
     moments = moments_of(p.x, p.y, torch.float32)
-    solve = make_solver(GptqConfig(bits=4), 32, 1)
+    solve = Gptq(GptqConfig(bits=4), 32, 1)
     result = stack_layer(p.weight.float(), None, moments, 32, form, solve, JointConfig(), mean_correction=mean_correction)
     wanted = p.x @ p.weight.T
     found = p.y @ product(result).double().T + (0 if result.bias is None else result.bias.double())
@@ -126,5 +126,5 @@ def test_one_token_is_reproduced(mean_correction: bool, form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_float64_statistics_with_the_real_solver(form: str) -> None:
     p = problem(96, 64)
-    result = run(p, 32, form, make_solver(GptqConfig(bits=4), 32, len(p.x)), JointConfig())
+    result = run(p, 32, form, Gptq(GptqConfig(bits=4), 32, len(p.x)), JointConfig())
     assert result.error < result.spectrum.discarded_share(32) + 0.05

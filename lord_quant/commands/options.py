@@ -45,6 +45,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "order": ("joint", "order"),
     "deflate": ("joint", "deflate"),
     "refine": ("joint", "refine"),
+    "two_sided": ("joint", "two_sided"),
     "fisher": ("joint", "fisher"),
     "fisher_samples": ("joint", "fisher_samples"),
     "dataset": ("calibration", "dataset"),
@@ -127,7 +128,8 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         "rotate": "rotate the bottleneck",
         "refit": "give the second factor its optimum for the quantized first",
         "deflate": "quantize down modulo what the refit absorbs",
-        "fisher": "truncate in the metric of the model's loss, from one backward pass",
+        "two-sided": "let outputs take back what others have missed",
+        "fisher": "work in the metric of the model's loss, from one backward pass",
     }
     for idea, meaning in ideas.items():
         stack.add_argument(f"--{idea}", default=unset, action=argparse.BooleanOptionalAction, help=meaning)
@@ -149,7 +151,9 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--num-samples", default=unset, type=int, metavar="N", help="token windows (default 128)")
     data.add_argument("--seq-len", default=unset, type=int, metavar="L", help="tokens per window (context, at most 2048)")
     data.add_argument("--seed", default=unset, type=int, metavar="S", help="sampling seed (default 0)")
-    data.add_argument("--batch-size", default=unset, type=int, metavar="N", help="windows per forward pass (default 4)")
+    data.add_argument(
+        "--batch-size", default=unset, type=int, metavar="N", help="windows per forward pass (4, fewer if long)"
+    )
     data.add_argument("--device", default=unset, help="auto (default), cpu, cuda, cuda:1, ...")
 
 

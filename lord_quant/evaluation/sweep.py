@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from lord_quant.budget import Planner, apply_plan
 from lord_quant.budget_config import BudgetConfig
+from lord_quant.calibration import windows_at_once
 from lord_quant.config import LordConfig
 from lord_quant.corpus import Corpus, load_corpus
 from lord_quant.errors import EvaluationError
@@ -110,7 +111,7 @@ def sweep(
         logger.warning(warning)
 
     def measure(model: Any) -> Perplexity:
-        size = config.calibration.batch_size
+        size = config.calibration.batch_size or windows_at_once(window)
         return stream_perplexity(model, ids, window=window, max_windows=max_windows, batch_size=size)
 
     dense = measure(load_model(jobs[0].source, jobs[0].device))

@@ -52,7 +52,7 @@ _FIXED = {
     "module_name_preceding_first_block": None,
     "modules_in_block_to_quantize": None,
 }
-_JOINT_KEYS = ("anchor", "rotate", "refit", "order", "deflate", "refine", "fisher", "fisher_samples")
+_JOINT_KEYS = ("anchor", "rotate", "refit", "order", "deflate", "refine", "two_sided", "fisher", "fisher_samples")
 _BUDGET_KEYS = tuple(field.name for field in dataclasses.fields(BudgetConfig))
 _CHOSEN = {"bits": 4, "group_size": None, "form": "two_factor"}
 """What a budget chooses beside ranks, and what it is where nobody chose it."""
@@ -77,7 +77,7 @@ class LordGPTQConfig(GPTQConfig):
         mean_correction: Correct biases for the mean input.
         float64: Run statistics in float64.
         stack: `joint`, or `naive`: Optimum's GPTQ after the decomposition.
-        anchor, rotate, refit, order, deflate, refine, fisher, fisher_samples: The ideas of the joint stack, see
+        anchor, rotate, refit, order, deflate, refine, two_sided, fisher, fisher_samples: The ideas of the joint stack, see
             `JointConfig`.
         mse: Exponent of the search for scales; 0 for none.
         dataset: What `load_corpus` takes: a path, a hub name or `python-stdlib`.
@@ -122,6 +122,7 @@ class LordGPTQConfig(GPTQConfig):
         order: str = "auto",
         deflate: bool = True,
         refine: int = 2,
+        two_sided: bool = True,
         fisher: bool = True,
         fisher_samples: int | None = None,
         mse: float = 2.0,
@@ -170,7 +171,8 @@ class LordGPTQConfig(GPTQConfig):
         self.form, self.force_rank, self.mean_correction, self.float64 = form, force_rank, mean_correction, float64
         self.stack, self.mse = stack, mse
         self.anchor, self.rotate, self.refit, self.order = anchor, rotate, refit, order
-        self.deflate, self.refine, self.fisher, self.fisher_samples = deflate, refine, fisher, fisher_samples
+        self.deflate, self.refine, self.two_sided = deflate, refine, two_sided
+        self.fisher, self.fisher_samples = fisher, fisher_samples
         self.form_pattern = dict(form_pattern) if form_pattern else None
         self.group_pattern = dict(group_pattern) if group_pattern else None
         self.bits_pattern = dict(bits_pattern) if bits_pattern else None

@@ -17,7 +17,7 @@ from lord_quant.config import GptqConfig
 from lord_quant.errors import HostError, NumericsError
 from lord_quant.layer_bytes import Packing
 from lord_quant.refine import Quantized
-from lord_quant.solver import make_solver
+from lord_quant.solver import Gptq
 
 
 GROUP = 32
@@ -44,7 +44,7 @@ def solved_model(bits: int, desc_act: bool = False, **packings: Packing) -> tupl
         layer = getattr(model, name)
         own, size = packings.get(name, (bits, GROUP))
         hessian = layer_of(4, layer.in_features, seed)[1]
-        solver = make_solver(GptqConfig(bits=own, desc_act=desc_act), size, 100)
+        solver = Gptq(GptqConfig(bits=own, desc_act=desc_act), size, 100)
         quantized[name] = solver(layer.weight.detach(), hessian)
     return model, quantized
 

@@ -26,7 +26,7 @@ WAIT_WHILE_SOLVING = """
     from optimum.commands.optimum_cli import main
     import lord_quant.pipeline as pipeline
 
-    make = pipeline.make_solver
+    make = pipeline.Gptq
     def make_slow(*arguments):
         solve = make(*arguments)
         def slow(weight, hessian):
@@ -34,7 +34,7 @@ WAIT_WHILE_SOLVING = """
             time.sleep(100)
             return solve(weight, hessian)
         return slow
-    pipeline.make_solver = make_slow
+    pipeline.Gptq = make_slow
     main()
 """
 # Stands in for a power cut at the worst moment: weights, configuration and tokenizer are in the staging folder.

@@ -100,12 +100,12 @@ PLANS = {
         lambda g: g.planned(lambda p: p.update(lowrank=[1])), "ConfigError", ("section 'lowrank' is list",)
     ),
     "rank of a layer that is not there": Refusal(
-        lambda g: g.planned(lambda p: p["lowrank"].update(rank_pattern={"model.layers.9.mlp.up_proj": 32})),
+        lambda g: g.planned(lambda p: p.update(lowrank={"rank_pattern": {"model.layers.9.mlp.up_proj": 32}})),
         "TargetError",
         ("'model.layers.9.mlp.up_proj' matches no layer",),
     ),
     "rank between steps": Refusal(
-        lambda g: g.planned(lambda p: p["lowrank"].update(rank_pattern={"mlp.up_proj": 33})),
+        lambda g: g.planned(lambda p: p.update(lowrank={"rank_pattern": {"mlp.up_proj": 33}})),
         "RankError",
         ("rank 33", "multiple of"),
     ),
