@@ -41,9 +41,6 @@ from lord_quant.two_sided import round_rows
 
 ROWS = 2048
 """Most rows of a weight that are solved for its noise; what others would take back is not seen then."""
-STEPS = 4
-"""Of two-sided rounding: fewer than a run takes, for time; what they save less is about the same for dense layers and
-factors."""
 PROBED_BITS = (2, 3, 4)
 PROBED_GROUPS = (32, 64, 128)
 PROBED_RANKS = (1 / 2, 3 / 4)
@@ -168,7 +165,7 @@ def probe(
 
     def noise(bits: int, group_size: int) -> float:
         coupled = within if options.two_sided else None
-        error = round_rows(solver(bits, group_size), part, seen, coupled, STEPS).weight() - part
+        error = round_rows(solver(bits, group_size), part, seen, coupled).weight() - part
         return unit * energy(error, seen, within) * len(weight) / len(part)
 
     dense = {bits: noise(bits, usual) for bits in PROBED_BITS}
@@ -252,8 +249,8 @@ def _rounded(
     def lost(solvers: Solvers) -> float:
         return max(problem.two_factor(factors, solvers) - cut, 0.0) / (1 - cut) if cut < 1 else 0.0
 
-    down = {bits: lost(Solvers(solve, exact, STEPS)) for bits, solve in solvers.items()}
-    return down, {bits: lost(Solvers(exact, solve, STEPS)) for bits, solve in solvers.items()}
+    down = {bits: lost(Solvers(solve, exact)) for bits, solve in solvers.items()}
+    return down, {bits: lost(Solvers(exact, solve)) for bits, solve in solvers.items()}
 
 
 def _pivoted_noise(problem: _Problem, factors: Factors, solve: Solver) -> float:
@@ -261,7 +258,7 @@ def _pivoted_noise(problem: _Problem, factors: Factors, solve: Solver) -> float:
     height = len(problem.weight)
     if problem.weight.numel() > PIVOTED_SIZE or len(factors.down) >= height:
         return PIVOTED_NOISE
-    cut, both = problem.error(factors.product()), Solvers(solve, solve, STEPS)
+    cut, both = problem.error(factors.product()), Solvers(solve, solve)
     two, one = (made(factors, both) - cut for made in (problem.two_factor, problem.pivoted))
     return max(one / two, 0.1) if two > 0 else PIVOTED_NOISE
 

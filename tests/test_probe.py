@@ -80,7 +80,7 @@ def test_dense_noise_is_that_of_real_solves(has_bias: bool) -> None:
     metric = metric_of(sensitivity)
     for bits, group_size in ((2, 64), (3, 64), (4, 64), (3, 32), (3, 128)):
         solve = Polished(solver(bits, group_size), OPTIONS.refine)
-        rounded = round_rows(solve, weight, hessian, unit_metric(sensitivity), probing.STEPS).weight()
+        rounded = round_rows(solve, weight, hessian, unit_metric(sensitivity)).weight()
         assert found.of_dense(bits, group_size) == pytest.approx(cost(rounded - weight, hessian, metric), rel=1e-9)
     assert found.of_dense(2, 64) > 2 * found.of_dense(3, 64) > 4 * found.of_dense(4, 64) > 100 * found.of_dense(8, 64)
     assert found.of_dense(4, 32) < found.of_dense(4, 64)
@@ -140,7 +140,7 @@ def test_factor_noise_follows_the_rank() -> None:
 def test_noise_of_the_pivoted_form_is_that_of_a_real_one_or_assumed(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, moments, sensitivity = problem(256, 128)
     found = run(weight, moments, sensitivity, seed=3)
-    tail, both = float(found.tail[64]), Solvers(solver(3), solver(3), probing.STEPS)
+    tail, both = float(found.tail[64]), Solvers(solver(3), solver(3))
     two, one = (real_loss(weight, moments, sensitivity, 64, both, form) - tail for form in ("two_factor", "pivoted"))
     assert found.pivoted == pytest.approx(one / two, rel=1e-6) and found.pivoted != 2
     monkeypatch.setattr(probing, "PIVOTED_SIZE", 256 * 128 - 1)
