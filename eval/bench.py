@@ -30,6 +30,9 @@ from lord_quant.targets import LinearSite, dense_bias, dense_weight, find_blocks
 from lord_quant.truncation import unit_metric
 
 
+ALL_IDEAS = JointConfig()
+
+
 class Layer(NamedTuple):
     """One linear layer of the dense model.
 
@@ -39,6 +42,7 @@ class Layer(NamedTuple):
         moments: Of its inputs.
         sensitivity: G with shape (out_features, out_features), in nats² per unit of output².
         slope: Of the text's loss.
+        num_labels: Tokens of the backward pass.
     """
 
     site: LinearSite
@@ -46,6 +50,7 @@ class Layer(NamedTuple):
     moments: Moments
     sensitivity: torch.Tensor
     slope: Steepness
+    num_labels: int
 
     @property
     def kind(self) -> str:
@@ -72,7 +77,9 @@ class Layer(NamedTuple):
         )
 
     @torch.no_grad()
-    def compress(self, form: str, rank: int | None, bits: int, group_size: int, seed: int) -> nn.Linear:
+    def compress(
+        self, form: str, rank: int | None, bits: int, group_size: int, seed: int, options: JointConfig = ALL_IDEAS
+    ) -> nn.Linear:
         """Returns the layer compressed alone, in float: what the joint stack makes of it where both streams are dense.
 
         Args:
@@ -81,6 +88,7 @@ class Layer(NamedTuple):
             bits: Of its weights; 16 leaves factors in float.
             group_size: Inputs per scale.
             seed: Of the rotation.
+            options: Which ideas of the joint stack are on.
         """
         mean, covariance, count = self.moments
         solve = None if bits == FLOAT_BITS else Gptq(GptqConfig(bits=bits), group_size, count)
@@ -91,8 +99,8 @@ class Layer(NamedTuple):
             rank,
             form,
             solve,
-            JointConfig(),
-            metric=unit_metric(self.sensitivity),
+            options,
+            metric=unit_metric(self.sensitivity, self.num_labels),
             seed=seed,
         )
         weight = stacked.weight if stacked.factors is None else stacked.factors.product()
@@ -129,7 +137,8 @@ def collect(model: nn.Module, batches: Sequence[torch.Tensor], backward: Sequenc
                 batch.hidden = batch.run(block, kinds[index])
         moments = gathered.results(prefix)
         layers += [
-            Layer(site, block.get_submodule(name), moments[name], minded[name], steep[name]) for name, site in own.items()
+            Layer(site, block.get_submodule(name), moments[name], minded[name], steep[name], sensitivity.num_labels)
+            for name, site in own.items()
         ]
     return layers
 
