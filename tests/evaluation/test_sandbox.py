@@ -157,6 +157,9 @@ def test_leftovers_are_this_tests_own() -> None:
     foreign = Path(sandbox.__file__).with_name("sandbox_child.py")
     command = [sys.executable, "-c", "import time; time.sleep(30)"]
     others = [subprocess.Popen([*command, str(path)]) for path in (foreign, sandbox._CHILD)]
+    until = time.monotonic() + 10
+    while time.monotonic() < until and not all(Path(f"/proc/{each.pid}/cmdline").read_bytes() for each in others):
+        time.sleep(0.01)  # a program that has just been started has no command line for a moment
     try:
         assert leftovers() == [others[1].pid]
     finally:
