@@ -93,7 +93,7 @@ def refine(weight: torch.Tensor, hessian: torch.Tensor, quantized: Quantized, sw
     perm = torch.argsort(quantized.g_idx, stable=True)  # groups lie together, whatever the activation order
     back = torch.argsort(perm)
     groups = quantized.g_idx[perm].long()
-    sorted_already = torch.equal(groups, quantized.g_idx)  # usually; wide Hessians are not copied then
+    sorted_already = torch.equal(groups, quantized.g_idx.long())  # usually; wide Hessians are not copied then
     metric = _Damped.of(hessian if sorted_already else hessian[perm[:, None], perm])
     # All transposed, so that a column of the weight is contiguous.
     target, codes = weight.T[perm], quantized.codes.T[perm]

@@ -139,3 +139,28 @@ def test_a_broken_sensitivity_is_refused(value: float) -> None:
     g[0, 0] = value
     with pytest.raises(NumericsError, match=r"output sensitivity .*--no-fisher"):
         run(problem(8, 8), 4, "two_factor", None, JointConfig(), sensitivity=g)
+
+
+@pytest.mark.parametrize("tokens", [64, 4096])
+def test_what_couples_outputs_counts_less_where_it_was_measured_on_few_tokens(tokens: int) -> None:
+    """Entries off the diagonal shrink by N / (N + 8 d), d = (tr G)² / ‖G‖²; the diagonal stays."""
+    g = sensitivity(12)
+    plain, shrunk = unit_metric(g), unit_metric(g, tokens)
+    assert plain is not None and shrunk is not None
+    unit = g / g.diagonal().mean()
+    share = tokens / (tokens + 8 * 12**2 / unit.square().sum())
+    off = ~torch.eye(12, dtype=torch.bool)
+    torch.testing.assert_close(shrunk[off], share * plain[off])
+    torch.testing.assert_close(shrunk.diagonal(), plain.diagonal())
+    assert torch.linalg.eigvalsh(shrunk)[0] > 0
+
+
+def test_a_metric_of_few_tokens_is_nearer_the_truth_when_it_is_shrunk() -> None:
+    """Of heavy-tailed gradients, as real ones are: a few tokens are loud."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(32, 32, generator=generator, dtype=F64) / 32**0.5
+    size = torch.randn(20000, 1, generator=generator, dtype=F64).exp()
+    rows = size * (torch.randn(20000, 32, generator=generator, dtype=F64) @ mix)
+    truth, few = rows.T @ rows / 20000, rows[:128].T @ rows[:128] / 128
+    wanted, raw, shrunk = metric(truth), metric(few), unit_metric(few, 128)
+    assert shrunk is not None and (shrunk - wanted).norm() < 0.9 * (raw - wanted).norm()
