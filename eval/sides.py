@@ -36,7 +36,8 @@ FEW = 8
 """Windows that a metric of few tokens is measured on."""
 NOTE = (
     "Loss that rounding adds, two-sided over one-sided, on the half of the text that did not choose: medians over layers "
-    "and over 2, 3 and 4 bits, with the smallest and largest. few: with the outputs' metric from the first {few} windows."
+    "and over 2, 3 and 4 bits, with the smallest and largest. few, of dense layers: with the outputs' metric from the "
+    "first {few} windows."
 )
 
 
@@ -55,6 +56,7 @@ def main() -> None:
         Clock(),
         {key: value for key, value in vars(args).items() if key in ("num_samples", "seq_len", "seed")},
     )
+    settings |= text_of(args.calibration)
     content: dict[str, Any] = {"settings": settings, "models": digests([args.model]), "revision": revision()}
     rows: list[dict[str, Any]] = []
     for chooses, judges, few in collected(args):
@@ -66,6 +68,14 @@ def main() -> None:
     shown = f"### {model_name(args.model)}\n\n{table(content['summary'])}\n\n{NOTE.format(few=FEW)}"
     args.output.with_suffix(".md").write_text(f"{shown}\n", encoding="utf-8")
     print(f"\n{shown}\n\nwritten to {args.output} and .md after {clock}")
+
+
+def text_of(calibration: str) -> dict[str, str]:
+    """Returns what the text is called, and its digest; paths are not published."""
+    from lord_quant.corpus import load_corpus
+
+    corpus = load_corpus(calibration, split="calibration")
+    return {"calibration": corpus.source, "calibration_sha256": corpus.sha256}
 
 
 def collected(args: argparse.Namespace) -> list[tuple[Layer, Layer, Layer]]:
@@ -103,8 +113,9 @@ def compare(chooses: Layer, judges: Layer, few: Layer, seed: int) -> list[dict[s
             made = {
                 "one-sided": chooses.compress(form, rank, bits, GROUP_SIZE, seed, one),
                 "two-sided": chooses.compress(form, rank, bits, GROUP_SIZE, seed, two),
-                "few": few.compress(form, rank, bits, GROUP_SIZE, seed, two),
             }
+            if rank is None:  # factors of few tokens are also truncated otherwise
+                made["few"] = few.compress(form, rank, bits, GROUP_SIZE, seed, two)
             lost = {way: loss_on(judges, layer) - cut for way, layer in made.items()}
             rows.append({"layer": chooses.site.name, "kind": chooses.kind, "form": form, "bits": bits, "lost": lost})
     return rows
@@ -134,8 +145,8 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for (kind, form), found in sorted(groups.items(), key=lambda item: (item[0][0] == "all", item[0])):
         line: dict[str, Any] = {"kind": kind, "form": form, "n": len(found)}
         for way in ("two-sided", "few"):
-            ratios = [lost[way] / lost["one-sided"] for lost in found if lost["one-sided"] > 0]
-            line[way] = {"median": median(ratios), "min": min(ratios), "max": max(ratios)}
+            ratios = [lost[way] / lost["one-sided"] for lost in found if way in lost and lost["one-sided"] > 0]
+            line[way] = {"median": median(ratios), "min": min(ratios), "max": max(ratios)} if ratios else None
         lines.append(line)
     return lines
 
@@ -146,7 +157,9 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     return grid(["layers", "form", "n", "two-sided", "few"], cells)
 
 
-def _cell(values: dict[str, float]) -> str:
+def _cell(values: dict[str, float] | None) -> str:
+    if values is None:
+        return "-"
     return f"{values['median']:.2f} ({values['min']:.2f} … {values['max']:.2f})"
 
 
