@@ -42,17 +42,10 @@ Solver = Callable[[torch.Tensor, torch.Tensor], Quantized]
 
 
 class Solvers(NamedTuple):
-    """The solvers of a layer's factors, which may differ in bits and group size; a dense layer has that of `down`.
-
-    Attributes:
-        down: That of `down`.
-        up: That of `up`.
-        steps: In how many steps rows are quantized where outputs are coupled (`two_sided.py`); None: `num_steps`.
-    """
+    """The solvers of a layer's factors, which may differ in bits and group size; a dense layer has that of `down`."""
 
     down: Solver
     up: Solver
-    steps: int | None = None
 
 
 COLUMNS = 32

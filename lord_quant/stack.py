@@ -164,7 +164,7 @@ def stack_layer(
     outputs = None if metric is None else metric.to(weight)
     coupled = outputs if options.two_sided else None
     if rank is None:
-        quantized = {"": round_rows(quantize.down, target, moments.covariance, coupled, quantize.steps)} if quantize else {}
+        quantized = {"": round_rows(quantize.down, target, moments.covariance, coupled)} if quantize else {}
         result = quantized[""].weight() if quantized else target
     else:
         spectrum, factors = truncate(weigh(target, outputs), moments.covariance, rank)
@@ -246,19 +246,20 @@ def stack_two_factor(
     balance = (up.square().mean() / size).pow(0.25).clamp(1e-3, 1e3)
     down, up = down * balance, up / balance
     outputs, inputs = target.shape
-    coupled = metric if options.two_sided else None
-    if options.order == "up_first" or (options.order == "auto" and outputs < inputs + (coupled is not None)):
-        left = coupled if coupled is None or not (options.deflate and options.refit) else deflated(coupled, up.T, note=note)
-        first = round_rows(quantize.up, up, seen_through(down, covariance), left, quantize.steps)
+    coupled, absorbing = metric if options.two_sided else None, options.deflate and options.refit
+    up_has_fewer = outputs < inputs or (outputs == inputs and coupled is not None)
+    if options.order == "up_first" or (options.order == "auto" and up_has_fewer):
+        outside = deflated(coupled, up.T, note=note) if absorbing and coupled is not None else coupled
+        first = round_rows(quantize.up, up, seen_through(down, covariance), outside)
         grid = first.weight() if options.refit else up
         seen = grid if metric is None else metric @ grid
         rows = grid.T @ seen
         if options.refit:
             # A backward stable solve with a metric whose damping bounds its condition: near the optimum in what it costs.
             down = damped_right_solve(target.T @ seen, rows, 1e-7, note).T
-        second = round_rows(quantize.down, down, covariance, None if coupled is None else rows, quantize.steps)
+        second = round_rows(quantize.down, down, covariance, None if coupled is None else rows)
         return {".down": second, ".up": first}
-    left = deflated(covariance, down, note=note) if options.deflate and options.refit else covariance
+    left = deflated(covariance, down, note=note) if absorbing else covariance
     return _down_first(target, covariance, down, up, _Metrics(left, coupled), quantize, options.refit, note)
 
 
@@ -281,13 +282,13 @@ def _down_first(
 ) -> dict[str, Quantized]:
     """Quantizes `down`, then `up`, or its optimum for the quantized `down`, in the metric of the bottleneck."""
     rows = None if metrics.outputs is None else symmetric_product(up.T @ metrics.outputs, up)
-    first = round_rows(quantize.down, down, metrics.inputs, rows, quantize.steps)
+    first = round_rows(quantize.down, down, metrics.inputs, rows)
     grid = first.weight()
     if refit:
         up, seen = refit_up(target, covariance, grid, up, note=note)
     else:
         seen = seen_through(grid, covariance)
-    return {".down": first, ".up": round_rows(quantize.up, up, seen, metrics.outputs, quantize.steps)}
+    return {".down": first, ".up": round_rows(quantize.up, up, seen, metrics.outputs)}
 
 
 def stack_pivoted(
@@ -310,7 +311,7 @@ def stack_pivoted(
     if options.order == "down_first":
         metrics = _Metrics(covariance, coupled)
         return _down_first(target[others], covariance, down, up, metrics, quantize, options.refit)
-    first = round_rows(quantize.up, up, seen_through(down, covariance), coupled, quantize.steps)
+    first = round_rows(quantize.up, up, seen_through(down, covariance), coupled)
     if not options.refit:
         return {".down": quantize.down(down, covariance), ".up": first}
     # What `down` computes enters all outputs: itself, and those predicted from it.
@@ -318,13 +319,13 @@ def stack_pivoted(
     seen = spread if metric is None else metric @ spread
     rows = spread.T @ seen
     down = torch.linalg.solve(rows, seen.T @ target)
-    return {".down": round_rows(quantize.down, down, covariance, rows, quantize.steps), ".up": first}
+    return {".down": round_rows(quantize.down, down, covariance, rows), ".up": first}
 
 
 def refined(solve: Solver | Solvers, sweeps: int) -> Solvers:
     """Returns solvers whose results are refined by so many sweeps; one alone stands for both factors."""
     both = solve if isinstance(solve, Solvers) else Solvers(solve, solve)
-    return both._replace(down=Polished(both.down, sweeps), up=Polished(both.up, sweeps))
+    return Solvers(Polished(both.down, sweeps), Polished(both.up, sweeps))
 
 
 @dataclass(frozen=True)
