@@ -37,7 +37,7 @@ below is closed form on H and C.
    (The optimum of A does not depend on G: every output has its own row.)
    Rounding noise spreads over all n inputs of B, or all m outputs of A, and all but n − r, or m − r, of these dimensions
    are absorbed. So the factor with the *smaller* free dimension goes first: up where m < n, else down; where m = n, up if
-   it can be rounded as in 6, which was better on every layer tried.
+   it can be rounded as in 6, which was better on the layers tried, of one model.
 
 5. Deflation (down first). If A will be refitted, only the part of E x′ that z cannot predict does harm. Its second moment
    is the Schur complement H_⊥ = H − H Bᵀ (B H Bᵀ)⁻¹ B H, so B is quantized in the metric H_⊥ + μ H, with a little μ to keep
