@@ -26,12 +26,13 @@ from typing import NamedTuple
 
 import torch
 
+from lord_quant.kernels import descend_columns
 from lord_quant.linalg import require_finite
 
 
 DAMPING = 0.003
 """Fraction of the mean Hessian diagonal added to it."""
-COLUMNS = 32
+COLUMNS = 64
 """Columns per block; residuals of later blocks are updated by one product per block."""
 TOGETHER = 512
 """Columns whose products with a group are made at a time: few enough to stay in the processor's cache."""
@@ -130,10 +131,6 @@ class _Damped(NamedTuple):
         own.diagonal().add_(DAMPING)
         return own
 
-    def diagonal(self) -> list[float]:
-        """Returns the diagonal."""
-        return (self.hessian.diagonal() * self.unit + DAMPING).tolist()
-
 
 def _fit_scales(
     pull: torch.Tensor, metric: _Damped, steps: torch.Tensor, scales: torch.Tensor, groups: torch.Tensor
@@ -172,17 +169,9 @@ def _descend_(
 ) -> None:
     """Improves codes in place, with shape (n, m). Within a group, whose scale is one, in units of codes."""
     residual = metric.times((codes - zeros[groups]).mul_(scales[groups]).sub_(target))
-    diagonal = metric.diagonal()
     for start, stop in _spans(groups.tolist()):
-        step, old = scales[groups[start]], codes[start:stop]
-        inside, block = residual[start:stop] / step, metric.block(start, stop)
-        new, moved = torch.empty_like(inside), torch.empty_like(inside)
-        rows = zip(old.unbind(), inside.unbind(), new.unbind(), moved.unbind(), diagonal[start:stop], strict=True)
-        for j, (before, force, code, change, own) in enumerate(rows):
-            torch.add(before, force, alpha=-1 / own, out=code).round_().clamp_(0, largest)
-            torch.sub(code, before, out=change)
-            inside[j + 1 :].addr_(block[j, j + 1 :], change)
-        codes[start:stop] = new
+        step = scales[groups[start]]
+        moved = descend_columns(codes[start:stop], residual[start:stop] / step, metric.block(start, stop), largest)
         residual[stop:].addmm_(metric.hessian[stop:, start:stop], moved.mul_(step), alpha=metric.unit)
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 MEASURES = ("rel_output_error", "rel_stacked_error", "effective_rank", "largest_coefficient")
 """What a layer's record may say of it, besides its cost."""
-PACKAGES = ("torch", "transformers", "optimum", "gptqmodel", "safetensors", "accelerate")
+PACKAGES = ("torch", "transformers", "optimum", "gptqmodel", "safetensors", "accelerate", "numba")
 INSTALL_LINE = "pip install lord-quant"
 
 

@@ -25,7 +25,7 @@ Sources: GPTQ, arXiv 2210.17323; activation order inside whole groups as in GPTQ
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,6 +33,7 @@ import torch
 
 from lord_quant.config import FLOAT_BITS, GptqConfig
 from lord_quant.errors import NumericsError
+from lord_quant.kernels import grid_errors, round_columns
 from lord_quant.linalg import cholesky_, invert_lower_, require_finite
 from lord_quant.refine import Quantized
 
@@ -48,7 +49,7 @@ class Solvers(NamedTuple):
     up: Solver
 
 
-COLUMNS = 32
+COLUMNS = 64
 """Columns done before later ones hear of it."""
 SMALLEST = 2.0**-20
 """Smallest scale: float16 still has four bits there. Smaller ones belong to weights that are zero for every purpose."""
@@ -119,7 +120,7 @@ class Gptq:
             for first in range(begin, end, COLUMNS):
                 last = min(first + COLUMNS, end)
                 own, later = feedback.rows(first, last)
-                errors = _round(rest[first:last] / scale + zero, own, codes[first:last], largest)
+                errors = round_columns(rest[first:last] / scale + zero, own, codes[first:last], largest)
                 errors *= scale / own.diagonal()[:, None]
                 loss += float(errors.double().square().sum())
                 rest[last:].addmm_(later.T, errors, alpha=-1)
@@ -225,49 +226,20 @@ def _grid(columns: torch.Tensor, largest: int, sym: bool, norm: float) -> tuple[
     empty = low == high
     low, high = torch.where(empty, -1, low), torch.where(empty, 1, high)
     require_finite(((high - low) / largest).half(), "scales stored as float16")
-    least, scales, zeros = torch.full_like(low, torch.inf), torch.ones_like(low), torch.zeros_like(low)
-    for shrink in SHRINKS if norm else SHRINKS[:1]:
-        scale = ((high - low) * (shrink / largest)).half().to(columns)
-        scale = scale.clamp_min(SMALLEST)
-        steps = columns / scale
-        nearest = steps.round()
-        for zero in _zeros(-low * shrink / scale, largest, sym):
-            missed = nearest.clamp(-zero, largest - zero).sub_(steps)
-            missed = missed.square_() if norm in (0, 2) else missed.abs_().pow_(norm)
-            error = missed.sum(dim=0) * scale ** (norm or 2)
-            better = error < least
-            least = torch.where(better, error, least)
-            scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
-    return scales, zeros
+    shrinks = columns.new_tensor(SHRINKS if norm else SHRINKS[:1])[:, None]
+    scales = ((high - low) * (shrinks / largest)).half().to(columns).clamp_min_(SMALLEST)
+    zeros = _zeros(-low * shrinks / scales, largest, sym)
+    scales = scales.repeat(len(zeros) // len(scales), 1)
+    if len(scales) == 1:
+        return scales[0], zeros[0]
+    best = grid_errors(columns, scales, zeros, largest, norm or 2).argmin(dim=0, keepdim=True)
+    return scales.gather(0, best)[0], zeros.gather(0, best)[0]
 
 
-def _zeros(ideal: torch.Tensor, largest: int, sym: bool) -> Iterator[torch.Tensor]:
-    """Yields which zeros to try; with four codes, whether there is one more above or below it makes a difference."""
+def _zeros(ideal: torch.Tensor, largest: int, sym: bool) -> torch.Tensor:
+    """Returns which zeros to try, with shape (n, m), or (2 n, m): with four codes, one more above or below counts."""
     if sym:
-        yield torch.full_like(ideal, (largest + 1) / 2)
-    elif largest > 3:
-        yield ideal.round().clamp_(0, largest)
-    else:
-        yield ideal.floor().clamp_(0, largest)
-        yield ideal.ceil().clamp_(0, largest)
-
-
-def _round(wanted: torch.Tensor, upper: torch.Tensor, codes: torch.Tensor, largest: int) -> torch.Tensor:
-    """Rounds a few columns one after the other; all in units of codes, with shape (columns, m).
-
-    Args:
-        wanted: What they should be; overwritten.
-        upper: Their part of U.
-        codes: Where the codes go.
-        largest: Largest code.
-
-    Returns:
-        By how much each column misses what it should have been when its turn came.
-    """
-    errors = torch.empty_like(wanted)
-    rows = zip(wanted.unbind(), codes.unbind(), errors.unbind(), upper.diagonal().tolist(), strict=True)
-    for column, (goal, code, error, pivot) in enumerate(rows):
-        torch.round(goal, out=code).clamp_(0, largest)
-        torch.sub(goal, code, out=error)
-        wanted[column + 1 :].addr_(upper[column, column + 1 :], error, alpha=-1 / pivot)
-    return errors
+        return torch.full_like(ideal, (largest + 1) / 2)
+    if largest > 3:
+        return ideal.round().clamp_(0, largest)
+    return torch.cat([ideal.floor(), ideal.ceil()]).clamp_(0, largest)

@@ -23,6 +23,8 @@ LAYERS = [
         "halves",
         "linalg",
         "kept",
+        "compiled",
+        "kernels",
         "modules",
         "packing",
         "version",

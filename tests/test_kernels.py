@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loops over columns: compiled ones and torch's against each other and against one value at a time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lord_quant import kernels
+from lord_quant.kernels import descend_columns, grid_errors, round_columns
+
+
+F64 = torch.float64
+HEIGHTS = (1, 3, 63, 64, 65, 200)
+"""Around the rows that are done at a time."""
+problems = given(
+    columns=st.integers(1, 40),
+    height=st.sampled_from(HEIGHTS),
+    bits=st.sampled_from([2, 3, 4, 8]),
+    seed=st.integers(0, 2**16),
+)
+
+
+@contextmanager
+def by_torch() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_loops_for", lambda *matrices: None)
+        yield
+
+
+def values(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def covariance(size: int, seed: int) -> torch.Tensor:
+    seen = values(size, 2 * size, seed=seed)
+    return seen @ seen.T / (2 * size) + 0.1 * torch.eye(size, dtype=F64)
+
+
+@problems
+@settings(max_examples=25, deadline=None)
+def test_rounding_is_what_one_value_at_a_time_gives(columns: int, height: int, bits: int, seed: int) -> None:
+    largest = 2**bits - 1
+    wanted = values(columns, height, seed=seed, scale=largest / 2) + largest / 2
+    upper = torch.linalg.cholesky(covariance(columns, seed)).T.contiguous()
+    row = seed % height
+    rest, codes, errors = wanted[:, row].tolist(), [], []
+    for j in range(columns):
+        codes.append(float(min(max(round(rest[j]), 0), largest)))  # Python rounds halves to even, as torch does
+        errors.append(rest[j] - codes[j])
+        for k in range(j + 1, columns):
+            rest[k] -= errors[j] * float(upper[j, k]) / float(upper[j, j])
+    found = torch.empty_like(wanted)
+    missed = round_columns(wanted.clone(), upper, found, largest)
+    assert found[:, row].tolist() == codes
+    torch.testing.assert_close(missed[:, row], torch.tensor(errors, dtype=F64), rtol=0, atol=1e-9)
+    with by_torch():
+        same = torch.empty_like(wanted)
+        torch.testing.assert_close(round_columns(wanted.clone(), upper, same, largest), missed, rtol=0, atol=1e-9)
+    assert torch.equal(same, found)
+
+
+@problems
+@settings(max_examples=25, deadline=None)
+def test_descent_takes_each_column_to_its_optimum(columns: int, height: int, bits: int, seed: int) -> None:
+    """Against the best of all codes of every column, in the order of columns; force follows what moved."""
+    largest, metric = 2**bits - 1, covariance(columns, seed)
+    target = values(columns, height, seed=seed + 1, scale=largest / 2) + largest / 2
+    start = target.round().clamp(0, largest)
+    best = start.clone()
+    choices = torch.arange(largest + 1, dtype=F64)
+    for j in range(columns):
+        others = metric[j] @ (best - target) - metric[j, j] * (best[j] - target[j])
+        cost = metric[j, j] * (choices[:, None] - target[j]) ** 2 + 2 * (choices[:, None] - target[j]) * others
+        best[j] = choices[cost.argmin(dim=0)]
+    codes, force = start.clone(), metric @ (start - target)
+    moved = descend_columns(codes, force, metric, largest)
+    assert torch.equal(codes, best) and torch.equal(moved, best - start)
+    with by_torch():
+        same = start.clone()
+        assert torch.equal(descend_columns(same, metric @ (start - target), metric, largest), moved)
+    assert torch.equal(same, best)
+
+
+@problems
+@settings(max_examples=25, deadline=None)
+def test_grids_cost_the_distance_to_what_they_hold(columns: int, height: int, bits: int, seed: int) -> None:
+    largest, grids = 2**bits - 1, 5
+    weight = values(columns, height, seed=seed)
+    scales = values(grids, height, seed=seed + 1).abs() + 0.05
+    zeros = values(grids, height, seed=seed + 2, scale=largest).round().clamp(0, largest)
+    held = scales[:, None] * (torch.arange(largest + 1, dtype=F64)[:, None] - zeros[:, None])  # (grids, codes, m)
+    nearest = (weight[None, :, None] - held[:, None]).abs().amin(dim=2)
+    for norm in (2.0, 2.4):
+        wanted = nearest.pow(norm).sum(dim=1)
+        torch.testing.assert_close(grid_errors(weight, scales, zeros, largest, norm), wanted, rtol=1e-9, atol=1e-9)
+        with by_torch():
+            torch.testing.assert_close(grid_errors(weight, scales, zeros, largest, norm), wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_both_ways_keep_the_dtype_and_agree(dtype: torch.dtype) -> None:
+    wanted, upper = (7 + 3 * values(32, 300, seed=0)).to(dtype), torch.linalg.cholesky(covariance(32, 0)).T.to(dtype)
+    found = {}
+    for way in ("compiled", "torch"):
+        codes = torch.empty_like(wanted)
+        with by_torch() if way == "torch" else pytest.MonkeyPatch.context():
+            errors = round_columns(wanted.clone(), upper, codes, 15)
+        assert errors.dtype == codes.dtype == dtype
+        found[way] = codes
+    assert (found["compiled"] == found["torch"]).double().mean() > 0.999  # a tie may go either way in float32
+
+
+def test_nowhere_to_keep_what_was_compiled() -> None:
+    """Every process compiles for itself then; numba refuses to keep anything if it is told of no place."""
+    code = (
+        "import torch; from lord_quant.kernels import round_columns; codes = torch.empty(2, 3); "
+        "wanted, upper = torch.tensor([[1.4] * 3, [1.6] * 3]), torch.tensor([[1.0, 0.5], [0.0, 1.0]]); "
+        "round_columns(wanted, upper, codes, 3); print(codes.tolist())"
+    )
+    nowhere = {"NUMBA_CACHE_LOCATOR_CLASSES": "ZipCacheLocator"}
+    ran = subprocess.run([sys.executable, "-c", code], env=os.environ | nowhere, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]"
+    assert ran.stderr == ""
