@@ -221,17 +221,7 @@ def choose_pivots(basis: torch.Tensor, bound: float = 1.05) -> torch.Tensor:
     """
     u = basis.double()
     rank = u.shape[1]
-    left, size = u.clone(), (u * u).sum(dim=1)
-    chosen = []
-    for _ in range(rank):
-        pivot = int(size.argmax())
-        chosen.append(pivot)
-        direction = left[pivot] / left[pivot].norm()
-        along = left @ direction
-        left -= along[:, None] * direction
-        size = (size - along * along).clamp_min(0)
-        size[chosen] = -1.0
-    pivots = torch.tensor(chosen, device=u.device)
+    pivots = _greedy_pivots(u)
     predictor = torch.linalg.solve(u[pivots].T, u.T).T
     for _ in range(8 * rank):
         row, column = divmod(int(predictor.abs().argmax()), rank)
@@ -243,3 +233,22 @@ def choose_pivots(basis: torch.Tensor, bound: float = 1.05) -> torch.Tensor:
         change[column] -= 1
         predictor -= ratio[:, None] * change
     return pivots.sort().values
+
+
+def _greedy_pivots(rows: torch.Tensor) -> torch.Tensor:
+    """Chooses the row that is longest beside those chosen before, as often as there are columns: pivoted QR.
+
+    Rows are not kept up to date, only their lengths: a pass over the matrix per choice instead of five.
+    """
+    rank = rows.shape[1]
+    size, directions = rows.square().sum(dim=1), rows.new_empty(rank, rank)
+    chosen = torch.empty(rank, dtype=torch.int64, device=rows.device)
+    for count in range(rank):
+        chosen[count] = pivot = size.argmax()
+        direction, known = rows[pivot], directions[:count]
+        for _ in range(2):  # twice: once leaves something where most of the row is known
+            direction = direction - (known @ direction) @ known
+        directions[count] = direction / direction.norm()
+        size -= (rows @ directions[count]).square_()
+        size[pivot] = -torch.inf
+    return chosen
