@@ -44,6 +44,67 @@ def round_columns(wanted: np.ndarray, upper: np.ndarray, codes: np.ndarray, erro
 
 
 @_compiled
+def round_coupled(
+    wanted: np.ndarray,
+    start: np.ndarray,
+    upper: np.ndarray,
+    mix: np.ndarray,
+    codes: np.ndarray,
+    errors: np.ndarray,
+    largest: int,
+) -> None:
+    """Does what `kernels.round_coupled` does; `errors` is filled."""
+    columns, height = wanted.shape
+    least, most = wanted.dtype.type(0), wanted.dtype.type(largest)
+    taken = np.empty(height, wanted.dtype)
+    for j in range(columns):
+        goal, code, error = wanted[j], codes[j], errors[j]
+        taken[:] = least
+        for i in range(height):
+            due = goal[i] - taken[i]
+            code[i] = np.rint(min(max(due, least), most))
+            error[i] = due - code[i]
+            missed, share = code[i] - start[j, i], mix[i]
+            for later in range(i + 1, height):
+                taken[later] += share[later] * missed
+        for k in range(j + 1, columns):
+            share, later = upper[j, k] / upper[j, j], wanted[k]
+            for i in range(height):
+                later[i] -= share * error[i]
+
+
+@_compiled
+def descend_coupled(
+    codes: np.ndarray, force: np.ndarray, block: np.ndarray, mix: np.ndarray, moved: np.ndarray, largest: int
+) -> None:
+    """Does what `kernels.descend_coupled` does; `moved` is filled."""
+    columns, height = codes.shape
+    least, most = codes.dtype.type(0), codes.dtype.type(largest)
+    pulls = np.empty(height, codes.dtype)
+    for j in range(columns):
+        code, pull, change = codes[j], force[j], moved[j]
+        own = block[j, j]
+        unit = codes.dtype.type(1) / own
+        pulls[:] = least
+        for other in range(height):
+            share, much = mix[other], pull[other]
+            for i in range(height):
+                pulls[i] += share[i] * much
+        for i in range(height):
+            best = np.rint(min(max(code[i] - unit * pulls[i], least), most))
+            change[i] = best - code[i]
+            if change[i] != least:
+                code[i] = best
+                share, much = mix[i], own * change[i]
+                for later in range(i + 1, height):
+                    pulls[later] += share[later] * much
+        for k in range(j + 1, columns):
+            share, later = block[j, k], force[k]
+            for i in range(height):
+                later[i] += share * change[i]
+
+
+@_compiled
 def descend_columns(codes: np.ndarray, force: np.ndarray, block: np.ndarray, moved: np.ndarray, largest: int) -> None:
     """Does what `kernels.descend_columns` does; `moved` is filled."""
     columns, height = codes.shape

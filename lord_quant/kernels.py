@@ -11,8 +11,13 @@ Everything is transposed, with shape (columns, m), so that a column is contiguou
 from __future__ import annotations
 
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
+
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def round_columns(wanted: torch.Tensor, upper: torch.Tensor, codes: torch.Tensor, largest: int) -> torch.Tensor:
@@ -28,8 +33,8 @@ def round_columns(wanted: torch.Tensor, upper: torch.Tensor, codes: torch.Tensor
         e, with shape (columns, m): by how much each column misses what it should have been when its turn came.
     """
     errors = torch.empty_like(wanted)
-    if loops := _loops_for(wanted, codes, errors):
-        loops.round_columns(wanted.numpy(), upper.contiguous().numpy(), codes.numpy(), errors.numpy(), largest)
+    if _on_cpu(wanted):
+        _loops().round_columns(*_arrays(wanted, upper, codes, errors), largest)
         return errors
     columns = zip(wanted.unbind(), codes.unbind(), errors.unbind(), upper.diagonal().tolist(), strict=True)
     for column, (goal, code, error, pivot) in enumerate(columns):
@@ -52,14 +57,60 @@ def descend_columns(codes: torch.Tensor, force: torch.Tensor, block: torch.Tenso
         By how much each code moved, with shape (columns, m).
     """
     moved = torch.empty_like(force)
-    if loops := _loops_for(codes, force, moved):
-        loops.descend_columns(codes.numpy(), force.numpy(), block.contiguous().numpy(), moved.numpy(), largest)
+    if _on_cpu(codes):
+        _loops().descend_columns(*_arrays(codes, force, block, moved), largest)
         return moved
     columns = zip(codes.unbind(), force.unbind(), moved.unbind(), block.diagonal().tolist(), strict=True)
     for column, (code, pull, change, own) in enumerate(columns):
         torch.add(code, pull, alpha=-1 / own, out=change).round_().clamp_(0, largest).sub_(code)
         code.add_(change)
         force[column + 1 :].addr_(block[column, column + 1 :], change)
+    return moved
+
+
+def round_coupled(
+    wanted: torch.Tensor,
+    start: torch.Tensor,
+    upper: torch.Tensor,
+    mix: torch.Tensor,
+    codes: torch.Tensor,
+    largest: int,
+) -> torch.Tensor:
+    """Does what `round_columns` does to rows that are coupled, one row after the other in each column; on the CPU only.
+
+    Args:
+        wanted: t, as there.
+        start: What these columns were before any was rounded, in units of codes, with the same shape.
+        upper: As there.
+        mix: `Coupling.on_later`, with shape (m, m).
+        codes: As there.
+        largest: Largest code.
+
+    Returns:
+        By how much each code misses what it should have been when its turn came.
+    """
+    errors = torch.empty_like(wanted)
+    _loops().round_coupled(*_arrays(wanted, start, upper, mix, codes, errors), largest)
+    return errors
+
+
+def descend_coupled(
+    codes: torch.Tensor, force: torch.Tensor, block: torch.Tensor, mix: torch.Tensor, largest: int
+) -> torch.Tensor:
+    """Does what `descend_columns` does to rows that are coupled, one row after the other in each column; on the CPU only.
+
+    Args:
+        codes: q, as there.
+        force: r, as there: what every row's own errors pull.
+        block: As there.
+        mix: `Coupling.on_others`, with shape (m, m).
+        largest: Largest code.
+
+    Returns:
+        By how much each code moved.
+    """
+    moved = torch.empty_like(force)
+    _loops().descend_coupled(*_arrays(codes, force, block, mix, moved), largest)
     return moved
 
 
@@ -79,9 +130,8 @@ def grid_errors(
         Costs with shape (grids, m).
     """
     errors = torch.empty_like(scales)
-    loops = _loops_for(columns, scales, zeros, errors) if norm == 2 else None
-    if loops:
-        loops.grid_errors(columns.numpy(), scales.numpy(), zeros.numpy(), errors.numpy(), largest)
+    if _on_cpu(columns) and norm == 2:
+        _loops().grid_errors(*_arrays(columns, scales, zeros, errors), largest)
         return errors
     for scale, zero, error in zip(scales, zeros, errors, strict=True):
         steps = columns / scale + zero
@@ -90,10 +140,16 @@ def grid_errors(
     return errors
 
 
-def _loops_for(*matrices: torch.Tensor) -> ModuleType | None:
-    """Returns the compiled loops if these matrices are on the CPU, else None."""
-    if any(matrix.device.type != "cpu" for matrix in matrices):
-        return None
-    from lord_quant import compiled
+def _on_cpu(matrix: torch.Tensor) -> bool:
+    return matrix.device.type == "cpu"
+
+
+def _loops() -> ModuleType:
+    from lord_quant import compiled  # numba takes a while to import, and not every command rounds
 
     return compiled
+
+
+def _arrays(*matrices: torch.Tensor) -> list[np.ndarray]:
+    """Returns what numba is given: the same memory, but for what is read only and not contiguous."""
+    return [matrix.contiguous().numpy() for matrix in matrices]

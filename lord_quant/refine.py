@@ -8,7 +8,7 @@ hand both can be looked at again. Write Ŵ = s (q − z), scale s per row and gr
 
 Scales. For fixed codes Ŵ is linear in the scales: row i is Σ_g s_ig u_ig with u_ig = q − z inside group g, zero outside.
 The minimum solves a small system per row, M_gg′ = u_ig H u_ig′ᵀ, right-hand side u_ig H wᵢᵀ; all rows at once cost one
-matrix product.
+matrix product. (Coupled rows have one system between them; a step towards its solution does.)
 
 Codes. For fixed scales, coordinate descent: with R = (Ŵ − W) H the best value of column j, all else fixed, is
 ŵ_j − R_j / H_jj; it is rounded to its grid, and R follows. One sweep costs what the solver costs. (Coordinate descent on
@@ -26,7 +26,8 @@ from typing import NamedTuple
 
 import torch
 
-from lord_quant.kernels import descend_columns
+from lord_quant.coupling import Coupling
+from lord_quant.kernels import descend_columns, descend_coupled
 from lord_quant.linalg import require_finite
 
 
@@ -75,7 +76,9 @@ class Quantized(NamedTuple):
         return self._replace(codes=self.codes.to(torch.uint8))
 
 
-def refine(weight: torch.Tensor, hessian: torch.Tensor, quantized: Quantized, sweeps: int) -> Quantized:
+def refine(
+    weight: torch.Tensor, hessian: torch.Tensor, quantized: Quantized, sweeps: int, coupling: Coupling | None = None
+) -> Quantized:
     """Improves codes and scales towards `weight` in the metric of `hessian`.
 
     Args:
@@ -83,6 +86,7 @@ def refine(weight: torch.Tensor, hessian: torch.Tensor, quantized: Quantized, sw
         hessian: H with shape (n, n), symmetric positive semidefinite.
         quantized: Where to start from.
         sweeps: How often scales and codes are visited; 0 returns the start.
+        coupling: The metric of the rows, on the CPU; None takes them as independent.
 
     Raises:
         NumericsError: Weight, Hessian or a scale that came out hold NaN or inf.
@@ -99,10 +103,15 @@ def refine(weight: torch.Tensor, hessian: torch.Tensor, quantized: Quantized, sw
     # All transposed, so that a column of the weight is contiguous.
     target, codes = weight.T[perm], quantized.codes.T[perm]
     scales, zeros = quantized.scales.T.contiguous(), quantized.zeros.T.contiguous()
-    pull = metric.times(target)
+    pull = metric.times(target) if coupling is None else target
     for _ in range(sweeps):
-        scales = _fit_scales(pull, metric, codes - zeros[groups], scales, groups)
-        _descend_(codes, target, metric, scales, zeros, groups, 2**quantized.bits - 1)
+        steps = codes - zeros[groups]
+        if coupling is None:
+            fitted = _fit_scales(pull, metric, steps, scales, groups)
+        else:
+            fitted = _fit_coupled_scales(target, metric, steps, scales, groups, coupling.metric)
+        scales = _stored(fitted, scales)
+        _descend_(codes, target, metric, scales, zeros, groups, 2**quantized.bits - 1, coupling)
     return quantized._replace(codes=codes[back].T.contiguous(), scales=scales.T.contiguous())
 
 
@@ -131,11 +140,15 @@ class _Damped(NamedTuple):
         own.diagonal().add_(DAMPING)
         return own
 
+    def diagonal(self) -> torch.Tensor:
+        """Returns the diagonal, with shape (n,)."""
+        return self.hessian.diagonal() * self.unit + DAMPING
+
 
 def _fit_scales(
     pull: torch.Tensor, metric: _Damped, steps: torch.Tensor, scales: torch.Tensor, groups: torch.Tensor
 ) -> torch.Tensor:
-    """Returns the best scales, with shape (groups, m), for steps q − z with shape (n, m)."""
+    """Returns the best scales, with shape (groups, m), for steps q − z with shape (n, m), in float64."""
     count, height = scales.shape
     ranges = list(_ranges(groups.tolist()))
     system, right = steps.new_zeros(count, count, height), torch.zeros_like(scales)
@@ -151,9 +164,35 @@ def _fit_scales(
     whole.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
     start_from = scales.T.double()
     fitted = torch.linalg.solve(whole, right.T.double() + ridge[:, None] * start_from).T
-    # A group whose codes are all zero leaves its scale free; such a scale, or a wild one, stays.
+    return fitted
+
+
+def _fit_coupled_scales(
+    target: torch.Tensor,
+    metric: _Damped,
+    steps: torch.Tensor,
+    scales: torch.Tensor,
+    groups: torch.Tensor,
+    rows: torch.Tensor,
+) -> torch.Tensor:
+    """Returns better scales for coupled rows, with shape (groups, m): towards the best of each row, as far as it pays.
+
+    What is best for a row while the others stay is a fit to a target that has moved; all rows go there at once, by the
+    share of the way that is best for all.
+    """
+    now = steps * scales[groups]
+    missed = metric.times(target - now) @ rows
+    aims = metric.times(now).add_(missed / rows.diagonal())
+    way = _fit_scales(aims, metric, steps, scales, groups).to(scales) - scales
+    wide = steps * way[groups]
+    bend = (wide * (metric.times(wide) @ rows)).sum().clamp_min(torch.finfo(scales.dtype).tiny)
+    return scales + (wide * missed).sum() / bend * way
+
+
+def _stored(fitted: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Returns fitted scales as they will be stored; those that a group of zeros leaves free, or wild ones, stay."""
     sane = (fitted > 0.3 * scales) & (fitted < 3 * scales)
-    fitted = torch.where(sane, fitted, start_from.T).half().to(scales)
+    fitted = torch.where(sane, fitted, scales.to(fitted)).half().to(scales)
     require_finite(fitted, "scales after refinement")
     return torch.where(fitted > 0, fitted, scales)
 
@@ -166,12 +205,18 @@ def _descend_(
     zeros: torch.Tensor,
     groups: torch.Tensor,
     largest: int,
+    coupling: Coupling | None,
 ) -> None:
     """Improves codes in place, with shape (n, m). Within a group, whose scale is one, in units of codes."""
     residual = metric.times((codes - zeros[groups]).mul_(scales[groups]).sub_(target))
     for start, stop in _spans(groups.tolist()):
-        step = scales[groups[start]]
-        moved = descend_columns(codes[start:stop], residual[start:stop] / step, metric.block(start, stop), largest)
+        step, own = scales[groups[start]], metric.block(start, stop)
+        place = codes[start:stop], residual[start:stop] / step, own
+        moved = (
+            descend_columns(*place, largest)
+            if coupling is None
+            else descend_coupled(*place, coupling.on_others(step), largest)
+        )
         residual[stop:].addmm_(metric.hessian[stop:, start:stop], moved.mul_(step), alpha=metric.unit)
 
 

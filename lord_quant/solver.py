@@ -27,19 +27,26 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
 from lord_quant.config import FLOAT_BITS, GptqConfig
+from lord_quant.coupling import Coupling
 from lord_quant.errors import NumericsError
-from lord_quant.kernels import grid_errors, round_columns
+from lord_quant.kernels import grid_errors, round_columns, round_coupled
 from lord_quant.linalg import cholesky_, invert_lower_, require_finite
 from lord_quant.refine import Quantized
 
 
 Solver = Callable[[torch.Tensor, torch.Tensor], Quantized]
 """Quantizes a weight (m, n) in the metric of a Hessian (n, n)."""
+
+
+class Rounding(Protocol):
+    """Quantizes weights (m, n) in a metric it has prepared; rows may know of each other."""
+
+    def __call__(self, weight: torch.Tensor, coupling: Coupling | None = None) -> Quantized: ...
 
 
 class Solvers(NamedTuple):
@@ -96,34 +103,43 @@ class Gptq:
         done = self.of(hessian)(weight)
         return done._replace(seconds=time.perf_counter() - start)
 
-    def of(self, hessian: torch.Tensor) -> Callable[[torch.Tensor], Quantized]:
+    def of(self, hessian: torch.Tensor) -> Rounding:
         """Factors a Hessian and returns what quantizes any number of weights in its metric, without timing it."""
         require_finite(hessian, "Hessian to quantize in")
         order = _column_order(hessian.diagonal(), self.group_size, self.settings)
         size = hessian.diagonal().double().mean()
         dtype = torch.promote_types(hessian.dtype, torch.float32)
         feedback, damp = Feedback.of(hessian, size, order, self.settings.damp_percent, dtype)
-        return lambda weight: self._solve(weight.detach().to(dtype), feedback, order, float(size), damp)
 
-    def _solve(self, weight: torch.Tensor, feedback: Feedback, order: torch.Tensor, size: float, damp: float) -> Quantized:
+        def rounded(weight: torch.Tensor, coupling: Coupling | None = None) -> Quantized:
+            done = self._solve(weight.detach().to(dtype), feedback, order, coupling)
+            return done._replace(loss=(done.loss or 0.0) * float(size) / self.num_tokens, damp_percent=damp)
+
+        return rounded
+
+    def _solve(self, weight: torch.Tensor, feedback: Feedback, order: torch.Tensor, coupling: Coupling | None) -> Quantized:
         gptq, group_size = self.settings, self.group_size
         positions = torch.arange(len(order), device=order.device) if gptq.desc_act else order
         groups = positions.div(group_size, rounding_mode="floor")  # of columns in order
         rest = weight.T[order]  # transposed: a column of the weight is contiguous
+        start = None if coupling is None else rest.clone()
         codes = torch.empty_like(rest)
         largest, loss = 2**gptq.bits - 1, 0.0
         scales, zeros = (rest.new_empty(int(groups.max()) + 1, rest.shape[1]) for _ in range(2))
         for begin in range(0, len(rest), group_size):
             end = min(begin + group_size, len(rest))
-            scale, zero = _grid(rest[begin:end], largest, gptq.sym, gptq.mse)
+            group, pivots = rest[begin:end], feedback.pivots(begin, end)
+            scale, zero = _grid(group, largest, gptq.sym, gptq.mse)
+            rows = None if coupling is None or start is None else Moved(start[begin:end], coupling)
+            if rows is not None:  # they move before their turn comes: once more, for what the first time told of that
+                first, _ = _round_group(group, begin, feedback, scale, zero, largest, rows)
+                moved = group - rows.coupling.moves(scale * (first - zero) - rows.start)
+                scale, zero = _grid(moved, largest, gptq.sym, gptq.mse)
+            codes[begin:end], missed = _round_group(group, begin, feedback, scale, zero, largest, rows)
             scales[groups[begin]], zeros[groups[begin]] = scale, zero
-            for first in range(begin, end, COLUMNS):
-                last = min(first + COLUMNS, end)
-                own, later = feedback.rows(first, last)
-                errors = round_columns(rest[first:last] / scale + zero, own, codes[first:last], largest)
-                errors *= scale / own.diagonal()[:, None]
-                loss += float(errors.double().square().sum())
-                rest[last:].addmm_(later.T, errors, alpha=-1)
+            errors = missed.mul_(scale / pivots)
+            loss += float(errors.double().square().sum())
+            rest[end:].addmm_(feedback.rows(begin, end)[1].T, errors, alpha=-1)
         back = torch.argsort(order)
         return Quantized(
             codes=codes[back].T.contiguous(),
@@ -131,15 +147,56 @@ class Gptq:
             zeros=zeros.T.contiguous(),
             g_idx=groups[back].to(torch.int32),
             bits=gptq.bits,
-            loss=loss * size / self.num_tokens,
-            damp_percent=damp,
+            loss=loss,
         )
 
 
-def prepared(solve: Solver, hessian: torch.Tensor) -> Callable[[torch.Tensor], Quantized]:
-    """Returns what quantizes several weights in one metric: factored once, where the solver knows how to."""
+class Moved(NamedTuple):
+    """Coupled rows of a group's columns.
+
+    Attributes:
+        start: What the columns were before any of the layer's was rounded, transposed, with shape (columns, m).
+        coupling: How their errors add up.
+    """
+
+    start: torch.Tensor
+    coupling: Coupling
+
+
+def _round_group(
+    group: torch.Tensor,
+    begin: int,
+    feedback: Feedback,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    largest: int,
+    rows: Moved | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rounds the columns of a group, the layer's columns from `begin` on, transposed, with shape (columns, m).
+
+    Returns:
+        Codes, and by how much they miss what they should have been when their turn came, in units of codes.
+    """
+    rest, codes, missed = group.clone(), torch.empty_like(group), torch.empty_like(group)
+    mix = None if rows is None else rows.coupling.on_later(scale)
+    for first in range(0, len(rest), COLUMNS):
+        last = min(first + COLUMNS, len(rest))
+        own, later = feedback.rows(begin + first, begin + last)
+        wanted, found = rest[first:last] / scale + zero, codes[first:last]
+        if rows is None or mix is None:
+            missed[first:last] = round_columns(wanted, own, found, largest)
+        else:
+            start = rows.start[first:last] / scale + zero
+            missed[first:last] = round_coupled(wanted, start, own, mix, found, largest)
+        errors = missed[first:last] * (scale / own.diagonal()[:, None])
+        rest[last:].addmm_(later[:, : len(rest) - last].T, errors, alpha=-1)
+    return codes, missed
+
+
+def prepared(solve: Solver, hessian: torch.Tensor) -> Rounding:
+    """Returns what quantizes several weights in one metric: factored once and for coupled rows, if the solver knows how."""
     of = getattr(solve, "of", None)
-    return (lambda weight: solve(weight, hessian)) if of is None else of(hessian)
+    return (lambda weight, coupling=None: solve(weight, hessian)) if of is None else of(hessian)
 
 
 def _column_order(diagonal: torch.Tensor, group_size: int, gptq: GptqConfig) -> torch.Tensor:
@@ -199,6 +256,11 @@ class Feedback(NamedTuple):
         raise NumericsError(
             f"a {tuple(hessian.shape)} Hessian stayed indefinite with damp_percent {damp / 2:g}; wanted a covariance"
         )
+
+    def pivots(self, first: int, last: int) -> torch.Tensor:
+        """Returns U's diagonal from `first` to before `last`, with shape (columns, 1)."""
+        end = len(self.inverse)
+        return self.inverse.diagonal()[end - last : end - first].flip(0)[:, None]
 
     def rows(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns U's rows from `first` to before `last`: the columns of the same numbers, and those behind them."""

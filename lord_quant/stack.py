@@ -68,13 +68,13 @@ Sources: LoRD, arXiv 2309.14021; GPTQ, arXiv 2210.17323; PIFA, arXiv 2501.19090;
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from lord_quant.config import JointConfig
+from lord_quant.coupling import Coupling
 from lord_quant.decompose import Factors, OutputSpectrum
 from lord_quant.halves import seen_through, symmetric_product
 from lord_quant.linalg import (
@@ -85,7 +85,7 @@ from lord_quant.linalg import (
 )
 from lord_quant.moments import PairedMoments
 from lord_quant.refine import Quantized, refine
-from lord_quant.solver import Solver, Solvers, prepared
+from lord_quant.solver import Rounding, Solver, Solvers, prepared
 from lord_quant.truncation import pivoted_factors, truncate, weigh
 from lord_quant.two_sided import round_rows
 
@@ -339,7 +339,11 @@ class Polished:
         """Quantizes a weight."""
         return refine(weight, hessian, self.solve(weight, hessian).to(weight), self.sweeps)
 
-    def of(self, hessian: torch.Tensor) -> Callable[[torch.Tensor], Quantized]:
+    def of(self, hessian: torch.Tensor) -> Rounding:
         """Returns what quantizes several weights in one metric."""
         rounded = prepared(self.solve, hessian)
-        return lambda weight: refine(weight, hessian, rounded(weight).to(weight), self.sweeps)
+
+        def polished(weight: torch.Tensor, coupling: Coupling | None = None) -> Quantized:
+            return refine(weight, hessian, rounded(weight, coupling).to(weight), self.sweeps, coupling)
+
+        return polished

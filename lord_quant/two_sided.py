@@ -26,25 +26,25 @@ import time
 
 import torch
 
+from lord_quant.coupling import Coupling
 from lord_quant.refine import Quantized
 from lord_quant.solver import Feedback, Solver, prepared
 
 
-STEPS = (8, 16)
-"""In how many steps rows are quantized, at least and at most. Four save two thirds of what one row at a time would, sixteen
-nearly all of it."""
-STEP_ROWS = 32
-"""Rows per step that are worth its time."""
+STEPS = 8
+"""In how many steps rows are quantized, at least. Those of a step know of each other, but for the choice of scales."""
+STEP_ROWS = 256
+"""Rows per step, at most: what it takes that they know of each other grows with their square."""
 GPU_STEPS = 4
-"""Steps on a GPU, which spends a solver's time on starting kernels, a few per column and step."""
+"""Steps on a GPU, which spends a solver's time on starting kernels, a few per column and step. Four save two thirds of what
+one row at a time would."""
 DAMPING = 1e-7
 """Fraction of the mean diagonal added to the outputs' metric, which comes damped already: for its factor alone."""
 
 
 def num_steps(rows: int, on_gpu: bool = False) -> int:
     """Returns in how many steps so many rows are quantized."""
-    least, most = STEPS
-    return min(rows, GPU_STEPS if on_gpu else max(least, min(most, rows // STEP_ROWS)))
+    return min(rows, GPU_STEPS if on_gpu else max(STEPS, -(-rows // STEP_ROWS)))
 
 
 def round_rows(
@@ -68,15 +68,16 @@ def round_rows(
     """
     if outputs is None or len(weight) == 1:
         return solve(weight, hessian)
-    start, steps = time.perf_counter(), steps or num_steps(len(weight), weight.is_cuda)
+    start, on_cpu = time.perf_counter(), weight.device.type == "cpu"
+    steps = steps or num_steps(len(weight), on_gpu=not on_cpu)
     cost = outputs.diagonal() * (weight.square() @ hessian.diagonal())
     order = torch.argsort(cost, descending=True, stable=True)
     feedback, _ = Feedback.of(outputs, outputs.diagonal().double().mean(), order, DAMPING, weight.dtype)
     quantize, rest, parts = prepared(solve, hessian), weight[order], list[Quantized]()
     for chosen in torch.arange(len(rest)).tensor_split(min(steps, len(rest))):
         first, last = int(chosen[0]), int(chosen[-1]) + 1
-        parts.append(quantize(rest[first:last]))
         own, later = feedback.rows(first, last)
+        parts.append(quantize(rest[first:last], Coupling.of(own) if on_cpu and len(own) > 1 else None))
         missed = torch.linalg.solve_triangular(own.T, parts[-1].weight() - rest[first:last], upper=False)
         rest[last:].addmm_(later.T, missed)
     back = torch.argsort(order)

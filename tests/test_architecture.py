@@ -25,6 +25,7 @@ LAYERS = [
         "kept",
         "compiled",
         "kernels",
+        "coupling",
         "modules",
         "packing",
         "version",

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lord_quant import kernels
-from lord_quant.kernels import descend_columns, grid_errors, round_columns
+from lord_quant.coupling import Coupling
+from lord_quant.kernels import descend_columns, descend_coupled, grid_errors, round_columns, round_coupled
 
 
 F64 = torch.float64
@@ -32,7 +33,7 @@ problems = given(
 @contextmanager
 def by_torch() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "_loops_for", lambda *matrices: None)
+        patch.setattr(kernels, "_on_cpu", lambda matrix: False)
         yield
 
 
@@ -88,6 +89,64 @@ def test_descent_takes_each_column_to_its_optimum(columns: int, height: int, bit
         same = start.clone()
         assert torch.equal(descend_columns(same, metric @ (start - target), metric, largest), moved)
     assert torch.equal(same, best)
+
+
+coupled_problems = given(
+    columns=st.integers(1, 12), rows=st.integers(1, 9), bits=st.sampled_from([2, 3, 4, 8]), seed=st.integers(0, 2**16)
+)
+
+
+def coupling_of(rows: int, seed: int) -> tuple[Coupling, torch.Tensor]:
+    """A coupling and its metric, and what its rows' scales are."""
+    metric = covariance(rows, seed)
+    upper = torch.linalg.cholesky(torch.linalg.inv(metric)).T
+    coupling = Coupling.of(upper)
+    torch.testing.assert_close(coupling.metric, metric, rtol=1e-8, atol=1e-8)
+    return coupling, values(rows, seed=seed + 3).abs() + 0.3
+
+
+@coupled_problems
+@settings(max_examples=40, deadline=None)
+def test_what_coupled_rows_miss_is_what_they_cost(columns: int, rows: int, bits: int, seed: int) -> None:
+    """tr S D H Dᵀ is the sum of squares of what every code missed, in the units of its row and column, to the last bit
+    of it: LDLᵀ on both sides."""
+    largest, metric = 2**bits - 1, covariance(columns, seed)
+    coupling, scale = coupling_of(rows, seed + 1)
+    weight = scale * values(columns, rows, seed=seed, scale=largest / 2)
+    upper = torch.linalg.cholesky(torch.linalg.inv(metric)).T.contiguous()
+    start, codes = weight / scale + largest // 2, torch.empty_like(weight)
+    missed = round_coupled(start.clone(), start, upper, coupling.on_later(scale), codes, largest)
+    error = scale * (codes - largest // 2) - weight
+    assert torch.equal(codes, codes.round().clamp(0, largest))
+    cost = ((error @ coupling.metric) * (metric @ error)).sum()
+    parts = missed * scale * coupling.root.diagonal() / upper.diagonal()[:, None]
+    torch.testing.assert_close(parts.square().sum(), cost, rtol=1e-8, atol=1e-8)
+    alone = torch.empty_like(weight)
+    first = round_columns(start.clone(), upper, alone, largest)
+    torch.testing.assert_close(missed[:, 0], first[:, 0])  # the first row knows of no other
+    torch.testing.assert_close(codes[:, 0], alone[:, 0])
+
+
+@coupled_problems
+@settings(max_examples=40, deadline=None)
+def test_coupled_descent_takes_each_code_to_its_optimum(columns: int, rows: int, bits: int, seed: int) -> None:
+    """Against the best of all codes at every place, column by column and row by row."""
+    largest, metric = 2**bits - 1, covariance(columns, seed)
+    coupling, scale = coupling_of(rows, seed + 1)
+    target = values(columns, rows, seed=seed, scale=largest / 2) + largest / 2
+    start = target.round().clamp(0, largest)
+    best, choices = start.clone(), torch.arange(largest + 1, dtype=F64)
+    for j in range(columns):
+        for i in range(rows):
+            tried = best.repeat(largest + 1, 1, 1)
+            tried[:, j, i] = choices
+            error = (tried - target) * scale
+            costs = ((error @ coupling.metric) * (metric @ error)).sum(dim=(1, 2))
+            if costs.min() < costs[int(best[j, i])] * (1 - 1e-9):
+                best[j, i] = choices[costs.argmin()]
+    codes = start.clone()
+    moved = descend_coupled(codes, metric @ (start - target), metric, coupling.on_others(scale), largest)
+    assert torch.equal(codes, best) and torch.equal(moved, best - start)
 
 
 @problems

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lord_quant.coupling import Coupling
 from lord_quant.errors import NumericsError
 from lord_quant.refine import DAMPING, Quantized, refine
 
@@ -91,6 +92,43 @@ def test_refining_never_raises_the_objective_and_stays_on_the_grid(
     # Rounding a scale to float16 moves its group by a relative 2⁻¹¹; the objective feels that to second order.
     rounding = 2.0**-22 * float(((found.weight().double() @ metric) * found.weight().double()).sum())
     assert objective(found, weight, metric) <= objective(start, weight, metric) * (1 + 1e-5) + 4 * groups * rounding
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(2, 9),
+    st.integers(1, 4),
+    st.sampled_from([1, 3, 16, 40]),
+    st.sampled_from([2, 3, 4, 8]),
+    st.sampled_from(KINDS),
+    st.integers(1, 3),
+    st.integers(0, 10**6),
+)
+def test_refining_coupled_rows_never_raises_their_objective(
+    rows: int, groups: int, size: int, bits: int, kind: str, sweeps: int, seed: int
+) -> None:
+    weight, hessian, start = problem(rows, groups, size, seed, bits, kind)
+    outputs = hessian_of(rows, seed + 2, "correlated").double() + 0.1 * torch.eye(rows, dtype=F64)
+    coupling = Coupling.of(torch.linalg.cholesky(torch.linalg.inv(outputs)).T.float())
+    found = refine(weight, hessian, start, sweeps, coupling)
+    assert torch.equal(found.codes, found.codes.round().clamp(0, 2**bits - 1))
+    assert torch.equal(found.scales, found.scales.half().float()) and (found.scales > 0).all()
+    metric, lost = damped(hessian), []
+    for done in (start, found):
+        error = done.weight().double() - weight.double()
+        lost.append(float(((outputs @ error @ metric) * error).sum()))
+    whole = found.weight().double()  # as above
+    rounding = 2.0**-22 * float(((outputs @ whole @ metric) * whole).sum())
+    assert lost[1] <= lost[0] * (1 + 1e-4) + 4 * groups * rows * rounding
+
+
+def test_coupled_rows_are_refined_as_one_by_one_if_nothing_couples_them() -> None:
+    weight, hessian, start = problem(6, 2, 32, 0, bits=3)
+    alone = refine(weight, hessian, start, 4)
+    apart = refine(weight, hessian, start, 4, Coupling.of(torch.linspace(1, 3, 6).diag()))
+    metric = damped(hessian)
+    assert objective(apart, weight, metric) == pytest.approx(objective(alone, weight, metric), rel=0.03)
+    assert objective(apart, weight, metric) < 0.9 * objective(start, weight, metric)
 
 
 def test_more_sweeps_are_better_on_average() -> None:

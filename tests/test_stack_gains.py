@@ -11,7 +11,8 @@ import torch
 from layer_problems import F64, FORMS, crude, problem, product, run
 
 from lord_quant import stack
-from lord_quant.config import JointConfig
+from lord_quant.config import GptqConfig, JointConfig
+from lord_quant.solver import Gptq
 from lord_quant.two_sided import round_rows
 
 
@@ -23,14 +24,15 @@ def mean_error(
 ) -> float:
     """Average share of the output energy that rounding loses on top of truncation, with a crude solver.
 
-    Outputs count alike, or `coupled` in a metric in which a few directions of theirs are loud.
+    Outputs count alike, or `coupled` in a metric in which a few directions of theirs are loud; with GPTQ then, which can be
+    told of it.
     """
-    total = 0.0
+    total, solve = 0.0, Gptq(GptqConfig(bits=bits), 8, 1) if coupled else crude(bits)
     for seed in range(seeds):
         chosen = JointConfig(**({"refine": 0} | options))
         loud = torch.randn(shape[0], shape[0] // 4, generator=torch.Generator().manual_seed(seed), dtype=F64)
         rest = {"sensitivity": loud @ loud.T} if coupled else {}
-        result = run(problem(*shape, seed), 8, form, crude(bits), chosen, seed=seed, **rest)
+        result = run(problem(*shape, seed), 8, form, solve, chosen, seed=seed, **rest)
         assert result.spectrum is not None
         total += result.error - result.spectrum.discarded_share(8)
     return total / seeds
@@ -81,11 +83,12 @@ def test_feedback_between_pivoted_rows_lowers_the_error(shape: tuple[int, int], 
     assert fed < 0.95 * mean_error("pivoted", shape, seeds=20)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_two_sided_rounding_lowers_the_error_where_outputs_are_coupled(shape: tuple[int, int], form: str) -> None:
-    one, two = (mean_error(form, shape, coupled=True, two_sided=both) for both in (False, True))
-    assert two < 0.98 * one
+@pytest.mark.parametrize(("form", "share"), [("two_factor", 0.5), ("pivoted", 0.97)])
+def test_two_sided_rounding_lowers_the_error_where_outputs_are_coupled(form: str, share: float) -> None:
+    """Pivoted layers know of their outputs without it, but for `up`."""
+    one, two = (sum(mean_error(form, shape, coupled=True, two_sided=both) for shape in SHAPES) for both in (False, True))
+    assert two < share * one
+    shape = SHAPES[0]
     assert mean_error(form, shape, two_sided=True) == mean_error(form, shape, two_sided=False)  # nothing is known of them
 
 
