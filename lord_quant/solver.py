@@ -122,7 +122,7 @@ class Gptq:
         positions = torch.arange(len(order), device=order.device) if gptq.desc_act else order
         groups = positions.div(group_size, rounding_mode="floor")  # of columns in order
         rest = weight.T[order]  # transposed: a column of the weight is contiguous
-        start = None if coupling is None else rest.clone()
+        coupled = None if coupling is None else CoupledRows(rest.clone(), coupling)
         codes = torch.empty_like(rest)
         largest, loss = 2**gptq.bits - 1, 0.0
         scales, zeros = (rest.new_empty(int(groups.max()) + 1, rest.shape[1]) for _ in range(2))
@@ -130,7 +130,7 @@ class Gptq:
             end = min(begin + group_size, len(rest))
             group, pivots = rest[begin:end], feedback.pivots(begin, end)
             scale, zero = _grid(group, largest, gptq.sym, gptq.mse)
-            rows = None if coupling is None or start is None else Moved(start[begin:end], coupling)
+            rows = None if coupled is None else coupled.columns(begin, end)
             if rows is not None:  # they move before their turn comes: once more, for what the first time told of that
                 first, _ = _round_group(group, begin, feedback, scale, zero, largest, rows)
                 moved = group - rows.coupling.moves(scale * (first - zero) - rows.start)
@@ -139,7 +139,8 @@ class Gptq:
             scales[groups[begin]], zeros[groups[begin]] = scale, zero
             errors = missed.mul_(scale / pivots)
             loss += float(errors.double().square().sum())
-            rest[end:].addmm_(feedback.rows(begin, end)[1].T, errors, alpha=-1)
+            if end < len(rest):
+                rest[end:].addmm_(feedback.rows(begin, end)[1].T, errors, alpha=-1)
         back = torch.argsort(order)
         return Quantized(
             codes=codes[back].T.contiguous(),
@@ -151,16 +152,20 @@ class Gptq:
         )
 
 
-class Moved(NamedTuple):
-    """Coupled rows of a group's columns.
+class CoupledRows(NamedTuple):
+    """Rows that know of each other.
 
     Attributes:
-        start: What the columns were before any of the layer's was rounded, transposed, with shape (columns, m).
+        start: What their columns were before any was rounded, transposed, with shape (columns, m).
         coupling: How their errors add up.
     """
 
     start: torch.Tensor
     coupling: Coupling
+
+    def columns(self, first: int, last: int) -> CoupledRows:
+        """Returns the same of the columns from `first` to before `last`."""
+        return self._replace(start=self.start[first:last])
 
 
 def _round_group(
@@ -170,7 +175,7 @@ def _round_group(
     scale: torch.Tensor,
     zero: torch.Tensor,
     largest: int,
-    rows: Moved | None,
+    rows: CoupledRows | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rounds the columns of a group, the layer's columns from `begin` on, transposed, with shape (columns, m).
 
@@ -181,7 +186,7 @@ def _round_group(
     mix = None if rows is None else rows.coupling.on_later(scale)
     for first in range(0, len(rest), COLUMNS):
         last = min(first + COLUMNS, len(rest))
-        own, later = feedback.rows(begin + first, begin + last)
+        own, later = feedback.rows(begin + first, begin + last, begin + len(rest))
         wanted, found = rest[first:last] / scale + zero, codes[first:last]
         if rows is None or mix is None:
             missed[first:last] = round_columns(wanted, own, found, largest)
@@ -189,7 +194,7 @@ def _round_group(
             start = rows.start[first:last] / scale + zero
             missed[first:last] = round_coupled(wanted, start, own, mix, found, largest)
         errors = missed[first:last] * (scale / own.diagonal()[:, None])
-        rest[last:].addmm_(later[:, : len(rest) - last].T, errors, alpha=-1)
+        rest[last:].addmm_(later.T, errors, alpha=-1)
     return codes, missed
 
 
@@ -262,10 +267,13 @@ class Feedback(NamedTuple):
         end = len(self.inverse)
         return self.inverse.diagonal()[end - last : end - first].flip(0)[:, None]
 
-    def rows(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns U's rows from `first` to before `last`: the columns of the same numbers, and those behind them."""
+    def rows(self, first: int, last: int, until: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns U's rows from `first` to before `last`: the columns of the same numbers, and those behind.
+
+        Columns from `until` on are left out.
+        """
         end = len(self.inverse)
-        own = self.inverse[end - last : end - first, : end - first].flip(0, 1)
+        own = self.inverse[end - last : end - first, end - (until or end) : end - first].flip(0, 1)
         return own[:, : last - first], own[:, last - first :]
 
 

@@ -10,11 +10,13 @@ The solution. For rows as for columns. With some rows fixed and wrong by E₁, t
     W₂ − N₂₂⁻¹ N₂₁ E₁,     N = G with rows 1 first,
 
 whatever H is: the derivative of the cost by D₂ is 2 (G₂₁ E₁ + G₂₂ D₂) H. So rows are quantized a few at a time, the
-costliest first, each few by a one-sided solver, and then the others move. With N⁻¹ = UᵀU this is what U does to columns in
-`solver.py`, and U is made in the same way. Rows that are quantized together do not hear of each other; more steps gain less
-and less.
+costliest first, each few by a solver that knows how errors of these rows add up (`coupling.py`), and then the others move.
+With N⁻¹ = UᵀU this is what U does to columns in `solver.py`, and U is made in the same way. A few rows have the metric
+(U_ffᵀ U_ff)⁻¹ of their own part of U: what is left of G once later rows have moved. All of their columns are done before
+others move, so that they are polished before others rely on them.
 
-A solver that prepares its Hessian does so once.
+On a GPU, and in a solver that takes rows as independent, those quantized together do not hear of each other; more steps
+make up for that. A solver that prepares its Hessian does so once.
 
 Compare YAQA (Tseng, Sun, Hou, De Sa: Model-Preserving Adaptive Rounding, arXiv 2505.22988), where both sides of a Kronecker
 product are factored and rows and columns are fed back together.
@@ -57,7 +59,7 @@ def round_rows(
     """Quantizes a weight in the metric `outputs` ⊗ `hessian`.
 
     Args:
-        solve: Quantizes rows in the metric of the inputs.
+        solve: Quantizes rows in the metric of the inputs, and coupled ones if it can (`solver.prepared`).
         weight: W with shape (m, n).
         hessian: H with shape (n, n).
         outputs: G with shape (m, m), symmetric positive definite; None counts outputs alike and quantizes all rows at once.
