@@ -34,7 +34,7 @@ from lord_quant.solver import Feedback, Solver, prepared
 
 
 STEPS = 8
-"""In how many steps rows are quantized, at least. Those of a step know of each other, but for the choice of scales."""
+"""In how many steps rows are quantized, at least. Those of a step know of each other; more steps gain a few percent."""
 STEP_ROWS = 256
 """Rows per step, at most: what it takes that they know of each other grows with their square."""
 GPU_STEPS = 4
