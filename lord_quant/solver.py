@@ -17,8 +17,8 @@ Inside a group everything happens in units of codes, t = w / s + z, in which fee
 costs four operations. A few columns are done at a time; what comes after them is updated by one product.
 
 Rows may be coupled (`coupling.py`): then they are rounded one after the other in every column, and what is passed on to
-later columns is what a code misses of where its row has moved. A group's scales are chosen for where the rows of a first try
-moved.
+later columns is what a code misses of where its row has moved. A group's scales are chosen for where rows moved in a first
+try.
 
 With act_group_aware, columns go in order of falling H_jj within their group, and groups in order of their largest: most of
 the gain of desc_act, and groups stay where they are.
