@@ -34,7 +34,7 @@ def round_columns(wanted: torch.Tensor, upper: torch.Tensor, codes: torch.Tensor
     """
     errors = torch.empty_like(wanted)
     if _on_cpu(wanted):
-        _loops().round_columns(*_arrays(wanted, upper, codes, errors), largest)
+        _loops().round_columns(*_arrays(wanted, upper.contiguous(), codes, errors), largest)
         return errors
     columns = zip(wanted.unbind(), codes.unbind(), errors.unbind(), upper.diagonal().tolist(), strict=True)
     for column, (goal, code, error, pivot) in enumerate(columns):
@@ -58,7 +58,7 @@ def descend_columns(codes: torch.Tensor, force: torch.Tensor, block: torch.Tenso
     """
     moved = torch.empty_like(force)
     if _on_cpu(codes):
-        _loops().descend_columns(*_arrays(codes, force, block, moved), largest)
+        _loops().descend_columns(*_arrays(codes, force, block.contiguous(), moved), largest)
         return moved
     columns = zip(codes.unbind(), force.unbind(), moved.unbind(), block.diagonal().tolist(), strict=True)
     for column, (code, pull, change, own) in enumerate(columns):
@@ -90,7 +90,7 @@ def round_coupled(
         By how much each code misses what it should have been when its turn came.
     """
     errors = torch.empty_like(wanted)
-    _loops().round_coupled(*_arrays(wanted, start, upper, mix, codes, errors), largest)
+    _loops().round_coupled(*_arrays(wanted, start, upper.contiguous(), mix, codes, errors), largest)
     return errors
 
 
@@ -110,7 +110,7 @@ def descend_coupled(
         By how much each code moved.
     """
     moved = torch.empty_like(force)
-    _loops().descend_coupled(*_arrays(codes, force, block, mix, moved), largest)
+    _loops().descend_coupled(*_arrays(codes, force, block.contiguous(), mix, moved), largest)
     return moved
 
 
@@ -151,5 +151,5 @@ def _loops() -> ModuleType:
 
 
 def _arrays(*matrices: torch.Tensor) -> list[np.ndarray]:
-    """Returns what numba is given: the same memory, but for what is read only and not contiguous."""
-    return [matrix.contiguous().numpy() for matrix in matrices]
+    """Returns the same memory as numba is given it; loops are fast on what is contiguous and right on what is not."""
+    return [matrix.numpy() for matrix in matrices]

@@ -20,6 +20,7 @@ Neither step can increase f but for the rounding of scales to float16, in which 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -103,14 +104,12 @@ def refine(
     # All transposed, so that a column of the weight is contiguous.
     target, codes = weight.T[perm], quantized.codes.T[perm]
     scales, zeros = quantized.scales.T.contiguous(), quantized.zeros.T.contiguous()
-    pull = metric.times(target) if coupling is None else target
+    if coupling is None:
+        fit = functools.partial(_fit_scales, metric.times(target), metric)
+    else:
+        fit = functools.partial(_fit_coupled_scales, coupling.metric, target, metric)
     for _ in range(sweeps):
-        steps = codes - zeros[groups]
-        if coupling is None:
-            fitted = _fit_scales(pull, metric, steps, scales, groups)
-        else:
-            fitted = _fit_coupled_scales(target, metric, steps, scales, groups, coupling.metric)
-        scales = _stored(fitted, scales)
+        scales = _stored(fit(codes - zeros[groups], scales, groups), scales)
         _descend_(codes, target, metric, scales, zeros, groups, 2**quantized.bits - 1, coupling)
     return quantized._replace(codes=codes[back].T.contiguous(), scales=scales.T.contiguous())
 
@@ -140,10 +139,6 @@ class _Damped(NamedTuple):
         own.diagonal().add_(DAMPING)
         return own
 
-    def diagonal(self) -> torch.Tensor:
-        """Returns the diagonal, with shape (n,)."""
-        return self.hessian.diagonal() * self.unit + DAMPING
-
 
 def _fit_scales(
     pull: torch.Tensor, metric: _Damped, steps: torch.Tensor, scales: torch.Tensor, groups: torch.Tensor
@@ -168,12 +163,12 @@ def _fit_scales(
 
 
 def _fit_coupled_scales(
+    rows: torch.Tensor,
     target: torch.Tensor,
     metric: _Damped,
     steps: torch.Tensor,
     scales: torch.Tensor,
     groups: torch.Tensor,
-    rows: torch.Tensor,
 ) -> torch.Tensor:
     """Returns better scales for coupled rows, with shape (groups, m): towards the best of each row, as far as it pays.
 

@@ -178,6 +178,15 @@ def test_both_ways_keep_the_dtype_and_agree(dtype: torch.dtype) -> None:
     assert (found["compiled"] == found["torch"]).double().mean() > 0.999  # a tie may go either way in float32
 
 
+def test_what_is_not_contiguous_is_written_into_as_well() -> None:
+    upper = torch.linalg.cholesky(covariance(8, 0)).T
+    wanted = 7 + 3 * values(8, 5, seed=0)
+    codes, spread = torch.empty(8, 5, dtype=F64), torch.empty(8, 10, dtype=F64)
+    missed = round_columns(wanted.clone(), upper, codes, 15)
+    assert torch.equal(round_columns(wanted.clone(), upper, spread[:, ::2], 15), missed)
+    assert torch.equal(spread[:, ::2], codes)
+
+
 def test_nowhere_to_keep_what_was_compiled() -> None:
     """Every process compiles for itself then; numba refuses to keep anything if it is told of no place."""
     code = (

@@ -212,7 +212,8 @@ def fitted_scales(weight: torch.Tensor, hessian: torch.Tensor, start: Quantized)
     groups = start.g_idx.long()
     steps = start.codes - start.zeros[:, groups]
     damping = module._Damped.of(hessian.float())
-    return module._fit_scales((weight @ metric).T, damping, steps.T, start.scales.T.contiguous(), groups).T
+    before = start.scales.T.contiguous()
+    return module._stored(module._fit_scales((weight @ metric).T, damping, steps.T, before, groups), before).T
 
 
 @pytest.mark.parametrize("seed", range(6))
