@@ -47,7 +47,7 @@ GPUS = {
 STARCODER = {"width": 6144, "inner": 24576, "blocks": 40, "head": 128, "vocabulary": 49152, "positions": 8192}
 """The shape of bigcode/starcoder, from its configuration: 15.5 billion parameters, one key and value head, tied head."""
 COLUMN_KERNELS = 5
-"""Kernels started per column of a solver: rounding, clamping, two updates, a share of what comes once per 32 columns."""
+"""Kernels started per column of a solver: rounding, clamping, two updates, a share of what comes once per 64 columns."""
 ITEMSIZE = 2
 NOTE = (
     "A projection from operation counts and published speeds, **not a measurement**. Efficiencies, kernel starts and the "

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from lord_quant.config import FLOAT_BITS
 from lord_quant.halves import share_left
 from lord_quant.plan import LayerPlan, Plan
+from lord_quant.solver import COLUMNS
 from lord_quant.two_sided import GPU_STEPS
 
 
@@ -228,7 +229,7 @@ def solve_work(inputs: int, outputs: int, steps: int = 1) -> Work:
     return Work(
         solves=2.0 * inputs**2 * outputs + float(inputs) ** 3,
         columns=inputs * steps,
-        moved=inputs**2 * outputs / 32 * FLOAT_BYTES,  # what is left is read and written once per 32 columns
+        moved=inputs**2 * outputs / COLUMNS * FLOAT_BYTES,  # what is left is read and written so often
     )
 
 
@@ -236,4 +237,6 @@ def refine_work(inputs: int, outputs: int, steps: int = 1) -> Work:
     """Counts the polishing of a solve: scales fitted and codes revisited, sweep by sweep."""
     product = 2.0 * inputs**2 * outputs
     products = (SWEEPS * 2 + 1) * product  # the target's pull once; scales half a product a sweep, codes one and a half
-    return Work(products=products, columns=SWEEPS * inputs * steps, moved=SWEEPS * inputs**2 * outputs / 32 * FLOAT_BYTES)
+    return Work(
+        products=products, columns=SWEEPS * inputs * steps, moved=SWEEPS * inputs**2 * outputs / COLUMNS * FLOAT_BYTES
+    )
