@@ -22,6 +22,7 @@ FULL = "joint"
 IDEAS: dict[str, tuple[str, ...]] = {
     "no fisher": ("--no-fisher",),
     "no anchor": ("--no-anchor",),
+    "no residual": ("--no-residual",),
     "no rotation": ("--no-rotate",),
     "no refit": ("--no-refit",),
     "no deflation": ("--no-deflate",),
@@ -41,7 +42,7 @@ COLUMNS = ("bpw", "perplexity", "over dense", "stacking penalty", "worse by", "H
 NOTE = (
     "Stacking penalty: perplexity over that of LoRD float with the same seed. Worse by: penalty of the row minus that of "
     "the full joint stack, paired by seed, in percentage points: what the idea brings. Means over seeds, with the smallest "
-    "and largest value. All ideas off: the seven of the joint stack; scale search and asymmetric grids stay on."
+    "and largest value. All ideas off: those of the joint stack; scale search and asymmetric grids stay on."
 )
 
 

@@ -230,6 +230,7 @@ class JointConfig:
 
     Attributes:
         anchor: Aim at the dense model's outputs from the compressed model's inputs.
+        residual: Where a layer writes to the residual stream, at the dense model's stream; needs `anchor`.
         rotate: Rotate the bottleneck.
         refit: Give the second factor its optimum for the quantized first.
         order: Which factor is quantized first: `auto`, `down_first` or `up_first`.
@@ -241,6 +242,7 @@ class JointConfig:
     """
 
     anchor: bool = True
+    residual: bool = True
     rotate: bool = True
     refit: bool = True
     order: str = "auto"
@@ -251,7 +253,7 @@ class JointConfig:
     fisher_samples: int | None = None
 
     def __post_init__(self) -> None:
-        problems = _not_bool(self, "anchor", "rotate", "refit", "deflate", "two_sided", "fisher")
+        problems = _not_bool(self, "anchor", "residual", "rotate", "refit", "deflate", "two_sided", "fisher")
         problems += choice_problems("order", self.order, ORDERS)
         if not _is_int(self.refine) or not 0 <= self.refine <= 100:
             problems.append(f"refine is {self.refine!r}; wanted a number of sweeps from 0 to 100, such as 2")

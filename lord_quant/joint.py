@@ -128,7 +128,8 @@ class JointRun:
             minded = self.sensitivity.of_block(index, dense, kind, asked, self.dtype)
         keep = self.residency.keep
         run = Runner(self.stream, kind, Replay(block, keep), keep)
-        inputs = record_inputs(dense, run, list(layers), prefix, outputs=self.options.anchor)
+        anchor, residual = self.options.anchor, self.options.residual
+        inputs = record_inputs(dense, run, list(layers), prefix, outputs=anchor, residual=residual)
         run.replay.endings = inputs.endings
         groups = _groups(layers, inputs)
         sources = {name: dense.get_submodule(name) for name in layers}  # each is let go once it was compressed

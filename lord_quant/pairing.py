@@ -15,6 +15,7 @@ from torch import nn
 from lord_quant.errors import CalibrationError
 from lord_quant.kept import Batches, Keep, Kept
 from lord_quant.moments import PairedAccumulator, PairedMoments
+from lord_quant.residual import find_writers, stream_in_front
 from lord_quant.stream import BlockCall, Ending, Replay, StopForward, first_of
 from lord_quant.targets import dense_bias, dense_weight
 
@@ -40,7 +41,7 @@ class Inputs:
     """What the dense stream leaves behind in a block: its layers' distinct inputs, in the order in which layers are called.
 
     Where an input feeds one layer alone and is wider than that layer's output (the second of an MLP), the output is kept
-    instead, without its bias.
+    instead, without its bias. Of a layer that writes to the residual stream, the stream behind it is, without its bias.
 
     Args:
         prefix: Path of the block and a dot; completes layer names in errors.
@@ -53,11 +54,16 @@ class Inputs:
         self.batches: dict[str, Batches] = {}
         self.num_values: Counter[str] = Counter()
         self.as_outputs: set[str] = set()
+        self.writers: dict[str, str] = {}
         self.endings: dict[str, Ending] = {}
 
     def members(self, leader: str) -> list[str]:
         """Returns the layers fed the same tensor as `leader`."""
         return [name for name, first in self.leader.items() if first == leader]
+
+    def makes_up(self, name: str) -> bool:
+        """Tells whether a layer writes to the residual stream and makes up for what it lacks."""
+        return name in self.writers and name in self.as_outputs
 
     def add(self, leader: str, left: torch.Tensor) -> None:
         """Adds what the dense stream leaves behind of one more batch."""
@@ -78,7 +84,9 @@ class Inputs:
         self.batches[leader] = Batches(self.keep)
 
 
-def record_inputs(dense: nn.Module, run: Runner, layers: Sequence[str], prefix: str, *, outputs: bool) -> Inputs:
+def record_inputs(
+    dense: nn.Module, run: Runner, layers: Sequence[str], prefix: str, *, outputs: bool, residual: bool
+) -> Inputs:
     """Runs the dense block once, keeps what its layers are fed, and moves the dense stream on.
 
     Args:
@@ -86,7 +94,8 @@ def record_inputs(dense: nn.Module, run: Runner, layers: Sequence[str], prefix: 
         run: Runs it on the dense stream.
         layers: Layers to be compressed, by path inside the block.
         prefix: Path of the block and a dot.
-        outputs: Whether outputs may be kept instead of wide inputs.
+        outputs: Whether outputs may be kept instead of inputs.
+        residual: Whether layers that write to the residual stream make up for what it lacks (`residual.py`).
 
     Raises:
         CalibrationError: No token reached a layer, or one was not called once per batch with the same input.
@@ -109,12 +118,21 @@ def record_inputs(dense: nn.Module, run: Runner, layers: Sequence[str], prefix: 
             parted.add(name)
 
     narrowing = [name for name in layers if outputs and operator.lt(*dense_weight(dense.get_submodule(name)).shape)]
-    with _watch(dense, layers, observe), _products(dense, narrowing, leaving), _endings(dense, layers, endings):
+    if outputs and residual and run.stream:
+        inputs.writers = find_writers(dense, lambda: run.stream[0].run(dense, run.kind))
+        narrowing += [name for name in layers if name in inputs.writers and name not in narrowing]
+    with (
+        _watch(dense, layers, observe),
+        _products(dense, narrowing, leaving),
+        _endings(dense, layers, endings),
+        stream_in_front(dense, inputs.writers) as in_front,
+    ):
         for count, batch in enumerate(run.stream, start=1):
             batch.hidden = batch.run(dense, run.kind)
             inputs.as_outputs = {name for name in narrowing if inputs.members(name) == [name]}
             for name, x in entering.items():
-                inputs.add(name, leaving[name] if name in inputs.as_outputs else x)
+                left = leaving[name] if name in inputs.as_outputs else x
+                inputs.add(name, left + in_front(name) if inputs.makes_up(name) else left)
             parted |= {name for name in inputs.leader if calls[name] != count}
             entering.clear()
             leaving.clear()
@@ -169,13 +187,14 @@ def gather(
             )
         if name not in accumulators:
             accumulators[name] = PairedAccumulator(x.shape[-1], dtype, x.device, dense.shape[-1])
-        accumulators[name].update(dense if paired else x, x)
+        aim = dense - in_front(name) if inputs.makes_up(name) else dense
+        accumulators[name].update(aim if paired else x, x)
         counts[name] += 1
         run.replay.leave(name, x)
         if name == stage[-1]:
             raise StopForward
 
-    with _watch(block, stage, observe):
+    with _watch(block, stage, observe), stream_in_front(block, inputs.writers) as in_front:
         for _ in run(block, ours):
             pass
     return {

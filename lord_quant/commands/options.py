@@ -40,6 +40,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "damp_percent": ("gptq", "damp_percent"),
     "mse": ("gptq", "mse"),
     "anchor": ("joint", "anchor"),
+    "residual": ("joint", "residual"),
     "rotate": ("joint", "rotate"),
     "refit": ("joint", "refit"),
     "order": ("joint", "order"),
@@ -125,6 +126,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     )
     ideas = {
         "anchor": "aim at the dense model's outputs from the compressed model's inputs",
+        "residual": "where a layer writes to the residual stream, aim at the dense model's stream",
         "rotate": "rotate the bottleneck",
         "refit": "give the second factor its optimum for the quantized first",
         "deflate": "quantize down modulo what the refit absorbs",

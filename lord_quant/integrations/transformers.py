@@ -52,7 +52,9 @@ _FIXED = {
     "module_name_preceding_first_block": None,
     "modules_in_block_to_quantize": None,
 }
-_JOINT_KEYS = ("anchor", "rotate", "refit", "order", "deflate", "refine", "two_sided", "fisher", "fisher_samples")
+_JOINT_KEYS = (
+    "anchor", "residual", "rotate", "refit", "order", "deflate", "refine", "two_sided", "fisher", "fisher_samples",
+)  # fmt: skip
 _BUDGET_KEYS = tuple(field.name for field in dataclasses.fields(BudgetConfig))
 _CHOSEN = {"bits": 4, "group_size": None, "form": "two_factor"}
 """What a budget chooses beside ranks, and what it is where nobody chose it."""
@@ -77,8 +79,8 @@ class LordGPTQConfig(GPTQConfig):
         mean_correction: Correct biases for the mean input.
         float64: Run statistics in float64.
         stack: `joint`, or `naive`: Optimum's GPTQ after the decomposition.
-        anchor, rotate, refit, order, deflate, refine, two_sided, fisher, fisher_samples: The ideas of the joint stack, see
-            `JointConfig`.
+        anchor, residual, rotate, refit, order, deflate, refine, two_sided, fisher, fisher_samples: The ideas of the joint
+            stack, see `JointConfig`.
         mse: Exponent of the search for scales; 0 for none.
         dataset: What `load_corpus` takes: a path, a hub name or `python-stdlib`.
         text_key: Field of the text in jsonl, parquet and hub datasets.
@@ -117,6 +119,7 @@ class LordGPTQConfig(GPTQConfig):
         float64: bool = False,
         stack: str = "joint",
         anchor: bool = True,
+        residual: bool = True,
         rotate: bool = True,
         refit: bool = True,
         order: str = "auto",
@@ -170,7 +173,8 @@ class LordGPTQConfig(GPTQConfig):
         self.ignore = [ignore] if isinstance(ignore, str) else list(ignore or [])
         self.form, self.force_rank, self.mean_correction, self.float64 = form, force_rank, mean_correction, float64
         self.stack, self.mse = stack, mse
-        self.anchor, self.rotate, self.refit, self.order = anchor, rotate, refit, order
+        self.anchor, self.residual, self.rotate = anchor, residual, rotate
+        self.refit, self.order = refit, order
         self.deflate, self.refine, self.two_sided = deflate, refine, two_sided
         self.fisher, self.fisher_samples = fisher, fisher_samples
         self.form_pattern = dict(form_pattern) if form_pattern else None
