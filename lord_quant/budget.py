@@ -13,13 +13,13 @@ import yaml
 
 from lord_quant import planner
 from lord_quant.budget_config import BudgetConfig
-from lord_quant.calibration import TokenWindows
+from lord_quant.calibration import TokenWindows, windows_at_once
 from lord_quant.checkpoint import atomic_file
 from lord_quant.config import FLOAT_BITS, LordConfig, read_yaml
 from lord_quant.errors import BudgetError, ConfigError
 from lord_quant.headers import weight_files
 from lord_quant.menu import DENSE, Choice, Menu, single
-from lord_quant.pipeline import backward_batches, plan_model, prepare
+from lord_quant.pipeline import fisher_windows, in_batches, plan_model, prepare
 from lord_quant.planner import Allocation
 from lord_quant.progress import Progress
 from lord_quant.residency import RESIDENT, Residency
@@ -90,16 +90,18 @@ def sense_model(
     config = dataclasses.replace(config, joint=dataclasses.replace(config.joint, fisher_samples=samples))
     sensitivities, slopes, seed = None, None, config.calibration.seed
     if config.joint.fisher:
-        batches = backward_batches(windows, config)
-        one, other = batches[::2], batches[1::2] or batches
+        passed = fisher_windows(windows, config)
+        one, other = in_batches(passed[::2]), in_batches(passed[1::2]) or in_batches(passed)
         sensitivities = (
             Sensitivity.measure(model, one, seed=2 * seed, residency=residency, progress=progress),
             Sensitivity.measure(model, other, seed=2 * seed + 1, residency=residency, progress=progress),
         )
         slopes = Slope.measure(model, one, residency, progress), Slope.measure(model, other, residency, progress)
+    # By windows, so that both passes cut the text alike however they batch it.
+    size = config.calibration.batch_size or windows_at_once(windows.input_ids.shape[1])
     return measure_statistics(
         model,
-        windows.batches(config.calibration.batch_size),
+        (in_batches(windows.input_ids[::2], size), in_batches(windows.input_ids[1::2], size)),
         sensitivities,
         slopes,
         gptq=unplanned(config).gptq,

@@ -299,7 +299,12 @@ def fisher_windows(windows: TokenWindows, config: LordConfig) -> torch.Tensor:
 
 def backward_batches(windows: TokenWindows, config: LordConfig) -> list[torch.Tensor]:
     """Returns the windows of the backward pass in batches of about `PASS_TOKENS`."""
-    return list(fisher_windows(windows, config).split(max(1, PASS_TOKENS // windows.input_ids.shape[1])))
+    return in_batches(fisher_windows(windows, config))
+
+
+def in_batches(input_ids: torch.Tensor, size: int | None = None) -> list[torch.Tensor]:
+    """Splits windows into batches of so many, None: of about `PASS_TOKENS`; none if there are no windows."""
+    return list(input_ids.split(size or max(1, PASS_TOKENS // input_ids.shape[1]))) if len(input_ids) else []
 
 
 def _compress_naively(

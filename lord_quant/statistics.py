@@ -33,7 +33,7 @@ from lord_quant.stream import block_kinds, capture
 from lord_quant.targets import LinearSite, dense_weight, find_blocks, find_linears, siblings
 
 
-VERSION = 4
+VERSION = 5
 JOINED = "+"
 """Joins the names of layers with one input."""
 METADATA = "lord_statistics"
@@ -67,7 +67,7 @@ class Statistics(NamedTuple):
 @torch.no_grad()
 def measure_statistics(
     model: nn.Module,
-    batches: Sequence[torch.Tensor],
+    halves: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]],
     sensitivities: tuple[Sensitivity, Sensitivity] | None,
     slopes: tuple[Slope, Slope] | None,
     *,
@@ -84,7 +84,8 @@ def measure_statistics(
 
     Args:
         model: A loaded dense model in evaluation mode.
-        batches: Token windows with shape (batch, seq_len), all without padding.
+        halves: Token windows of either half of the text with shape (batch, seq_len), all without padding; the other one may
+            be empty, and losses are then those of the text that chose.
         sensitivities: How much the loss minds errors in outputs, from either half of the text; used up. None counts output
             errors alike.
         slopes: Those of the loss of either half; used up. None counts the loss as flat.
@@ -103,7 +104,7 @@ def measure_statistics(
     """
     blocks, sites = find_blocks(model), find_linears(model)
     kinds = block_kinds(model, len(blocks.modules))
-    stream = capture(model, blocks.modules, kinds, batches, residency)
+    streams = [capture(model, blocks.modules, kinds, half, residency) for half in halves if half]
     settings: dict[str, Any] = {"mean_correction": mean_correction, "gptq": gptq, "options": options}
     losses: dict[str, LayerLoss] = {}
     groups: dict[tuple[str, ...], LayerLoss] = {}
@@ -116,13 +117,12 @@ def measure_statistics(
                 minded = [each.of_block(index, block, kinds[index], list(layers), dtype) for each in sensitivities or ()]
                 steep = [each.of_block(index, block, kinds[index], list(layers), dtype) for each in slopes or ()]
                 moments = []
-                for part in (stream[::2], stream[1::2]):
+                for stream in streams:
                     with gather({name: block.get_submodule(name) for name in layers}, dtype) as gathered:
-                        for batch in part:
+                        for batch in stream:
                             batch.hidden = batch.run(block, kinds[index])
-                    if part:
-                        moments.append(gathered.results(prefix))
-                        leaders = gathered.leader
+                    moments.append(gathered.results(prefix))
+                    leaders = gathered.leader
                 together = [
                     [site.name.removeprefix(prefix) for site in found]
                     for found in siblings(list(layers.values()))
@@ -135,10 +135,10 @@ def measure_statistics(
                     first, second = metrics or (None, None)
                     falls = [_stacked(each, weights) for each in steep]
                     one, other = falls or (None, None)
-                    halves = Half(moments[0][names[0]], first, one), Half(moments[-1][names[0]], second, other)
+                    seen = Half(moments[0][names[0]], first, one), Half(moments[-1][names[0]], second, other)
                     has_bias, number = all(layers[name].has_bias for name in names), len(losses) + len(groups)
                     try:
-                        loss = probe(weight, halves, has_bias=has_bias, seed=seed * 2 * len(sites) + number, **settings)
+                        loss = probe(weight, seen, has_bias=has_bias, seed=seed * 2 * len(sites) + number, **settings)
                     except NumericsError as error:
                         raise NumericsError(f"layer {prefix + names[0]!r}: {error}") from error
                     if len(names) == 1:

@@ -35,10 +35,11 @@ GPTQ, OPTIONS = GptqConfig(), JointConfig(refine=1)
 
 
 def measured(model: Any, fisher: bool = True, **changes: Any) -> Statistics:
-    halves = Sensitivity.measure(model, BATCHES[::2], seed=0), Sensitivity.measure(model, BATCHES[1::2], seed=1)
+    text = BATCHES[::2], BATCHES[1::2]
+    halves = Sensitivity.measure(model, text[0], seed=0), Sensitivity.measure(model, text[1], seed=1)
     slopes = Slope.measure(model, BATCHES[::2]), Slope.measure(model, BATCHES[1::2])
     settings: dict[str, Any] = {"gptq": GPTQ, "options": OPTIONS, "origin": {"seed": 0}, "dtype": torch.float64} | changes
-    return measure_statistics(model, BATCHES, halves if fisher else None, slopes if fisher else None, **settings)
+    return measure_statistics(model, text, halves if fisher else None, slopes if fisher else None, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,7 @@ LAYER = "model.layers.0.mlp.up_proj"
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        (lambda about, tensors: about.update(version=99), r"^statistics .* have version 99; wanted 4: measure again$"),
+        (lambda about, tensors: about.update(version=99), r"^statistics .* have version 99; wanted 5: measure again$"),
         (lambda about, tensors: tensors.pop(LAYER), "up_proj"),
         (lambda about, tensors: tensors.update({LAYER: tensors[LAYER][:, 1:].clone()}), "does not fit its layer"),
         (lambda about, tensors: tensors[LAYER].fill_(torch.nan), "does not fit its layer"),
