@@ -98,10 +98,9 @@ class CalibrationConfig:
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        problems = []
-        for name in ("num_samples",) if self.batch_size is None else ("num_samples", "batch_size"):
-            if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
-                problems.append(f"{name} is {getattr(self, name)!r}; wanted an integer of at least 1")
+        counts = {"num_samples": self.num_samples, "batch_size": 1 if self.batch_size is None else self.batch_size}
+        wrong = {name: count for name, count in counts.items() if not _is_int(count) or count < 1}
+        problems = [f"{name} is {count!r}; wanted an integer of at least 1" for name, count in wrong.items()]
         if self.seq_len is not None and (not _is_int(self.seq_len) or self.seq_len < 2):
             problems.append(f"seq_len is {self.seq_len!r}; wanted an integer of at least 2")
         if not _is_int(self.seed) or self.seed < 0:
@@ -230,7 +229,7 @@ class JointConfig:
 
     Attributes:
         anchor: Aim at the dense model's outputs from the compressed model's inputs.
-        residual: Where a layer writes to the residual stream, at the dense model's stream; needs `anchor`.
+        residual: Where layers write to the residual stream, at the dense one; needs `anchor` and `true_sequential`.
         rotate: Rotate the bottleneck.
         refit: Give the second factor its optimum for the quantized first.
         order: Which factor is quantized first: `auto`, `down_first` or `up_first`.
@@ -257,8 +256,7 @@ class JointConfig:
         problems += choice_problems("order", self.order, ORDERS)
         if not _is_int(self.refine) or not 0 <= self.refine <= 100:
             problems.append(f"refine is {self.refine!r}; wanted a number of sweeps from 0 to 100, such as 2")
-        samples = self.fisher_samples
-        if samples is not None and (not _is_int(samples) or samples < 1):
+        if (samples := self.fisher_samples) is not None and (not _is_int(samples) or samples < 1):
             problems.append(f"fisher_samples is {samples!r}; wanted a positive number of windows, such as 8")
         _check(problems, "joint")
 

@@ -128,7 +128,7 @@ class JointRun:
             minded = self.sensitivity.of_block(index, dense, kind, asked, self.dtype)
         keep = self.residency.keep
         run = Runner(self.stream, kind, Replay(block, keep), keep)
-        anchor, residual = self.options.anchor, self.options.residual
+        anchor, residual = self.options.anchor, self.options.residual and self.true_sequential
         inputs = record_inputs(dense, run, list(layers), prefix, outputs=anchor, residual=residual)
         run.replay.endings = inputs.endings
         groups = _groups(layers, inputs)

@@ -15,7 +15,7 @@ from torch import nn
 from lord_quant.errors import CalibrationError
 from lord_quant.kept import Batches, Keep, Kept
 from lord_quant.moments import PairedAccumulator, PairedMoments
-from lord_quant.residual import find_writers, stream_in_front
+from lord_quant.residual import watched
 from lord_quant.stream import BlockCall, Ending, Replay, StopForward, first_of
 from lord_quant.targets import dense_bias, dense_weight
 
@@ -41,7 +41,8 @@ class Inputs:
     """What the dense stream leaves behind in a block: its layers' distinct inputs, in the order in which layers are called.
 
     Where an input feeds one layer alone and is wider than that layer's output (the second of an MLP), the output is kept
-    instead, without its bias. Of a layer that writes to the residual stream, the stream behind it is, without its bias.
+    instead, without its bias. Of a layer that makes up for what the residual stream lacks it is the stream behind it, again
+    without that bias.
 
     Args:
         prefix: Path of the block and a dot; completes layer names in errors.
@@ -55,15 +56,12 @@ class Inputs:
         self.num_values: Counter[str] = Counter()
         self.as_outputs: set[str] = set()
         self.writers: dict[str, str] = {}
+        self.makes_up: set[str] = set()
         self.endings: dict[str, Ending] = {}
 
     def members(self, leader: str) -> list[str]:
         """Returns the layers fed the same tensor as `leader`."""
         return [name for name, first in self.leader.items() if first == leader]
-
-    def makes_up(self, name: str) -> bool:
-        """Tells whether a layer writes to the residual stream and makes up for what it lacks."""
-        return name in self.writers and name in self.as_outputs
 
     def add(self, leader: str, left: torch.Tensor) -> None:
         """Adds what the dense stream leaves behind of one more batch."""
@@ -118,21 +116,21 @@ def record_inputs(
             parted.add(name)
 
     narrowing = [name for name in layers if outputs and operator.lt(*dense_weight(dense.get_submodule(name)).shape)]
-    if outputs and residual and run.stream:
-        inputs.writers = find_writers(dense, lambda: run.stream[0].run(dense, run.kind))
-        narrowing += [name for name in layers if name in inputs.writers and name not in narrowing]
-    with (
-        _watch(dense, layers, observe),
-        _products(dense, narrowing, leaving),
-        _endings(dense, layers, endings),
-        stream_in_front(dense, inputs.writers) as in_front,
-    ):
+    with _watch(dense, layers, observe), _products(dense, narrowing, leaving), _endings(dense, layers, endings):
         for count, batch in enumerate(run.stream, start=1):
-            batch.hidden = batch.run(dense, run.kind)
-            inputs.as_outputs = {name for name in narrowing if inputs.members(name) == [name]}
+            looking = count == 1 and outputs and residual
+            with watched(dense, None if looking else inputs.writers) as passed:
+                batch.hidden = batch.run(dense, run.kind)
+            if looking:
+                inputs.writers = passed.writers(batch.hidden)
+            inputs.makes_up = {name for name in inputs.writers if inputs.members(name) == [name]}
+            inputs.as_outputs = inputs.makes_up | {name for name in narrowing if inputs.members(name) == [name]}
             for name, x in entering.items():
-                left = leaving[name] if name in inputs.as_outputs else x
-                inputs.add(name, left + in_front(name) if inputs.makes_up(name) else left)
+                if name in inputs.makes_up:
+                    bias = dense_bias(dense.get_submodule(name))
+                    inputs.add(name, passed.behind(name) - (0.0 if bias is None else bias))
+                else:
+                    inputs.add(name, leaving[name] if name in inputs.as_outputs else x)
             parted |= {name for name in inputs.leader if calls[name] != count}
             entering.clear()
             leaving.clear()
@@ -187,14 +185,14 @@ def gather(
             )
         if name not in accumulators:
             accumulators[name] = PairedAccumulator(x.shape[-1], dtype, x.device, dense.shape[-1])
-        aim = dense - in_front(name) if inputs.makes_up(name) else dense
+        aim = dense - passed.in_front(name) if name in inputs.makes_up else dense
         accumulators[name].update(aim if paired else x, x)
         counts[name] += 1
         run.replay.leave(name, x)
         if name == stage[-1]:
             raise StopForward
 
-    with _watch(block, stage, observe), stream_in_front(block, inputs.writers) as in_front:
+    with _watch(block, stage, observe), watched(block, inputs.writers) as passed:
         for _ in run(block, ours):
             pass
     return {

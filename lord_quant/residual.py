@@ -11,7 +11,8 @@ model's stream in front of the addition and h′ the compressed model's, it aims
 
 in place of y. In the least squares of `stack.py`, step 1, that is E[(h − h′) x′ᵀ] added to W C: no byte is added, and no
 pass. An MLP's last layer sees more features than the stream has, and errors of earlier layers are functions of what it
-sees; so a good part can be taken back.
+sees; so a good part can be taken back. Not where layers of a block are compressed all at once (`true_sequential` off): each
+would take back the same, seen in inputs that are about to change.
 
 Which layers write is seen, not known by name: each is the end of a part of the block (attention, MLP), and h plus what
 these parts return is what the block returns. Blocks that do otherwise (a norm behind a layer, scaled residuals, experts)
@@ -20,7 +21,7 @@ have no writers, and every layer aims at its own y there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -37,20 +38,89 @@ SCALE = 0.01
 """By which share of itself a summand may differ from what the block adds, on average: more is a scaled residual."""
 
 
-def find_writers(block: nn.Module, run: Callable[[], torch.Tensor]) -> dict[str, str]:
-    """Finds the layers whose outputs a block adds to its hidden states.
+class Passed:
+    """What a pass of a block over one batch shows of its residual stream.
+
+    Attributes:
+        entered: The hidden states that entered the block.
+        returned: What parts of the block returned, as it was then, by the layer each ends in, in calling order.
+        parts: Those parts, likewise, by path inside the block.
+    """
+
+    def __init__(self) -> None:
+        self.entered: torch.Tensor
+        self.returned: dict[str, torch.Tensor] = {}
+        self.parts: dict[str, str] = {}
+
+    def in_front(self, writer: str) -> torch.Tensor:
+        """Returns the stream in front of a writer, in float32 or better."""
+        stream = self.entered.to(torch.promote_types(self.entered.dtype, torch.float32))
+        for layer, output in self.returned.items():
+            if layer == writer:
+                break
+            stream = stream + output
+        return stream
+
+    def behind(self, writer: str) -> torch.Tensor:
+        """Returns the stream behind a writer, in float32 or better."""
+        return self.in_front(writer) + self.returned[writer]
+
+    def writers(self, left: torch.Tensor) -> dict[str, str]:
+        """Returns the writers, if the block returned its hidden states plus what the parts seen did; else none.
+
+        Args:
+            left: The hidden states that left the block.
+
+        Returns:
+            The part that returns a layer's output by the layer's path, both inside the block, in calling order.
+        """
+        rounding = ROUNDING * torch.finfo(left.dtype).eps
+        missing, size = left.double() - self.entered.double(), self.entered.double().abs()
+        for output in self.returned.values():
+            missing -= output.double()
+            size += output.double().abs()
+        if not bool((missing.abs() <= rounding * size).all()):
+            return {}
+        # In a stream that is much larger than what is added to it, rounding would hide a factor; on average it does not.
+        scales = (float((missing * y).sum() / y.double().square().sum()) for y in self.returned.values())
+        return dict(self.parts) if all(abs(scale) <= SCALE for scale in scales) else {}
+
+
+@contextmanager
+def watched(block: nn.Module, writers: Mapping[str, str] | None = None) -> Iterator[Passed]:
+    """Watches the residual stream while the block runs on batches, one after another.
 
     Args:
-        block: The dense block.
-        run: Runs it on a batch and returns the hidden states that leave it.
-
-    Returns:
-        The part that returns a layer's output by the layer's path, both inside the block, in calling order. Empty if the
-        block does not return its hidden states plus what these parts do.
+        block: The block, dense or compressed; its parts may be replayed.
+        writers: What `Passed.writers` returned. None looks at every part that returns what one of its layers does, as it
+            is, with the stream's shape; of parts inside each other at the outer one.
     """
+    passed = Passed()
+
+    def enter(module: nn.Module, args: Any) -> None:
+        passed.entered = args[0]
+        passed.returned.clear()
+
+    def returning(writer: str) -> Any:
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            passed.returned[writer] = first_of(output).clone()  # the block may add into it
+
+        return note
+
+    with ExitStack() as hooks:
+        if writers is None or writers:
+            hooks.callback(block.register_forward_pre_hook(enter).remove)
+        if writers is None:
+            hooks.enter_context(_looking(block, passed))
+        for writer, part in (writers or {}).items():
+            hooks.callback(block.get_submodule(part).register_forward_hook(returning(writer)).remove)
+        yield passed
+
+
+@contextmanager
+def _looking(block: nn.Module, passed: Passed) -> Iterator[None]:
+    """Notes parts that return what one of their layers does, and what they return."""
     latest: dict[str, tuple[torch.Tensor, int]] = {}
-    parts: dict[str, tuple[str, torch.Tensor]] = {}
-    entered: list[torch.Tensor] = []
 
     def leaving(layer: str) -> Any:
         def note(module: nn.Module, args: Any, output: torch.Tensor) -> None:
@@ -60,74 +130,18 @@ def find_writers(block: nn.Module, run: Callable[[], torch.Tensor]) -> dict[str,
 
     def closing(part: str) -> Any:
         def note(module: nn.Module, args: Any, output: Any) -> None:
-            for inner in [layer for layer, (own, _) in parts.items() if own.startswith(part + ".")]:
-                del parts[inner]
+            for inner in [layer for layer, own in passed.parts.items() if own.startswith(part + ".")]:
+                del passed.parts[inner], passed.returned[inner]
             first = first_of(output)
             for layer, (tensor, version) in latest.items():
-                if first is tensor and first._version == version and first.shape == entered[0].shape:
-                    parts[layer] = part, first.clone()
+                if first is tensor and first._version == version and first.shape == passed.entered.shape:
+                    passed.parts[layer], passed.returned[layer] = part, first.clone()
 
         return note
 
     with ExitStack() as hooks:
-        hooks.callback(block.register_forward_pre_hook(lambda module, args: entered.append(args[0])).remove)
         for name, module in block.named_modules():
             if name:
                 hook = leaving(name) if is_linear(module) else closing(name)
                 hooks.callback(module.register_forward_hook(hook).remove)
-        left = run()
-    outputs = {layer: output for layer, (_, output) in parts.items()}
-    if not outputs or not _is_sum(left, entered[0], outputs):
-        return {}
-    return {layer: part for layer, (part, _) in parts.items()}
-
-
-def _is_sum(left: torch.Tensor, entered: torch.Tensor, outputs: Mapping[str, torch.Tensor]) -> bool:
-    """Tells whether what left a block is what entered it plus outputs, but for rounding."""
-    rounding = ROUNDING * torch.finfo(left.dtype).eps
-    missing, size = left.double() - entered.double(), entered.double().abs()
-    for output in outputs.values():
-        missing -= output.double()
-        size += output.double().abs()
-    if not bool((missing.abs() <= rounding * size).all()):
-        return False
-    # In a stream that is much larger than what is added to it, rounding would hide a factor; on average it does not.
-    scales = (float((missing * output).sum() / output.double().square().sum()) for output in outputs.values())
-    return all(abs(scale) <= SCALE for scale in scales)
-
-
-@contextmanager
-def stream_in_front(block: nn.Module, writers: Mapping[str, str]) -> Iterator[Callable[[str], torch.Tensor]]:
-    """Yields what gives the stream in front of a writer, in float32 or better, while or after the block runs on a batch.
-
-    Args:
-        block: The block, dense or compressed; its parts may be replayed.
-        writers: What `find_writers` returns.
-    """
-    entered: list[torch.Tensor] = []
-    returned: dict[str, torch.Tensor] = {}
-
-    def enter(module: nn.Module, args: Any) -> None:
-        entered[:] = [args[0]]
-        returned.clear()
-
-    def returning(part: str) -> Any:
-        def note(module: nn.Module, args: Any, output: Any) -> None:
-            returned[part] = first_of(output).clone()  # the block may add into it
-
-        return note
-
-    def in_front(writer: str) -> torch.Tensor:
-        stream = entered[0].to(torch.promote_types(entered[0].dtype, torch.float32))
-        for layer, part in writers.items():
-            if layer == writer:
-                break
-            stream = stream + returned[part]
-        return stream
-
-    with ExitStack() as hooks:
-        if writers:
-            hooks.callback(block.register_forward_pre_hook(enter).remove)
-        for part in writers.values():
-            hooks.callback(block.get_submodule(part).register_forward_hook(returning(part)).remove)
-        yield in_front
+        yield

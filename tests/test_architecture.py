@@ -40,6 +40,7 @@ LAYERS = [
         "sensitivity",
         "stack",
         "stream",
+        "residual",
         "pairing",
         "crossfit",
         "probe",

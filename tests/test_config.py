@@ -60,6 +60,7 @@ CONFIGS = [
         ),
         joint=JointConfig(
             anchor=False,
+            residual=False,
             rotate=False,
             refit=False,
             order="up_first",
@@ -177,7 +178,7 @@ def test_all_unknown_keys_of_a_mapping_are_named_with_the_known_ones() -> None:
         (JointConfig, {"refine": True}, ["refine is True"]),
         *(
             (JointConfig, {name: 1}, [f"{name} is 1", "true or false"])
-            for name in ("anchor", "rotate", "refit", "deflate", "fisher")
+            for name in ("anchor", "residual", "rotate", "refit", "deflate", "two_sided", "fisher")
         ),
         (LowrankConfig, {"rank_ratio": 0.5, "form": "pivot"}, ["form is 'pivot'", "did you mean 'pivoted'"]),
         (LowrankConfig, {"rank_ratio": 0.5, "form": None}, ["form is None", "two_factor, pivoted"]),

@@ -16,8 +16,16 @@ def test_every_flag_of_the_stack_lands_in_its_place(box: Box) -> None:
     quantize_command.add_arguments(parser)
     usual = config_from(parser.parse_args(box.arguments()))
     assert (usual.stack, usual.lowrank.form, usual.gptq.sym, usual.gptq.mse) == ("joint", "two_factor", False, 2.0)
-    ideas = ["anchor", "rotate", "refit", "deflate", "fisher"]
-    flags = [*(f"--no-{idea}" for idea in ideas), "--order", "up_first", "--refine", "5", "--form", "pivoted"]
+    ideas = ["anchor", "residual", "rotate", "refit", "deflate", "two_sided", "fisher"]
+    flags = [
+        *(f"--no-{idea.replace('_', '-')}" for idea in ideas),
+        "--order",
+        "up_first",
+        "--refine",
+        "5",
+        "--form",
+        "pivoted",
+    ]
     flags += ["--mse", "2.4", "--sym", "--stack", "naive"]
     changed = config_from(parser.parse_args([*box.arguments(), *flags]))
     for idea in ideas:
