@@ -172,7 +172,7 @@ def damped_right_solve(
     """
     require_finite(right, "right-hand side of a solve")
     require_finite(matrix, "matrix of a solve")
-    mean, asked = matrix.diagonal().mean(), fraction
+    mean, asked = matrix.diagonal().double().mean(), fraction  # the sum of many loud channels overflows float32
     if mean <= 0:
         return torch.zeros_like(right)
     while fraction <= 1:

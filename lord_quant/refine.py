@@ -14,8 +14,9 @@ Codes. For fixed scales, coordinate descent: with R = (Ŵ − W) H the best valu
 ŵ_j − R_j / H_jj; it is rounded to its grid, and R follows. One sweep costs what the solver costs. (Coordinate descent on
 the GPTQ objective: QuantEase, arXiv 2309.01885.)
 
-Neither step can increase f but for the rounding of scales to float16, in which they are stored. H is damped a little
-(`DAMPING`), so that directions the calibration never saw do not run away.
+Neither step can increase f but for the rounding of scales to float16, in which they are stored, and for scales that keep
+their old value because the best one is far off, which happens in groups of a few columns. H is damped a little (`DAMPING`),
+so that directions the calibration never saw do not run away.
 """
 
 from __future__ import annotations
@@ -114,6 +115,10 @@ def refine(
     return quantized._replace(codes=codes[back].T.contiguous(), scales=scales.T.contiguous())
 
 
+SYSTEM_VALUES = 2**25
+"""Values of the systems for scales, (groups, groups, rows), at a time: some 700 MB with what solving them takes."""
+
+
 class _Damped(NamedTuple):
     """H / μ + `DAMPING` · I with μ the mean of H's diagonal; no copy of H is made.
 
@@ -145,6 +150,10 @@ def _fit_scales(
 ) -> torch.Tensor:
     """Returns the best scales, with shape (groups, m), for steps q − z with shape (n, m), in float64."""
     count, height = scales.shape
+    at_once = max(1, SYSTEM_VALUES // count**2)
+    if height > at_once:
+        parts = zip(*(each.split(at_once, dim=1) for each in (pull, steps, scales)), strict=True)
+        return torch.cat([_fit_scales(own, metric, step, scale, groups) for own, step, scale in parts], dim=1)
     ranges = list(_ranges(groups.tolist()))
     system, right = steps.new_zeros(count, count, height), torch.zeros_like(scales)
     for place, (group, (start, stop)) in enumerate(ranges):

@@ -142,7 +142,9 @@ class Gptq:
             codes[begin:end], missed = _round_group(group, begin, feedback, scale, zero, largest, rows)
             scales[groups[begin]], zeros[groups[begin]] = scale, zero
             errors = missed.mul_(scale / pivots)
-            loss += float(errors.double().square().sum())
+            # Behind rows that have moved, an error costs what is left of its row's own weight.
+            own = errors if coupling is None else errors * coupling.root.diagonal()
+            loss += float(own.double().square().sum())
             if end < len(rest):
                 rest[end:].addmm_(feedback.rows(begin, end)[1].T, errors, alpha=-1)
         back = torch.argsort(order)

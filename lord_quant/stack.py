@@ -12,7 +12,8 @@ below is closed form on H and C.
 
        T = W + W (C − H)(H + λI)⁻¹
 
-   so that damping pulls towards W, not towards zero. Expanding the square around T, E‖W x − Ŵ x′‖² = ‖Ŵ − T‖²_H + const
+   so that damping pulls towards W, not towards zero. (A layer that writes to the residual stream aims at that instead:
+   `residual.py` adds to W C what the stream lacks.) Expanding the square around T, E‖W x − Ŵ x′‖² = ‖Ŵ − T‖²_H + const
    with ‖D‖²_H = tr D H Dᵀ: from here on T replaces W, and H is the only metric. (Same form for a layer that stays dense.
    Compare GPTAQ, arXiv 2504.02692.)
 
@@ -253,21 +254,23 @@ def stack_two_factor(
         first = round_rows(quantize.up, up, seen_through(down, covariance), outside)
         grid = first.weight() if options.refit else up
         seen = grid if metric is None else metric @ grid
-        rows = grid.T @ seen
+        weights = grid.T @ seen
         if options.refit:
             # A backward stable solve with a metric whose damping bounds its condition: near the optimum in what it costs.
-            down = damped_right_solve(target.T @ seen, rows, 1e-7, note).T
-        second = round_rows(quantize.down, down, covariance, None if coupled is None else rows)
+            down = damped_right_solve(target.T @ seen, weights, 1e-7, note).T
+        second = round_rows(quantize.down, down, covariance, None if coupled is None else weights)
         return {".down": second, ".up": first}
     left = deflated(covariance, down, note=note) if absorbing else covariance
-    return _down_first(target, covariance, down, up, _Metrics(left, coupled), quantize, options.refit, note)
+    rows = None if coupled is None else symmetric_product(up.T @ coupled, up)
+    return _down_first(target, covariance, down, up, _Metrics(left, coupled, rows), quantize, options.refit, note)
 
 
 class _Metrics(NamedTuple):
-    """What errors of `down` cost by its inputs, and errors of `up` by its outputs; None counts those alike."""
+    """What errors cost: of `down` by its inputs, of `up` by its outputs, of `down` by its rows; None counts them alike."""
 
     inputs: torch.Tensor
     outputs: torch.Tensor | None
+    rows: torch.Tensor | None
 
 
 def _down_first(
@@ -281,8 +284,7 @@ def _down_first(
     note: Note | None = None,
 ) -> dict[str, Quantized]:
     """Quantizes `down`, then `up`, or its optimum for the quantized `down`, in the metric of the bottleneck."""
-    rows = None if metrics.outputs is None else symmetric_product(up.T @ metrics.outputs, up)
-    first = round_rows(quantize.down, down, metrics.inputs, rows)
+    first = round_rows(quantize.down, down, metrics.inputs, metrics.rows)
     grid = first.weight()
     if refit:
         up, seen = refit_up(target, covariance, grid, up, note=note)
@@ -303,14 +305,16 @@ def stack_pivoted(
     down, up, pivots, others = factors.down, factors.up, factors.pivots, factors.others()
     spread = target.new_zeros(len(target), len(down))
     spread[pivots], spread[others] = torch.eye(len(down)).to(spread), up
-    coupled = metric if options.two_sided else None
+    coupled = rows = metric if options.two_sided else None
     if coupled is not None:
         if options.order != "down_first" and options.deflate and options.refit:
             coupled = deflated(coupled, spread.T)
         coupled = coupled[others[:, None], others]
     if options.order == "down_first":
-        metrics = _Metrics(covariance, coupled)
-        return _down_first(target[others], covariance, down, up, metrics, quantize, options.refit)
+        rows = None if rows is None else symmetric_product(spread.T @ rows, spread)
+        return _down_first(
+            target[others], covariance, down, up, _Metrics(covariance, coupled, rows), quantize, options.refit
+        )
     first = round_rows(quantize.up, up, seen_through(down, covariance), coupled)
     if not options.refit:
         return {".down": quantize.down(down, covariance), ".up": first}

@@ -65,6 +65,9 @@ def round_rows(
         outputs: G with shape (m, m), symmetric positive definite; None counts outputs alike and quantizes all rows at once.
         steps: In how many steps, as many as there are rows at most; None: `num_steps`.
 
+    Returns:
+        What the solver makes; ``loss`` is tr G D H Dᵀ over its tokens, before polishing.
+
     Raises:
         NumericsError: The solver raises it, or G is not positive definite.
     """
@@ -74,21 +77,25 @@ def round_rows(
     steps = steps or num_steps(len(weight), on_gpu=not on_cpu)
     cost = outputs.diagonal() * (weight.square() @ hessian.diagonal())
     order = torch.argsort(cost, descending=True, stable=True)
-    feedback, _ = Feedback.of(outputs, outputs.diagonal().double().mean(), order, DAMPING, weight.dtype)
-    quantize, rest, parts = prepared(solve, hessian), weight[order], list[Quantized]()
+    size = outputs.diagonal().double().mean()
+    feedback, _ = Feedback.of(outputs, size, order, DAMPING, weight.dtype)
+    quantize, rest, parts, losses = prepared(solve, hessian), weight[order], list[Quantized](), list[float | None]()
     for chosen in torch.arange(len(rest)).tensor_split(min(steps, len(rest))):
         first, last = int(chosen[0]), int(chosen[-1]) + 1
         own, later = feedback.rows(first, last)
-        parts.append(quantize(rest[first:last], Coupling.of(own) if on_cpu and len(own) > 1 else None))
+        coupling = Coupling.of(own) if on_cpu and len(own) > 1 else None
+        parts.append(quantize(rest[first:last], coupling))
+        # A row alone counts by what is left of its own weight; several that do not hear of each other by the mean of that.
+        weight_left = 1.0 if coupling is not None else float(own.diagonal().double().pow(-2).mean())
+        losses.append(None if parts[-1].loss is None else weight_left * parts[-1].loss)
         missed = torch.linalg.solve_triangular(own.T, parts[-1].weight() - rest[first:last], upper=False)
         rest[last:].addmm_(later.T, missed)
     back = torch.argsort(order)
-    losses = [part.loss for part in parts]
     return parts[0]._replace(
         codes=torch.cat([part.codes for part in parts])[back],
         scales=torch.cat([part.scales for part in parts])[back],
         zeros=torch.cat([part.zeros for part in parts])[back],
-        loss=None if None in losses else sum(loss for loss in losses if loss is not None),
+        loss=None if None in losses else float(size) * sum(loss for loss in losses if loss is not None),
         damp_percent=max(part.damp_percent for part in parts),
         seconds=time.perf_counter() - start,
     )

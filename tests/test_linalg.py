@@ -166,6 +166,12 @@ def test_damped_right_solve_does_not_mind_units_in_float32(scale: float) -> None
     torch.testing.assert_close(found.double(), linalg.damped_right_solve(right, matrix, 0.01), rtol=1e-4, atol=1e-5)
 
 
+def test_a_diagonal_whose_sum_overflows_is_solved_too() -> None:
+    matrix = 1e36 * torch.eye(1000)
+    found = linalg.damped_right_solve(matrix[:2], matrix, 0.01)
+    torch.testing.assert_close(found, torch.eye(1000)[:2] / 1.01)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_damping_is_raised_until_a_singular_matrix_can_be_solved(dtype: torch.dtype) -> None:
     matrix = positive_semidefinite(10, 3).to(dtype)

@@ -92,6 +92,12 @@ def test_two_sided_rounding_lowers_the_error_where_outputs_are_coupled(form: str
     assert mean_error(form, shape, two_sided=True) == mean_error(form, shape, two_sided=False)  # nothing is known of them
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pivoted_rows_count_with_what_is_predicted_from_them_whichever_factor_is_first(shape: tuple[int, int]) -> None:
+    one, two = (mean_error("pivoted", shape, coupled=True, order="down_first", two_sided=both) for both in (False, True))
+    assert two < 0.6 * one
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", [(16, 32), (24, 24)])
 def test_what_the_refit_takes_back_need_not_be_avoided(shape: tuple[int, int], form: str) -> None:
