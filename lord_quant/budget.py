@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,12 @@ def _solver(config: LordConfig) -> dict[str, Any]:
     return gptq | joint | {"mean_correction": config.lowrank.mean_correction}
 
 
+def _rounded_up(value: float) -> str:
+    """Renders a bound so that it can be asked for: four digits, not below it."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 3) if value > 0 else 1.0
+    return f"{math.ceil(value / unit) * unit:.4g}"
+
+
 class Planner:
     """Plans one model for any budget; menus are made once.
 
@@ -220,12 +227,12 @@ class Planner:
             if largest.loss > budget.max_loss:
                 raise BudgetError(
                     f"no plan loses as little as {budget.max_loss:g} nats per token; what can be reached is "
-                    f"{largest.loss:.3g} to {smallest.loss:.3g}"
+                    f"{_rounded_up(largest.loss)} to {smallest.loss:.3g}"
                 )
             return self.plans.below(budget.max_loss)
         if budget.target_bpw is not None:
             allowed = budget.target_bpw * self.dense_weights / 8
-            reach = f"{self.bpw(smallest):.3f} to {self.bpw(largest):.3f} bits per weight"
+            reach = f"{_rounded_up(self.bpw(smallest))} to {self.bpw(largest):.3f} bits per weight"
         else:
             assert budget.size is not None  # exactly one is given
             allowed = budget.size - self.other_bytes

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from lord_quant.budget import Planner, apply_plan, read_plan, sense, sensed_samples, unplanned, write_plan
+from lord_quant.budget import Planner, _rounded_up, apply_plan, read_plan, sense, sensed_samples, unplanned, write_plan
 from lord_quant.budget_config import BudgetConfig
 from lord_quant.config import CalibrationConfig, JointConfig, LordConfig, LowrankConfig, merge
 from lord_quant.errors import BudgetError, ConfigError, LordError, RankError
@@ -112,6 +112,20 @@ def test_the_smallest_plan_below_a_loss_is_found(planner: Planner) -> None:
 def test_budgets_out_of_reach_say_what_can_be_reached(budget: BudgetConfig, error: str, planner: Planner) -> None:
     with pytest.raises(BudgetError, match=error):
         planner.choose(budget)
+
+
+@given(st.floats(1e-12, 1e6, exclude_min=True))
+def test_a_bound_that_is_told_is_rounded_up(value: float) -> None:
+    told = float(_rounded_up(value))
+    assert value * (1 - 1e-12) <= told <= value * 1.0011
+
+
+def test_a_bound_that_is_told_can_be_asked_for(planner: Planner) -> None:
+    for budget, field in ((BudgetConfig(target_bpw=0.1), "target_bpw"), (BudgetConfig(max_loss=1e-30), "max_loss")):
+        with pytest.raises(BudgetError) as caught:
+            planner.choose(budget)
+        told = float(str(caught.value).rpartition("can be reached is ")[2].split()[0])
+        assert planner.choose(BudgetConfig(**{field: told})).num_bytes > 0
 
 
 def test_the_frontier_leaves_out_what_cannot_be_reached(planner: Planner) -> None:
