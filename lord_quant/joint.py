@@ -129,7 +129,7 @@ class JointRun:
         keep = self.residency.keep
         run = Runner(self.stream, kind, Replay(block, keep), keep)
         anchor, residual = self.options.anchor, self.options.residual and self.true_sequential
-        inputs = record_inputs(dense, run, list(layers), prefix, outputs=anchor, residual=residual)
+        inputs = record_inputs(dense, run, list(layers), prefix, outputs=anchor, residual=residual, agree=self._agreed)
         run.replay.endings = inputs.endings
         groups = _groups(layers, inputs)
         sources = {name: dense.get_submodule(name) for name in layers}  # each is let go once it was compressed
@@ -158,6 +158,10 @@ class JointRun:
             with run.replay.of(_finished(layers, inputs.of_last(self.true_sequential))):
                 for batch, leaving in enumerate(run(block, self.ours)):
                     self.ours[batch] = leaving
+
+    def _agreed(self, writers: dict[str, str]) -> dict[str, str]:
+        """Returns the layers that write to the residual stream if all processes see the same ones, else none."""
+        return writers if all(seen == writers for seen in self.world.gather(writers)) else {}
 
     def _moments(self, block: nn.Module, run: Runner, inputs: Inputs, stage: Sequence[str]) -> dict[str, PairedMoments]:
         """Returns the moments of a stage's inputs over all processes, in float64 where their squares leave `dtype`.

@@ -83,7 +83,14 @@ class Inputs:
 
 
 def record_inputs(
-    dense: nn.Module, run: Runner, layers: Sequence[str], prefix: str, *, outputs: bool, residual: bool
+    dense: nn.Module,
+    run: Runner,
+    layers: Sequence[str],
+    prefix: str,
+    *,
+    outputs: bool,
+    residual: bool,
+    agree: Callable[[dict[str, str]], dict[str, str]] = dict,
 ) -> Inputs:
     """Runs the dense block once, keeps what its layers are fed, and moves the dense stream on.
 
@@ -94,6 +101,7 @@ def record_inputs(
         prefix: Path of the block and a dot.
         outputs: Whether outputs may be kept instead of inputs.
         residual: Whether layers that write to the residual stream make up for what it lacks (`residual.py`).
+        agree: Returns which layers all processes take to do so, given those of this one; called once.
 
     Raises:
         CalibrationError: No token reached a layer, or one was not called once per batch with the same input.
@@ -122,7 +130,7 @@ def record_inputs(
             with watched(dense, None if looking else inputs.writers) as passed:
                 batch.hidden = batch.run(dense, run.kind)
             if looking:
-                inputs.writers = passed.writers(batch.hidden)
+                inputs.writers = agree(passed.writers(batch.hidden))
             inputs.makes_up = {name for name in inputs.writers if inputs.members(name) == [name]}
             inputs.as_outputs = inputs.makes_up | {name for name in narrowing if inputs.members(name) == [name]}
             for name, x in entering.items():
