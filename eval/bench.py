@@ -59,7 +59,7 @@ class Layer(NamedTuple):
 
     def half(self, fisher: bool = True) -> Half:
         """Returns what it says of the layer if it is of half the text."""
-        return Half(self.moments, self.sensitivity, self.slope) if fisher else Half(self.moments, None)
+        return Half(self.moments, self.sensitivity, self.slope, self.num_labels) if fisher else Half(self.moments, None)
 
     @torch.no_grad()
     def predict(self, seed: int, *, fisher: bool = True, halves: tuple[Half, Half] | None = None) -> LayerLoss:

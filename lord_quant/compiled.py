@@ -7,6 +7,7 @@ of one dtype, float32 or float64. The innermost loops run over rows, which do no
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,9 +21,18 @@ TILE = 64
 
 def _compiled(loop: Callable[..., None]) -> Any:
     try:
-        return njit(cache=True, nogil=True)(loop)
+        kept = njit(cache=True, nogil=True)(loop)
     except RuntimeError:  # nothing can be written anywhere: every process compiles for itself
         return njit(nogil=True)(loop)
+
+    @functools.wraps(loop)
+    def run(*arguments: Any) -> None:
+        try:
+            kept(*arguments)
+        except OSError:  # it was compiled but could not be written, the disk is full: it has not run, and is there now
+            kept(*arguments)
+
+    return run
 
 
 @_compiled

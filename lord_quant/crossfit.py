@@ -39,11 +39,13 @@ class Half(NamedTuple):
         moments: Of its inputs.
         sensitivity: G with shape (m, m), or None where all outputs count alike.
         slope: Of the text's loss; None counts it as flat.
+        num_labels: Tokens whose gradients G is of; None takes it as it is.
     """
 
     moments: Moments
     sensitivity: torch.Tensor | None
     slope: Steepness | None = None
+    num_labels: int | None = None
 
 
 def crossed_tail(weight: torch.Tensor, halves: tuple[Half, Half], *, centred: bool) -> torch.Tensor:
@@ -65,7 +67,7 @@ def crossed_tail(weight: torch.Tensor, halves: tuple[Half, Half], *, centred: bo
 
 def _chosen_on(weight: torch.Tensor, fitted: Half, other: Half, centred: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns what truncation to every rank, chosen on one half, loses on the other: at second order and at first."""
-    metric = None if fitted.sensitivity is None else unit_metric(fitted.sensitivity.to(weight))
+    metric = None if fitted.sensitivity is None else unit_metric(fitted.sensitivity.to(weight), fitted.num_labels)
     if metric is None and fitted.sensitivity is not None:
         nothing = torch.zeros(min(weight.shape) + 1, dtype=torch.float64)  # the loss does not depend on it
         return nothing, nothing

@@ -14,7 +14,8 @@ as a product of the two. Factors are made at half rank, and each is rounded alon
 in float but given its optimum, as in the real stack; at 3/4 of the rank, at 3 bits, once more. What is lost beyond
 truncation, relative to the energy kept, is taken to add up over both factors, to follow a power of the rank (usually about
 1/r: solvers make more of many channels than of few), and to go with groups as the dense layer's noise does. The pivoted
-form is rounded once, at half rank and 3 bits, which tells how much noisier it is than two factors.
+form is rounded once, at half rank and 3 bits, which tells how much noisier it is than two factors. All are rounded in the
+metric that a run would believe in, and measured in the one that was seen.
 """
 
 from __future__ import annotations
@@ -152,19 +153,19 @@ def probe(
     weight = weight.to(covariance)
     require_finite(weight, "weight")
     metric = None if sensitivity is None else unit_metric(sensitivity.to(weight))
+    believed = None if sensitivity is None else unit_metric(sensitivity.to(weight), _labels_of(halves))
     unit = 0.5 * (1.0 if sensitivity is None else float(sensitivity.diagonal().double().mean()))
     seen = covariance if has_bias else covariance + torch.outer(mean, mean)  # a bias takes up errors of the mean
     fitting = [size for size in PROBED_GROUPS if weight.shape[1] % size == 0]
     usual = 64 if 64 in fitting else fitting[0]
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(weight), generator=generator)[:ROWS].sort().values.to(weight.device)
-    part, within = weight[rows], None if metric is None else metric[rows[:, None], rows]
+    part, within, coupled = weight[rows], _between(rows, metric), _between(rows, believed if options.two_sided else None)
 
     def solver(bits: int, group_size: int) -> Solver:
         return Polished(Gptq(replace(gptq, bits=bits), group_size, moments.num_tokens), options.refine)
 
     def noise(bits: int, group_size: int) -> float:
-        coupled = within if options.two_sided else None
         error = round_rows(solver(bits, group_size), part, seen, coupled).weight() - part
         return unit * energy(error, seen, within) * len(weight) / len(part)
 
@@ -181,9 +182,9 @@ def probe(
         ranks = [min(max(1, round(part * min(weight.shape) / step)) * step, min(weight.shape)) for part in PROBED_RANKS]
         cuts = [factors_of(weighed, spectrum, rank) for rank in ranks]
         del weighed  # as large as weight and metric
-        problem = _Problem(weight, joint, metric, spectrum.total(), options, seed)
+        problem = _Problem(weight, joint, metric, believed, spectrum.total(), options, seed)
         (down_shares, up_shares), (down_again, up_again) = (
-            _rounded(problem, factors, {bits: solver(bits, step) for bits in widths})
+            _rounded(problem, factors, {bits: solver(bits, step) for bits in widths}, groups[step])
             for factors, widths in zip(cuts, (PROBED_BITS, (GROUP_BITS,)), strict=True)
         )
         down = FactorNoise(ranks[0], down_shares, _slope(ranks, down_shares[GROUP_BITS], down_again[GROUP_BITS]))
@@ -201,13 +202,25 @@ def _mean_of(halves: tuple[Half, Half]) -> torch.Tensor | None:
     return None if first is None or second is None else (first + second) / 2
 
 
+def _labels_of(halves: tuple[Half, Half]) -> int | None:
+    """Returns on how many tokens that mean was measured."""
+    first, second = (half.num_labels for half in halves)
+    return None if first is None or second is None else first + second
+
+
+def _between(rows: torch.Tensor, metric: torch.Tensor | None) -> torch.Tensor | None:
+    """Returns what couples a few of the outputs."""
+    return None if metric is None else metric[rows[:, None], rows]
+
+
 class _Problem(NamedTuple):
     """A layer whose factors are rounded.
 
     Attributes:
         weight: W with shape (m, n).
         covariance: H with shape (n, n).
-        metric: G with shape (m, m), or None where all outputs count alike.
+        metric: G with shape (m, m), in which errors are measured; None where all outputs count alike.
+        believed: G as a run is given it, with less of what couples outputs by chance; or None.
         whole: What losing all of it would cost in that metric.
         options: How it is stacked.
         seed: Of rotations.
@@ -216,6 +229,7 @@ class _Problem(NamedTuple):
     weight: torch.Tensor
     covariance: torch.Tensor
     metric: torch.Tensor | None
+    believed: torch.Tensor | None
     whole: float
     options: JointConfig
     seed: int
@@ -226,28 +240,35 @@ class _Problem(NamedTuple):
 
     def two_factor(self, factors: Factors, solvers: Solvers) -> float:
         """Returns what is lost once factors are quantized."""
-        made = stack_two_factor(self.weight, self.covariance, self.metric, factors, solvers, self.options, self.seed)
+        made = stack_two_factor(self.weight, self.covariance, self.believed, factors, solvers, self.options, self.seed)
         return self.error(made[".up"].weight() @ made[".down"].weight())
 
     def pivoted(self, factors: Factors, solvers: Solvers) -> float:
         """Returns the same of the pivoted form; factors are given as two."""
-        form = pivoted_factors(factors, self.metric)
-        made = stack_pivoted(self.weight, self.covariance, self.metric, form, solvers, self.options)
+        form = pivoted_factors(factors, self.believed)
+        made = stack_pivoted(self.weight, self.covariance, self.believed, form, solvers, self.options)
         return self.error(form._replace(down=made[".down"].weight(), up=made[".up"].weight()).product())
 
 
 def _rounded(
-    problem: _Problem, factors: Factors, solvers: Mapping[int, Solver]
+    problem: _Problem, factors: Factors, solvers: Mapping[int, Solver], relative: float
 ) -> tuple[dict[int, float], dict[int, float]]:
     """Rounds `down` and `up` alone at several bit widths.
 
+    Args:
+        problem: The layer.
+        factors: Its factors.
+        solvers: By bits, all with one group size.
+        relative: Noise in groups of that size, relative to those of the usual one.
+
     Returns:
-        What each factor's rounding lost beyond truncation, relative to the energy kept, by bits.
+        What each factor's rounding would lose in groups of the usual size beyond truncation, relative to the energy kept,
+        by bits.
     """
     cut = problem.error(factors.product())
 
     def lost(solvers: Solvers) -> float:
-        return max(problem.two_factor(factors, solvers) - cut, 0.0) / (1 - cut) if cut < 1 else 0.0
+        return max(problem.two_factor(factors, solvers) - cut, 0.0) / (1 - cut) / relative if cut < 1 else 0.0
 
     down = {bits: lost(Solvers(solve, exact)) for bits, solve in solvers.items()}
     return down, {bits: lost(Solvers(exact, solve)) for bits, solve in solvers.items()}

@@ -108,6 +108,7 @@ def measure_statistics(
     settings: dict[str, Any] = {"mean_correction": mean_correction, "gptq": gptq, "options": options}
     losses: dict[str, LayerLoss] = {}
     groups: dict[tuple[str, ...], LayerLoss] = {}
+    labels = [each.num_labels for each in sensitivities] if sensitivities else [None, None]
     progress = progress or Progress()
     with progress.phase("probe", len(blocks.modules)):
         for index, block in enumerate(blocks.modules):
@@ -135,7 +136,10 @@ def measure_statistics(
                     first, second = metrics or (None, None)
                     falls = [_stacked(each, weights) for each in steep]
                     one, other = falls or (None, None)
-                    seen = Half(moments[0][names[0]], first, one), Half(moments[-1][names[0]], second, other)
+                    seen = (
+                        Half(moments[0][names[0]], first, one, labels[0]),
+                        Half(moments[-1][names[0]], second, other, labels[1]),
+                    )
                     has_bias, number = all(layers[name].has_bias for name in names), len(losses) + len(groups)
                     try:
                         loss = probe(weight, seen, has_bias=has_bias, seed=seed * 2 * len(sites) + number, **settings)

@@ -13,7 +13,7 @@ from lord_quant.sensitivity import Steepness
 from lord_quant.truncation import truncate, unit_metric, weigh
 
 
-def halves_of(m: int, n: int) -> tuple[torch.Tensor, tuple[Half, Half]]:
+def halves_of(m: int, n: int, num_labels: int | None = None) -> tuple[torch.Tensor, tuple[Half, Half]]:
     """A weight, and moments and sensitivities of two samples of the same text."""
     weight, covariance = (tensor.double() for tensor in layer_of(m, n, 0))
     generator = torch.Generator().manual_seed(1)
@@ -24,7 +24,7 @@ def halves_of(m: int, n: int) -> tuple[torch.Tensor, tuple[Half, Half]]:
         g = torch.randn(2 * m, m, generator=generator, dtype=F64) * torch.logspace(-2, 0, m, dtype=F64)
         centred = x - x.mean(0)
         moments = Moments(x.mean(0), centred.T @ centred / len(x), len(x))
-        found.append(Half(moments, g.T @ g / len(g)))
+        found.append(Half(moments, g.T @ g / len(g), num_labels=num_labels))
     return weight, (found[0], found[1])
 
 
@@ -32,7 +32,7 @@ def error_of(weight: torch.Tensor, fitted: Half, rank: int, centred: bool) -> to
     """What the truncation to a rank changes."""
     shift = fitted.moments.mean
     seen = fitted.moments.covariance if centred else fitted.moments.covariance + torch.outer(shift, shift)
-    metric = None if fitted.sensitivity is None else unit_metric(fitted.sensitivity)
+    metric = None if fitted.sensitivity is None else unit_metric(fitted.sensitivity, fitted.num_labels)
     return truncate(weigh(weight, metric), seen, rank)[1].product() - weight
 
 
@@ -65,6 +65,14 @@ def test_it_is_the_mean_of_what_either_half_loses_by_the_others_choice(m: int, n
     for rank in (1, 7, 16, min(m, n) - 1):
         expected = sum(written_out(weight, *pair, rank, centred) for pair in ((one, two), (two, one))) / 2
         assert float(tail[rank]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_each_half_chooses_in_the_metric_that_its_labels_can_be_believed_of() -> None:
+    weight, (one, two) = halves_of(48, 32, num_labels=96)
+    tail = crossed_tail(weight, (one, two), centred=True)
+    expected = sum(written_out(weight, *pair, 16, True) for pair in ((one, two), (two, one))) / 2
+    assert float(tail[16]) == pytest.approx(expected, rel=1e-6)
+    assert float(tail[16]) < 0.99 * float(crossed_tail(weight, halves_of(48, 32)[1], centred=True)[16])
 
 
 def test_other_text_loses_more_than_the_text_that_chose() -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -187,14 +188,28 @@ def test_what_is_not_contiguous_is_written_into_as_well() -> None:
     assert torch.equal(spread[:, ::2], codes)
 
 
+ROUND_SIX = (
+    "import torch; from lord_quant.kernels import round_columns; codes = torch.empty(2, 3); "
+    "wanted, upper = torch.tensor([[1.4] * 3, [1.6] * 3]), torch.tensor([[1.0, 0.5], [0.0, 1.0]]); "
+    "round_columns(wanted, upper, codes, 3); print(codes.tolist())"
+)
+
+
+def require_rounding(code: str, **environment: str) -> None:
+    ran = subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
+    assert (ran.stderr, ran.stdout.strip()) == ("", "[[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]")
+
+
 def test_nowhere_to_keep_what_was_compiled() -> None:
     """Every process compiles for itself then; numba refuses to keep anything if it is told of no place."""
-    code = (
-        "import torch; from lord_quant.kernels import round_columns; codes = torch.empty(2, 3); "
-        "wanted, upper = torch.tensor([[1.4] * 3, [1.6] * 3]), torch.tensor([[1.0, 0.5], [0.0, 1.0]]); "
-        "round_columns(wanted, upper, codes, 3); print(codes.tolist())"
-    )
-    nowhere = {"NUMBA_CACHE_LOCATOR_CLASSES": "ZipCacheLocator"}
-    ran = subprocess.run([sys.executable, "-c", code], env=os.environ | nowhere, capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "[[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]"
-    assert ran.stderr == ""
+    require_rounding(ROUND_SIX, NUMBA_CACHE_LOCATOR_CLASSES="ZipCacheLocator")
+
+
+def test_no_room_to_keep_what_was_compiled(tmp_path: Path) -> None:
+    """The place is there, but files may not grow, as on a full disk."""
+    limited = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); "
+    require_rounding(limited + ROUND_SIX, NUMBA_CACHE_DIR=str(tmp_path))
+    assert not [file for file in tmp_path.rglob("*.nbc") if file.stat().st_size]
+    require_rounding(ROUND_SIX, NUMBA_CACHE_DIR=str(tmp_path))
+    assert list(tmp_path.rglob("*.nbc"))

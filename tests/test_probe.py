@@ -17,9 +17,9 @@ from lord_quant.errors import NumericsError
 from lord_quant.layer_bytes import Packing
 from lord_quant.moments import Moments, PairedMoments
 from lord_quant.probe import LayerLoss, probe
-from lord_quant.solver import Gptq, Solver, Solvers
-from lord_quant.stack import Polished, stack_layer
-from lord_quant.truncation import unit_metric
+from lord_quant.solver import Gptq, Solver, Solvers, exact
+from lord_quant.stack import Polished, stack_layer, stack_two_factor
+from lord_quant.truncation import truncate, unit_metric, weigh
 from lord_quant.two_sided import round_rows
 
 
@@ -36,8 +36,8 @@ def problem(m: int, n: int, seed: int = 0) -> tuple[torch.Tensor, Moments, torch
 
 
 def run(weight: torch.Tensor, moments: Moments, sensitivity: torch.Tensor | None, **changes: Any) -> LayerLoss:
-    settings: dict[str, Any] = {"has_bias": True, "gptq": GPTQ, "options": OPTIONS} | changes
-    half = Half(moments, sensitivity)
+    settings: dict[str, Any] = {"has_bias": True, "gptq": GPTQ, "options": OPTIONS, "num_labels": None} | changes
+    half = Half(moments, sensitivity, num_labels=settings.pop("num_labels"))
     return probe(weight, (half, half), **settings)
 
 
@@ -72,15 +72,18 @@ def test_the_tail_is_what_the_best_approximation_of_each_rank_loses(m: int, n: i
         assert float(tail[rank]) == pytest.approx(expected, rel=1e-8, abs=1e-12 * float(tail[0]))
 
 
+@pytest.mark.parametrize("num_labels", [None, 100])
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_dense_noise_is_that_of_real_solves(has_bias: bool) -> None:
+def test_dense_noise_is_that_of_real_solves(has_bias: bool, num_labels: int | None) -> None:
+    """Solves believe in the metric of few labels as a run does; what they lose is measured in the one that was seen."""
     weight, moments, sensitivity = problem(64, 128)
-    found = run(weight, moments, sensitivity, has_bias=has_bias)
+    found = run(weight, moments, sensitivity, has_bias=has_bias, num_labels=num_labels)
+    believed = unit_metric(sensitivity, None if num_labels is None else 2 * num_labels)
     hessian = moments.covariance if has_bias else moments.covariance + torch.outer(moments.mean, moments.mean)
     metric = metric_of(sensitivity)
     for bits, group_size in ((2, 64), (3, 64), (4, 64), (3, 32), (3, 128)):
         solve = Polished(solver(bits, group_size), OPTIONS.refine)
-        rounded = round_rows(solve, weight, hessian, unit_metric(sensitivity)).weight()
+        rounded = round_rows(solve, weight, hessian, believed).weight()
         assert found.of_dense(bits, group_size) == pytest.approx(cost(rounded - weight, hessian, metric), rel=1e-9)
     assert found.of_dense(2, 64) > 2 * found.of_dense(3, 64) > 4 * found.of_dense(4, 64) > 100 * found.of_dense(8, 64)
     assert found.of_dense(4, 32) < found.of_dense(4, 64)
@@ -177,6 +180,21 @@ def test_factors_without_a_bias_must_reproduce_the_mean() -> None:
     weight, moments, sensitivity = problem(64, 64)
     centred, raw = (run(weight, moments, sensitivity, has_bias=False, mean_correction=flag) for flag in (True, False))
     assert float(raw.tail[0]) > 1.05 * float(centred.tail[0]) and raw.dense == centred.dense
+
+
+def test_noise_of_factors_is_told_in_groups_of_the_usual_size() -> None:
+    """Also where the rank leaves room for groups of 32 alone, in which it was measured."""
+    weight, moments, sensitivity = problem(48, 128)
+    found = run(weight, moments, sensitivity, seed=3)
+    assert found.group_size == 64 and found.groups[32] < 1 and found.down is not None and found.down.rank == 32
+    metric, packed, float_ = unit_metric(sensitivity), Packing(3, 32), Packing(16, 32)
+    factors = truncate(weigh(weight, metric), moments.covariance, 32)[1]
+    rounding = Polished(solver(3, 32), OPTIONS.refine)
+    for solvers, packings in ((Solvers(rounding, exact), (packed, float_)), (Solvers(exact, rounding), (float_, packed))):
+        made = stack_two_factor(weight, moments.covariance, metric, factors, solvers, OPTIONS, 3)
+        error = made[".up"].weight() @ made[".down"].weight() - weight
+        real = cost(error, moments.covariance, metric_of(sensitivity)) - float(found.tail[32])
+        assert found.of_factors(32, *packings) == pytest.approx(real, rel=1e-6)
 
 
 def test_layers_too_small_for_a_rank_have_no_factors() -> None:
