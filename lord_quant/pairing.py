@@ -6,7 +6,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from lord_quant.errors import CalibrationError
 from lord_quant.kept import Batches, Keep, Kept
 from lord_quant.moments import PairedAccumulator, PairedMoments
 from lord_quant.residual import watched
-from lord_quant.stream import BlockCall, Ending, Replay, StopForward, first_of
+from lord_quant.stream import BlockCall, Ending, Replay, StopForward, first_of, returning
 from lord_quant.targets import dense_bias, dense_weight
 
 
@@ -244,36 +244,15 @@ def _suffices(block: nn.Module, part: str, ending: Ending, run: Runner, start: t
         handle.remove()
 
 
-@contextmanager
-def _endings(block: nn.Module, layers: Sequence[str], found: dict[str, Ending | None]) -> Iterator[None]:
+def _endings(block: nn.Module, layers: Sequence[str], found: dict[str, Ending | None]) -> AbstractContextManager[None]:
     """Notes which parts of the block return what one of their layers does, as it is; None of those that do not always."""
-    latest: dict[str, tuple[torch.Tensor, int]] = {}
 
-    def leaving(layer: str) -> Any:
-        def note(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-            latest[layer] = output, output._version
+    def told(part: str, output: Any, ends: list[str]) -> None:
+        own = [layer for layer in ends if layer.startswith(part + ".")] if type(output) in (tuple, torch.Tensor) else []
+        ending = Ending.of(own[-1], output) if own else None
+        found[part] = ending if found.get(part, ending) == ending else None
 
-        return note
-
-    def closing(part: str, own: Sequence[str]) -> Any:
-        def note(module: nn.Module, args: Any, output: Any) -> None:
-            first, ending = first_of(output), None
-            for layer in own if type(output) in (tuple, torch.Tensor) else ():
-                tensor, version = latest.get(layer, (None, 0))
-                if first is tensor and first._version == version:
-                    ending = Ending.of(layer, output)
-            found[part] = ending if found.get(part, ending) == ending else None
-
-        return note
-
-    with ExitStack() as hooks:
-        for name in layers:
-            hooks.callback(block.get_submodule(name).register_forward_hook(leaving(name)).remove)
-        for part, module in block.named_modules():
-            own = [name for name in layers if part and name.startswith(part + ".")]
-            if own:
-                hooks.callback(module.register_forward_hook(closing(part, own)).remove)
-        yield
+    return returning(block, layers, told)
 
 
 @contextmanager

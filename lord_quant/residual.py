@@ -22,13 +22,13 @@ have no writers, and every layer aims at its own y there.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from lord_quant.stream import first_of
+from lord_quant.stream import first_of, returning
 from lord_quant.targets import is_linear
 
 
@@ -117,31 +117,14 @@ def watched(block: nn.Module, writers: Mapping[str, str] | None = None) -> Itera
         yield passed
 
 
-@contextmanager
-def _looking(block: nn.Module, passed: Passed) -> Iterator[None]:
+def _looking(block: nn.Module, passed: Passed) -> AbstractContextManager[None]:
     """Notes parts that return what one of their layers does, and what they return."""
-    latest: dict[str, tuple[torch.Tensor, int]] = {}
 
-    def leaving(layer: str) -> Any:
-        def note(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-            latest[layer] = output, output._version
+    def told(part: str, output: Any, ends: list[str]) -> None:
+        for inner in [layer for layer, own in passed.parts.items() if own.startswith(part + ".")]:
+            del passed.parts[inner], passed.returned[inner]
+        for layer in ends:
+            if first_of(output).shape == passed.entered.shape:
+                passed.parts[layer], passed.returned[layer] = part, first_of(output).clone()
 
-        return note
-
-    def closing(part: str) -> Any:
-        def note(module: nn.Module, args: Any, output: Any) -> None:
-            for inner in [layer for layer, own in passed.parts.items() if own.startswith(part + ".")]:
-                del passed.parts[inner], passed.returned[inner]
-            first = first_of(output)
-            for layer, (tensor, version) in latest.items():
-                if first is tensor and first._version == version and first.shape == passed.entered.shape:
-                    passed.parts[layer], passed.returned[layer] = part, first.clone()
-
-        return note
-
-    with ExitStack() as hooks:
-        for name, module in block.named_modules():
-            if name:
-                hook = leaving(name) if is_linear(module) else closing(name)
-                hooks.callback(module.register_forward_hook(hook).remove)
-        yield
+    return returning(block, [name for name, module in block.named_modules() if is_linear(module)], told)

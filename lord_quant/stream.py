@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -122,6 +122,38 @@ class Ending(NamedTuple):
     def around(self, tensor: torch.Tensor) -> Any:
         """Returns what the part does, given what its layer returns."""
         return tensor if self.others is None else (tensor, *self.others)
+
+
+@contextmanager
+def returning(block: nn.Module, layers: Sequence[str], told: Callable[[str, Any, list[str]], None]) -> Iterator[None]:
+    """Tells of parts of a block whenever they return, inner ones first: which of its layers' outputs that is, as it is.
+
+    Args:
+        block: The block.
+        layers: Layers, by path inside it; parts are the modules in it that are none of them.
+        told: Is called with a part's path, what it returned, and the layers whose latest output is the tensor in that.
+    """
+    latest: dict[str, tuple[torch.Tensor, int]] = {}
+
+    def leaving(layer: str) -> Any:
+        def note(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            latest[layer] = output, output._version
+
+        return note
+
+    def closing(part: str) -> Any:
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            first = first_of(output)
+            told(part, output, [name for name, (x, version) in latest.items() if x is first and first._version == version])
+
+        return note
+
+    with ExitStack() as hooks:
+        for name, module in block.named_modules():
+            if name:
+                hook = leaving(name) if name in layers else closing(name)
+                hooks.callback(module.register_forward_hook(hook).remove)
+        yield
 
 
 class Remembered(NamedTuple):
