@@ -332,6 +332,9 @@ def _bias_of(dense: Sequence[nn.Module]) -> torch.Tensor | None:
 def _require_finite(moments: PairedMoments, name: str) -> None:
     fine = [is_finite(tensor) for tensor in moments[:4]]
     if moments.of_outputs and fine == [False, True, True, False]:  # overflow, or a weight or bias that is not finite
-        raise NumericsError(f"layer {name!r}: its outputs in the dense model hold NaN or inf, its inputs do not")
+        raise NumericsError(
+            f"layer {name!r}: its outputs in the dense model, or the residual stream they are added to, hold NaN or inf, "
+            "its inputs do not"
+        )
     if not all(fine):
         raise NumericsError(f"inputs of layer {name!r} hold NaN or inf; wanted finite activations")

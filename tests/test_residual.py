@@ -11,6 +11,7 @@ from model_runs import BATCHES, plan_of, rounding, run_joint
 from models import tiny_model
 from torch import nn
 
+from lord_quant import stack
 from lord_quant.config import JointConfig
 from lord_quant.residual import watched
 from lord_quant.stream import block_kinds, capture
@@ -117,8 +118,9 @@ def test_the_stream_is_that_in_front_of_the_addition() -> None:
 
 
 @pytest.mark.parametrize("family", ["bigcode", "codegen", "gpt2", "llama", "qwen2"])
-def test_the_stream_comes_closer_to_the_dense_one(family: str) -> None:
+def test_the_stream_comes_closer_to_the_dense_one(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounded to nearest, the stream behind the last block has half the error if layers make up for what it lacks."""
+    monkeypatch.setattr(stack, "OUTPUT_DAMPING", 0.0)  # the tokens are few, and all that are asked about
     lost = {residual: lost_with(family, JointConfig(residual=residual, refine=0)) for residual in (True, False)}
     assert 0 < lost[True] < 0.5 * lost[False]
 

@@ -61,6 +61,19 @@ def test_damping_only_pulls_towards_the_weight(m: int, n: int, seed: int, tokens
     assert p.lost(target) <= p.lost(p.weight) * (1 + 1e-9) + 1e-12
 
 
+@pytest.mark.parametrize(("tokens", "damping"), [(10_000, 0.01), (1_000, 0.03), (50, 0.6), (12, 1.0)])
+def test_what_is_learnt_from_outputs_is_damped_by_inputs_per_token(tokens: int, damping: float) -> None:
+    """Against ridge regression on the samples themselves."""
+    p = problem(4, 6, tokens=tokens)
+    outputs = p.x @ p.weight.T + 0.3 * p.y @ torch.ones(6, 4, dtype=F64)  # not the layer's own: a stream's
+    x, y = outputs - outputs.mean(0), p.y - p.y.mean(0)
+    moments = moments_of(outputs, p.y)._replace(of_outputs=True)
+    penalty = (damping * moments.covariance.diagonal().mean() * len(y)).sqrt() * torch.eye(6, dtype=F64)
+    aims = torch.cat((x - y @ p.weight.T, torch.zeros(6, 4, dtype=F64)))
+    solved = p.weight + torch.linalg.lstsq(torch.cat((y, penalty)), aims).solution.T
+    torch.testing.assert_close(anchored_target(p.weight, moments), solved, rtol=1e-9, atol=1e-9)
+
+
 def test_equal_streams_need_no_anchor_and_unseen_directions_keep_the_weight() -> None:
     p = problem(5, 6)
     same = p.moments._replace(cross=p.moments.covariance, dense_mean=p.moments.mean)
