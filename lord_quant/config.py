@@ -27,7 +27,7 @@ BITS = (*PACKED_BITS, FLOAT_BITS)
 GROUP_SIZES = (32, 64, 128, 256)
 """Group sizes that every kernel of the host accepts at 4 bits on the CPU."""
 STACKS = ("joint", "naive")
-FORMS = ("two_factor", "pivoted", "grouped")
+FORMS = ("two_factor", "pivoted", "column_pivoted", "grouped")
 RANK_CHOICES = ("rank_ratio", "param_ratio", "rank_pattern")
 ORDERS = ("auto", "down_first", "up_first")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -122,8 +122,8 @@ class LowrankConfig:
         rank_pattern: Explicit ranks by layer pattern; layers it does not name stay dense.
         targets: Presets and patterns of the layers to decompose (see `targets.select`).
         ignore: Patterns taken away from the targets.
-        form: How a decomposed layer is stored: `two_factor`; `pivoted`, with rank² weights fewer, exact in float; or
-            `grouped`, layers with one input (q, k and v; gate and up) sharing `down`, all others as `two_factor`.
+        form: How a decomposed layer is stored: `two_factor`; `pivoted` or `column_pivoted`, rank² weights fewer, exact in
+            float; `grouped`, layers with one input (q, k and v; gate and up) sharing `down`, others as `two_factor`.
         form_pattern: Form by layer pattern, of layers that get a rank; `form` is that of the others.
         force_rank: Decompose also where that makes a layer larger.
         mean_correction: Correct the bias for the mean input; adds a bias to layers that had none.

@@ -21,6 +21,15 @@ factors hold. Choose r outputs P, the pivots, from which the others can be predi
 
 The product is the same. Pivots of locally maximal volume keep every entry of A at most about 1 (`linalg.choose_pivots`).
 
+The column-pivoted form does that to the inputs. Of r of them, the pivots P, the bottleneck takes each as it is, and of the
+others what they add in the same directions, C = (UᵀW)_P⁻¹ (UᵀW)_N on the columns N not in P:
+
+    down = C        up = U (UᵀW)_P (columns P of the product)        y = up (x_P + down x_N)
+
+It has as few weights. Which loses less to rounding is a matter of shape: with more outputs than inputs most weights are in
+`up`, which here is refitted last, for what `down` has become (`stack.py`). (Interpolative decompositions, by rows and by
+columns: Cheng et al., SIAM J. Sci. Comput. 26(4), 2005.)
+
 Failure cases. When fewer tokens than features were seen, or channels are dead, eigenvalues beyond the effective rank
 are rounding noise: the basis is still orthonormal and the layer still reproduces what it was calibrated on, but those
 directions are arbitrary. `effective_rank` reports it.
@@ -79,33 +88,54 @@ class Factors(NamedTuple):
     """The two factors that replace a weight.
 
     Attributes:
-        down: With shape (rank, in_features).
+        down: With shape (rank, in_features); in the column-pivoted form (rank, in_features − rank).
         up: With shape (out_features, rank); in the pivoted form (out_features − rank, rank).
         bias: With shape (out_features,), or None.
-        pivots: In the pivoted form, which outputs `down` computes: ascending indices with shape (rank,).
+        pivots: In the pivoted form, which outputs `down` computes, in the column-pivoted one, which inputs pass it by:
+            ascending indices with shape (rank,).
+        of_inputs: Whether they are inputs.
     """
 
     down: torch.Tensor
     up: torch.Tensor
     bias: torch.Tensor | None
     pivots: torch.Tensor | None = None
+    of_inputs: bool = False
+
+    @property
+    def form(self) -> str:
+        """The name of the form they are in."""
+        return "two_factor" if self.pivots is None else "column_pivoted" if self.of_inputs else "pivoted"
 
     def others(self) -> torch.Tensor:
-        """Returns the outputs that `up` predicts in the pivoted form: ascending indices.
+        """Returns the outputs that `up` predicts in the pivoted form, or the inputs that `down` takes: ascending indices.
 
         Raises:
-            ValueError: The factors are not in the pivoted form.
+            ValueError: The factors are not in a pivoted form.
         """
         if self.pivots is None:
-            raise ValueError("two-factor form: `up` computes all outputs; wanted the pivoted form")
-        mask = torch.ones(len(self.down) + len(self.up), dtype=torch.bool, device=self.up.device)
+            raise ValueError("two-factor form: `up` computes all outputs; wanted a pivoted form")
+        size = len(self.pivots) + (self.down.shape[1] if self.of_inputs else len(self.up))
+        mask = torch.ones(size, dtype=torch.bool, device=self.up.device)
         mask[self.pivots] = False
         return mask.nonzero()[:, 0]
 
+    def largest_coefficient(self) -> float | None:
+        """Returns the largest magnitude in the factor that pivots keep small; None where there are none."""
+        return None if self.pivots is None else float((self.down if self.of_inputs else self.up).abs().max())
+
+    def full_down(self) -> torch.Tensor:
+        """Returns `down` of all inputs, with shape (rank, in_features): in the column-pivoted form with 1 at pivots."""
+        if not self.of_inputs:
+            return self.down
+        full = self.down.new_zeros(len(self.down), len(self.down) + self.down.shape[1])
+        full[:, self.pivots], full[:, self.others()] = torch.eye(len(self.down)).to(full), self.down
+        return full
+
     def product(self) -> torch.Tensor:
         """Returns the weight the factors stand for, with shape (out_features, in_features)."""
-        if self.pivots is None:
-            return self.up @ self.down
+        if self.pivots is None or self.of_inputs:
+            return self.up @ self.full_down()
         weight = self.down.new_empty(len(self.down) + len(self.up), self.down.shape[1])
         weight[self.pivots], weight[self.others()] = self.down, self.up @ self.down
         return weight
@@ -205,6 +235,25 @@ def pivoted(factors: Factors) -> Factors:
     return result._replace(up=predictor.to(factors.up).contiguous())
 
 
+def column_pivoted(factors: Factors) -> Factors:
+    """Brings two factors into the column-pivoted form; the product stays the same.
+
+    Raises:
+        RankError: The rank is that of the inputs: `down` would have none to take.
+    """
+    rank, inputs = factors.down.shape
+    if rank >= inputs:
+        raise RankError(
+            f"the column-pivoted form at rank {rank} of {inputs} inputs is the layer itself; wanted a lower rank"
+        )
+    basis = thin_qr(factors.down.T)[0]  # of the rows' space, also where `down` does not fill it
+    pivots = choose_pivots(basis)
+    result = Factors(factors.down[:, rank:], factors.up @ factors.down[:, pivots], factors.bias, pivots, of_inputs=True)
+    wide = basis.double()
+    predictor = torch.linalg.solve(wide[pivots].T, wide[result.others()].T)
+    return result._replace(down=predictor.to(factors.down).contiguous())
+
+
 def decompose(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -214,11 +263,15 @@ def decompose(
     form: str = "two_factor",
     mean_correction: bool = True,
 ) -> tuple[Factors, OutputSpectrum]:
-    """Runs LoRD on one layer, in the form asked for; see `output_spectrum`, `two_factor` and `pivoted`."""
+    """Runs LoRD on one layer, in the form asked for; see `output_spectrum`, `two_factor`, `pivoted` and so on."""
     spectrum = output_spectrum(weight, moments.covariance)
     factors = two_factor(weight, bias, spectrum, rank, moments.mean if mean_correction else None)
     return FORMS[form](factors), spectrum
 
 
-FORMS: dict[str, Callable[[Factors], Factors]] = {"two_factor": lambda factors: factors, "pivoted": pivoted}
+FORMS: dict[str, Callable[[Factors], Factors]] = {
+    "two_factor": lambda factors: factors,
+    "pivoted": pivoted,
+    "column_pivoted": column_pivoted,
+}
 """How a truncated layer is stored, by the name that configurations and checkpoints use."""

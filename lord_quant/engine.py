@@ -120,7 +120,7 @@ def _decompose_layer(
         num_tokens=moments.num_tokens,
         seconds=time.perf_counter() - start,
         remedies=spectrum.remedies,
-        largest_coefficient=None if factors.pivots is None else float(factors.up.abs().max()),
+        largest_coefficient=factors.largest_coefficient(),
     )
 
 

@@ -6,7 +6,8 @@ Stored bytes of a packed layer with n inputs and m outputs, at b bits and group 
     qweight  n·m·b/8      scales  2·m·⌈n/g⌉ (float16)      qzeros  m·⌈n/g⌉·b/8      g_idx  4·n (int32)      bias  2·m
 
 In the pivoted form the second factor has m − r outputs, and the order of outputs takes 2·m (int16; int32 above 32768). In
-the grouped form layers with one input share `down`, which is stored once, with the first of them.
+the column-pivoted form the first has n − r inputs, and the order of inputs takes 2·n. In the grouped form layers with one
+input share `down`, which is stored once, with the first of them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from lord_quant.modules import order_dtype
 
 
 PACK_MULTIPLE = 32
-TWO_FACTOR, PIVOTED, GROUPED = FORMS
+TWO_FACTOR, PIVOTED, COLUMN_PIVOTED, GROUPED = FORMS
 
 
 class Packing(NamedTuple):
@@ -48,8 +49,9 @@ def linear_bytes(in_features: int, out_features: int, bias: bool, bits: int, gro
 
 def factor_shapes(in_features: int, out_features: int, rank: int, form: str) -> dict[str, tuple[int, int]]:
     """Returns (in_features, out_features) of both factors of a layer, by suffix; of a group's, all outputs together."""
+    taken = in_features - rank if form == COLUMN_PIVOTED else in_features
     predicted = out_features - rank if form == PIVOTED else out_features
-    return {".down": (in_features, rank), ".up": (rank, predicted)}
+    return {".down": (taken, rank), ".up": (rank, predicted)}
 
 
 def num_weights(shapes: dict[str, tuple[int, int]]) -> int:
@@ -57,9 +59,15 @@ def num_weights(shapes: dict[str, tuple[int, int]]) -> int:
     return sum(inputs * outputs for inputs, outputs in shapes.values())
 
 
-def order_bytes(out_features: int) -> int:
-    """Returns the bytes of a pivoted layer's order of outputs."""
-    return order_dtype(out_features).itemsize * out_features
+def order_bytes(in_features: int, out_features: int, form: str) -> int:
+    """Returns the bytes of a layer's order of outputs or inputs; none where the form has no pivots."""
+    ordered = {PIVOTED: out_features, COLUMN_PIVOTED: in_features}.get(form, 0)
+    return order_dtype(ordered).itemsize * ordered
+
+
+def pivoted_form(in_features: int, out_features: int) -> str:
+    """Returns which of the two pivoted forms suits a layer: the one whose pivots are on the shorter side."""
+    return COLUMN_PIVOTED if out_features > in_features else PIVOTED
 
 
 def rank_step(group_size: int) -> int:

@@ -10,14 +10,15 @@ from typing import NamedTuple, TypeVar
 
 from lord_quant.config import FLOAT_BITS, FORMS, GROUP_SIZES, PACKED_BITS
 from lord_quant.layer_bytes import (
+    COLUMN_PIVOTED,
     GROUPED,
     PACK_MULTIPLE,
-    PIVOTED,
     TWO_FACTOR,
     factor_shapes,
     linear_bytes,
     num_weights,
     order_bytes,
+    pivoted_form,
 )
 from lord_quant.probe import LayerLoss, noise_at
 from lord_quant.targets import LinearSite
@@ -35,7 +36,7 @@ class Candidate(NamedTuple):
     Attributes:
         num_bytes: Stored bytes: weights, scales, zeros, indices, added biases.
         loss: Predicted, in nats per token; of grouped layers, all of it with their leader.
-        form: `dense`, `two_factor`, `pivoted` or `grouped`.
+        form: `dense`, or one of `config.FORMS`.
         rank: Of its factors, or None.
         bits: Of the dense layer's weights, or of `down`.
         group_size: Inputs per scale, likewise.
@@ -68,7 +69,7 @@ class Menu:
     """What candidates there are.
 
     Attributes:
-        forms: Forms allowed.
+        forms: Forms allowed; of the two pivoted ones only that which suits a layer's shape is tried.
         bits: Bit widths allowed; 16 for float, with no other.
         group_sizes: Group sizes allowed. `up` takes that of `down`, or where it does not divide the rank the largest that
             does.
@@ -90,7 +91,7 @@ class Menu:
         for group_size in self._group_sizes(loss):
             if DENSE in self.forms:
                 found += [self._dense(site, loss, bits, group_size) for bits in self.bits]
-            for form in (TWO_FACTOR, PIVOTED):
+            for form in (TWO_FACTOR, pivoted_form(site.in_features, site.out_features)):
                 if form in self.forms:
                     found += self._factored(site, loss, form, group_size)
         return undominated(found)
@@ -140,15 +141,15 @@ class Menu:
         inputs, outputs = site.in_features, site.out_features
         smaller = min(inputs, outputs)
         step = PACK_MULTIPLE << max(0, math.ceil(math.log2(smaller / PACK_MULTIPLE / RANKS)))
-        fixed = self._added_bias(site) + (order_bytes(outputs) if form == PIVOTED else 0)
-        noisier = loss.pivoted if form == PIVOTED else 1.0
+        fixed = self._added_bias(site) + order_bytes(inputs, outputs, form)
+        noisier = 1.0 if form in (TWO_FACTOR, GROUPED) else loss.pivoted
         whole = float(loss.tail[0])
         for rank in range(step, smaller + 1, step):
             shapes = factor_shapes(inputs, outputs, rank, form)
             kept = num_weights(shapes) / (inputs * outputs)
             if kept >= 1:
                 break
-            if kept < self.min_param_ratio:
+            if kept < self.min_param_ratio or (form == COLUMN_PIVOTED and rank % group_size):
                 continue
             scale = noisier * (whole - float(loss.tail[rank]))
             up_size = max(size for size in loss.groups if size <= group_size and rank % size == 0)
@@ -168,8 +169,8 @@ class Menu:
                 yield Candidate(size, lost, form, rank, bits, group_size, up_bits, up_size)
 
     def _widths(self, form: str) -> list[tuple[int, int]]:
-        """Returns the bits of both factors: neighbours among those allowed; of the pivoted form, the same."""
-        apart = 0 if form == PIVOTED else 1
+        """Returns the bits of both factors: neighbours among those allowed; of the pivoted forms, the same."""
+        apart = 1 if form in (TWO_FACTOR, GROUPED) else 0
         places = dict(enumerate(sorted(self.bits)))
         return [(places[i], places[j]) for i in places for j in places if abs(i - j) <= apart]
 

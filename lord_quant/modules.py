@@ -77,6 +77,41 @@ class PivotedLinear(nn.Module):
         return torch.cat((z, self.up(z)), dim=-1).index_select(-1, self.order.int())
 
 
+class ColumnPivotedLinear(nn.Module):
+    """Two plain linear layers, the first of which only adds what some inputs do not already bring.
+
+    `order` puts r of the inputs, the pivots, in front; they pass `down` by: y = up(p + down(q)), with p and q the first r
+    and the other inputs of x[order]. The same maps as `LowRankLinear` of that rank, with r² weights fewer.
+
+    Args:
+        in_features: Input features.
+        rank: Number of pivots r, below `in_features`.
+        out_features: Output features.
+        bias: Whether `up` has a bias; `down` never has one.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        rank: int,
+        out_features: int,
+        bias: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.down = nn.Linear(in_features - rank, rank, bias=False, device=device, dtype=dtype)
+        self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+        self.split = (rank, in_features - rank)
+        self.order: torch.Tensor
+        self.register_buffer("order", torch.zeros(in_features, dtype=order_dtype(in_features), device=device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps (..., in_features) to (..., out_features)."""
+        pivots, others = self.order.int().split(self.split)
+        return self.up(x.index_select(-1, pivots) + self.down(x.index_select(-1, others)))
+
+
 class GroupedLinear(nn.Module):
     """One of several layers with the same input, which share a bottleneck: y = up(z), where z = down(x) is computed once.
 
@@ -166,6 +201,6 @@ def _state_of(x: torch.Tensor) -> tuple[int | None, bool]:
     return x._version if counted else None, torch.is_grad_enabled()
 
 
-def order_dtype(out_features: int) -> torch.dtype:
-    """Returns the smallest integer dtype that indexes `out_features` outputs."""
-    return torch.int16 if out_features <= torch.iinfo(torch.int16).max + 1 else torch.int32
+def order_dtype(features: int) -> torch.dtype:
+    """Returns the smallest integer dtype that indexes so many inputs or outputs."""
+    return torch.int16 if features <= torch.iinfo(torch.int16).max + 1 else torch.int32

@@ -29,7 +29,7 @@ from lord_quant.layer_bytes import (
     num_weights,
     order_bytes,
 )
-from lord_quant.ranks import Unit, choose_rank, explicit_ranks, nothing_decomposed
+from lord_quant.ranks import Unit, choose_rank, divides_rank, explicit_ranks, nothing_decomposed
 from lord_quant.targets import LinearSite, find_matching, matching, select, siblings
 
 
@@ -55,7 +55,7 @@ class LayerPlan:
         weight_bytes: Stored bytes of weights, scales, zeros and indices.
         bias_bytes: Stored bytes of the bias.
         note: Why a targeted layer stays dense; empty otherwise.
-        form: How a decomposed layer is stored: `two_factor`, `pivoted` or `grouped`.
+        form: How a decomposed layer is stored, one of `config.FORMS`.
         bits: Bits of its packed weights, or of the `down` it uses; 16 for float.
         group_size: Inputs per scale of its packed weights, or of the `down` it uses.
         up_bits: Bits of `up`; of a layer that stays dense, the same as `bits`.
@@ -290,14 +290,14 @@ def build_plan(
     forms = _by_name(lowrank.form_pattern, sites)
     targeted = select(sites, lowrank.targets, lowrank.ignore)
     units = _units(sites, lowrank, forms, targeted)
-    up_sizes = {site.name: sizes.get(f"{site.name}.up", group_size) for site in sites}
-    explicit = explicit_ranks(sites, lowrank, targeted, units, up_sizes)
+    rank_sizes = {name: divides_rank(name, unit.form, sizes, group_size) for name, unit in units.items()}
+    explicit = explicit_ranks(sites, lowrank, targeted, units, rank_sizes)
     layers = []
     for site in sites:
         unit = units[site.name]
         rank, note = None, ""
         if site.name in targeted:
-            rank, note = choose_rank(unit, lowrank, explicit.get(site.name), up_sizes[site.name])
+            rank, note = choose_rank(unit, lowrank, explicit.get(site.name), rank_sizes[site.name])
         named = (site.name, site.name) if rank is None else (f"{unit.site.name}.down", f"{site.name}.up")
         down, up = (Packing(bits.get(name, gptq.bits), sizes.get(name, group_size)) for name in named)
         layers.append(_layer_plan(site, unit, rank, note, lowrank.mean_correction, down, up, itemsize))
@@ -307,7 +307,7 @@ def build_plan(
     asked = lowrank.rank_pattern or min(lowrank.rank_ratio or 1, lowrank.param_ratio or 1) < 1
     if asked and not plan.rank_pattern:
         noted = {layer.name: layer.note for layer in layers if layer.block == layers[0].block and layer.note}
-        raise RankError(nothing_decomposed(noted, units, up_sizes))
+        raise RankError(nothing_decomposed(noted, units, rank_sizes))
     formless = [layer for layer in layers if layer.name in forms and layer.rank is None]
     if formless:
         lines = [f"  {layer.name}: {layer.note or 'dense'}; wanted a rank for it, or no form" for layer in formless]
@@ -394,7 +394,7 @@ def _layer_plan(
     parts = [
         linear_bytes(*shape, biased[suffix], *packings[suffix], itemsize) for suffix, shape in plan.factor_shapes().items()
     ]
-    if rank is not None and unit.form == PIVOTED:
-        parts.append(LinearBytes(order_bytes(site.out_features), 0))
+    if rank is not None:
+        parts.append(LinearBytes(order_bytes(site.in_features, site.out_features, unit.form), 0))
     weight, bias = sum(part.weight for part in parts), sum(part.bias for part in parts)
     return replace(plan, weight_bytes=weight, bias_bytes=bias)

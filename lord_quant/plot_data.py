@@ -7,7 +7,7 @@ Where truncation stands for a predicted loss it is the cross-fitted one, as in p
 Parity is where factors weigh as much as the dense layer. For m outputs and n inputs, aspect ratio a = m / n:
 
     two_factor   r (m + n) = m n          r / min(m, n) = max(a, 1) / (a + 1)
-    pivoted      r (m + n) - r² = m n     r / min(m, n) = 1, since (m - r) (n - r) = 0
+    pivoted      r (m + n) - r² = m n     r / min(m, n) = 1, since (m - r) (n - r) = 0; column_pivoted alike
     grouped      k layers of one input share `down`: two factors of the layers stacked, m = Σ mᵢ
 """
 
@@ -339,7 +339,7 @@ def stored_parity(site: LinearSite, form: str, bits: int, group_size: int, mean_
     m, n = site.out_features, site.in_features
     dense = linear_bytes(n, m, False, bits, group_size, 2).weight
     added = 2 * m if mean_correction and not site.has_bias else 0
-    added += order_bytes(m) if form == PIVOTED else 0
+    added += order_bytes(n, m, form)
 
     def size(rank: int) -> int:
         shapes = factor_shapes(n, m, rank, form).values()

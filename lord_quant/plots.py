@@ -31,7 +31,7 @@ MARK, VERSION = "lord_plots", 1
 DPI = 130
 LOWEST = 1e-6
 """Shares of a loss below this are not shown."""
-MARKERS = {"two_factor": "o", "pivoted": "D"}
+MARKERS = {"two_factor": "o", "pivoted": "D", "column_pivoted": "d"}
 OTHER_MARKER = "s"
 DASHES = {"attention": "-", "mlp": "--", "other": ":"}
 DEPTHS, BITS = "viridis", "YlGnBu"

@@ -14,8 +14,8 @@ as a product of the two. Factors are made at half rank, and each is rounded alon
 in float but given its optimum, as in the real stack; at 3/4 of the rank, at 3 bits, once more. What is lost beyond
 truncation, relative to the energy kept, is taken to add up over both factors, to follow a power of the rank (usually about
 1/r: solvers make more of many channels than of few), and to go with groups as the dense layer's noise does. The pivoted
-form is rounded once, at half rank and 3 bits, which tells how much noisier it is than two factors. All are rounded in the
-metric that a run would believe in, and measured in the one that was seen.
+form that suits the layer's shape is rounded once, at half rank and 3 bits, which tells how much noisier it is than two
+factors. All are rounded in the metric that a run would believe in, and measured in the one that was seen.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from lord_quant.config import FLOAT_BITS, GptqConfig, JointConfig
 from lord_quant.crossfit import Half, crossed_tail
 from lord_quant.decompose import Factors, output_spectrum
 from lord_quant.halves import energy
-from lord_quant.layer_bytes import PACK_MULTIPLE, Packing
+from lord_quant.layer_bytes import PACK_MULTIPLE, Packing, pivoted_form
 from lord_quant.linalg import relative_error, require_finite
 from lord_quant.moments import merged
 from lord_quant.solver import Gptq, Solver, Solvers, exact
-from lord_quant.stack import Polished, stack_pivoted, stack_two_factor
-from lord_quant.truncation import factors_of, pivoted_factors, unit_metric, weigh
+from lord_quant.stack_forms import Polished, stack_factors
+from lord_quant.truncation import factors_of, in_form, unit_metric, weigh
 from lord_quant.two_sided import round_rows
 
 
@@ -49,8 +49,8 @@ PROBED_RANKS = (1 / 2, 3 / 4)
 GROUP_BITS = 3
 """Bits at which group sizes are compared."""
 PIVOTED_NOISE = 2.0
-"""What the pivoted form is taken to lose by rounding, relative to two factors, where choosing pivots for a probe would take
-too long. Where it was measured it was 0.5 to 3.5 times."""
+"""What a pivoted form is taken to lose by rounding, relative to two factors, where choosing pivots for a probe would take
+too long. Where it was measured it was 1.7 to 2.9 times."""
 PIVOTED_SIZE = 2**21
 """Most weights of a layer for which pivots are chosen."""
 SLOPES = (-1.0, 2.0)
@@ -88,7 +88,8 @@ class LayerLoss(NamedTuple):
         group_size: Group size of the probes.
         down: Loss of rounding the first factor alone; None where no rank is legal.
         up: That of the second, likewise.
-        pivoted: Loss of rounding in the pivoted form, relative to two factors of the same rank and bits.
+        pivoted: Loss of rounding in the pivoted form that suits its shape (`layer_bytes.pivoted_form`), relative to two
+            factors of the same rank and bits.
     """
 
     tail: torch.Tensor
@@ -238,16 +239,10 @@ class _Problem(NamedTuple):
         """Returns what a product in its place loses, relative to the whole."""
         return relative_error(product, self.weight, self.covariance, self.metric, self.whole)
 
-    def two_factor(self, factors: Factors, solvers: Solvers) -> float:
-        """Returns what is lost once factors are quantized."""
-        made = stack_two_factor(self.weight, self.covariance, self.believed, factors, solvers, self.options, self.seed)
-        return self.error(made[".up"].weight() @ made[".down"].weight())
-
-    def pivoted(self, factors: Factors, solvers: Solvers) -> float:
-        """Returns the same of the pivoted form; factors are given as two."""
-        form = pivoted_factors(factors, self.believed)
-        made = stack_pivoted(self.weight, self.covariance, self.believed, form, solvers, self.options)
-        return self.error(form._replace(down=made[".down"].weight(), up=made[".up"].weight()).product())
+    def quantized(self, factors: Factors, solvers: Solvers) -> float:
+        """Returns what is lost once factors are quantized in the form they are in."""
+        made = stack_factors(self.weight, self.covariance, self.believed, factors, solvers, self.options, self.seed)
+        return self.error(factors._replace(down=made[".down"].weight(), up=made[".up"].weight()).product())
 
 
 def _rounded(
@@ -268,19 +263,20 @@ def _rounded(
     cut = problem.error(factors.product())
 
     def lost(solvers: Solvers) -> float:
-        return max(problem.two_factor(factors, solvers) - cut, 0.0) / (1 - cut) / relative if cut < 1 else 0.0
+        return max(problem.quantized(factors, solvers) - cut, 0.0) / (1 - cut) / relative if cut < 1 else 0.0
 
     down = {bits: lost(Solvers(solve, exact)) for bits, solve in solvers.items()}
     return down, {bits: lost(Solvers(exact, solve)) for bits, solve in solvers.items()}
 
 
 def _pivoted_noise(problem: _Problem, factors: Factors, solve: Solver) -> float:
-    """Returns what rounding in the pivoted form loses, relative to two factors; both are made."""
-    height = len(problem.weight)
-    if problem.weight.numel() > PIVOTED_SIZE or len(factors.down) >= height:
+    """Returns what rounding in the pivoted form that suits a layer loses, relative to two factors; both are made."""
+    outputs, inputs = problem.weight.shape
+    if problem.weight.numel() > PIVOTED_SIZE or len(factors.down) >= min(outputs, inputs):
         return PIVOTED_NOISE
     cut, both = problem.error(factors.product()), Solvers(solve, solve)
-    two, one = (made(factors, both) - cut for made in (problem.two_factor, problem.pivoted))
+    fewer = in_form(factors, pivoted_form(inputs, outputs), problem.believed)
+    two, one = (problem.quantized(each, both) - cut for each in (factors, fewer))
     return max(one / two, 0.1) if two > 0 else PIVOTED_NOISE
 
 

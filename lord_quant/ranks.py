@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from lord_quant.config import GROUP_SIZES, LowrankConfig
 from lord_quant.errors import ConfigError, RankError
-from lord_quant.layer_bytes import PIVOTED, factor_shapes, num_weights, rank_step
+from lord_quant.layer_bytes import COLUMN_PIVOTED, factor_shapes, num_weights, rank_step
 from lord_quant.targets import LinearSite, find_matching
 
 
@@ -42,7 +42,7 @@ def choose_rank(unit: Unit, lowrank: LowrankConfig, explicit: int | None, group_
         unit: The layer, or the layers it is grouped with.
         lowrank: How ranks are chosen.
         explicit: Its own rank, if `rank_pattern` has one.
-        group_size: Inputs per scale of `up`.
+        group_size: Inputs per scale of `up`, and of what else has as many inputs as the rank leaves.
     """
     if 1 in (lowrank.rank_ratio, lowrank.param_ratio) or (lowrank.rank_pattern is not None and explicit is None):
         return None, ""
@@ -62,11 +62,24 @@ def choose_rank(unit: Unit, lowrank: LowrankConfig, explicit: int | None, group_
         rank = unit.smaller // step * step
         if not rank or not lowrank.force_rank:
             return None, f"dense: rank {wanted:.0f} snaps up past the full rank {unit.smaller}"
-    if unit.form == PIVOTED and rank >= outputs:
-        return None, f"dense: the pivoted form at rank {rank} is the layer itself"
+    if any(0 in shape for shape in factor_shapes(inputs, outputs, rank, unit.form).values()):
+        return None, f"dense: the {unit.form} form at rank {rank} is the layer itself"
     if not unit.shrinks(rank) and not lowrank.force_rank:
         return None, f"dense: rank {rank} would not make it smaller"
     return rank, ""
+
+
+def divides_rank(name: str, form: str, sizes: Mapping[str, int], group_size: int) -> int:
+    """Returns the group size that must divide a layer's rank: `up`'s, or also `down`'s if the rank is taken off its inputs.
+
+    Args:
+        name: The layer.
+        form: How it is stored if it is decomposed.
+        sizes: Group sizes by full path of a factor, powers of 2 like all.
+        group_size: That of the others.
+    """
+    up, down = (sizes.get(f"{name}.{factor}", group_size) for factor in ("up", "down"))
+    return max(up, down) if form == COLUMN_PIVOTED else up
 
 
 def explicit_ranks(

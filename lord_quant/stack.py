@@ -59,6 +59,11 @@ A is quantized first, B gets its optimum B = N_q⁻¹ P_qᵀ G T, and is rounded
 cost the diagonal of N's Cholesky factorization instead of its trace, whose product is det N, a constant over vol²: hence
 pivots of large volume.
 
+Column-pivoted form. The bottleneck is z = x′_P + C x′_N: `down` rounds only C, in H_⊥ + μH on N as in 5, for A is refitted
+and takes back what z tells of; rows of C count as Aᵀ G A says, whatever is known of G. A has most weights where there are
+more outputs than inputs, and is rounded once, last, as in the two-factor form: about half the noise of pivoted outputs
+there, which are rounded in all of H. Where there are fewer outputs it is the other way round.
+
 Failure cases. Singular H (few tokens, dead or duplicated channels): solves are damped, damping is raised until they exist;
 unseen directions keep W's values. Rank 1 to full are legal; at full rank with m ≤ n `up` is square and its error is
 absorbed entirely. Everything runs in the dtype of the moments; nothing given is modified.
@@ -69,25 +74,18 @@ Sources: LoRD, arXiv 2309.14021; GPTQ, arXiv 2210.17323; PIFA, arXiv 2501.19090;
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from lord_quant.config import JointConfig
-from lord_quant.coupling import Coupling
 from lord_quant.decompose import Factors, OutputSpectrum
-from lord_quant.halves import seen_through, symmetric_product
-from lord_quant.linalg import (
-    Note,
-    damped_right_solve,
-    random_orthogonal,
-    relative_error,
-)
+from lord_quant.linalg import Note, damped_right_solve, relative_error
 from lord_quant.moments import PairedMoments
-from lord_quant.refine import Quantized, refine
-from lord_quant.solver import Rounding, Solver, Solvers, prepared
-from lord_quant.truncation import pivoted_factors, truncate, weigh
+from lord_quant.refine import Quantized
+from lord_quant.solver import Solver, Solvers
+from lord_quant.stack_forms import refined, stack_factors
+from lord_quant.truncation import in_form, truncate, weigh
 from lord_quant.two_sided import round_rows
 
 
@@ -95,9 +93,6 @@ ANCHOR_DAMPING = 0.01
 OUTPUT_DAMPING = 5.0
 """Damping of an anchor that is learnt from outputs, in inputs per token. Chosen on one small model with 8192 tokens and
 1024 inputs (0.6): without, taking back the stream's errors did harm. With 24576 tokens it makes no difference."""
-REFIT_DAMPING = 0.01
-DEFLATED_SHARE = 0.1
-"""μ: how much of H stays in the metric of a factor whose errors will be absorbed."""
 
 
 class Stacked(NamedTuple):
@@ -145,7 +140,7 @@ def stack_layer(
         bias: With shape (m,), or None.
         moments: Of the layer's inputs in both streams.
         rank: Rank of the factors, or None for a layer that stays dense.
-        form: `two_factor` or `pivoted`.
+        form: `two_factor`, `pivoted` or `column_pivoted`.
         solve: Quantizes a weight in a metric; two may be given, for `down` (or the dense layer) and for `up`. None leaves
             factors in float.
         options: Which ideas are on.
@@ -172,15 +167,10 @@ def stack_layer(
         result = quantized[""].weight() if quantized else target
     else:
         spectrum, factors = truncate(weigh(target, outputs), moments.covariance, rank)
-        if form == "pivoted":
-            factors = pivoted_factors(factors, outputs)
-            coefficient = float(factors.up.abs().max())
+        factors = in_form(factors, form, outputs)
+        coefficient = factors.largest_coefficient()
         if quantize is not None:
-            if form == "pivoted":
-                quantized = stack_pivoted(target, moments.covariance, outputs, factors, quantize, options)
-            else:
-                arguments = target, moments.covariance, outputs, factors, quantize, options, seed
-                quantized = stack_two_factor(*arguments, notes.append)
+            quantized = stack_factors(target, moments.covariance, outputs, factors, quantize, options, seed, notes.append)
             factors = factors._replace(down=quantized[".down"].weight(), up=quantized[".up"].weight())
         result = factors.product()
     shifted = None if bias is None else bias.to(weight)
@@ -209,155 +199,3 @@ def anchored_target(weight: torch.Tensor, moments: PairedMoments, note: Note | N
     if moments.of_outputs:
         damping = min(max(damping, OUTPUT_DAMPING * len(moments.covariance) / moments.num_tokens), 1.0)
     return weight + damped_right_solve(moments.drift(weight), moments.covariance, damping, note)
-
-
-def refit_up(
-    target: torch.Tensor,
-    covariance: torch.Tensor,
-    down: torch.Tensor,
-    up: torch.Tensor,
-    damping: float = REFIT_DAMPING,
-    note: Note | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the `up` that minimises ‖up · down − T‖_H for this `down`, and its metric, down · H · downᵀ.
-
-    Damping pulls towards the given `up`.
-    """
-    seen = down @ covariance
-    metric = symmetric_product(seen, down.T)
-    return up + damped_right_solve((target - up @ down) @ seen.T, metric, damping, note), metric
-
-
-def deflated(
-    covariance: torch.Tensor, down: torch.Tensor, share: float = DEFLATED_SHARE, note: Note | None = None
-) -> torch.Tensor:
-    """Returns H_⊥ + μ H: the second moment of what the bottleneck cannot predict of its input, and a little of H."""
-    seen = down @ covariance
-    known = damped_right_solve(seen.T, symmetric_product(seen, down.T), 1e-6, note)
-    metric = symmetric_product(known, seen).mul_(share - 1).add_(covariance)  # in place: these are large
-    return (metric + metric.T).div_(2)
-
-
-def stack_two_factor(
-    target: torch.Tensor,
-    covariance: torch.Tensor,
-    metric: torch.Tensor | None,
-    factors: Factors,
-    quantize: Solvers,
-    options: JointConfig,
-    seed: int,
-    note: Note | None = None,
-) -> dict[str, Quantized]:
-    """Quantizes the factors of T, with shape (m, n), in the metric `metric` ⊗ `covariance`; None counts outputs alike."""
-    down, up, rank = factors.down, factors.up, len(factors.down)
-    if options.rotate:
-        rotation = random_orthogonal(rank, seed, down)
-        down, up = rotation.T @ down, up @ rotation
-    size = down.square().mean().clamp_min(torch.finfo(down.dtype).tiny)
-    balance = (up.square().mean() / size).pow(0.25).clamp(1e-3, 1e3)
-    down, up = down * balance, up / balance
-    outputs, inputs = target.shape
-    coupled, absorbing = metric if options.two_sided else None, options.deflate and options.refit
-    up_has_fewer = outputs < inputs or (outputs == inputs and coupled is not None)
-    if options.order == "up_first" or (options.order == "auto" and up_has_fewer):
-        outside = deflated(coupled, up.T, note=note) if absorbing and coupled is not None else coupled
-        first = round_rows(quantize.up, up, seen_through(down, covariance), outside)
-        grid = first.weight() if options.refit else up
-        seen = grid if metric is None else metric @ grid
-        weights = grid.T @ seen
-        if options.refit:
-            # A backward stable solve with a metric whose damping bounds its condition: near the optimum in what it costs.
-            down = damped_right_solve(target.T @ seen, weights, 1e-7, note).T
-        second = round_rows(quantize.down, down, covariance, None if coupled is None else weights)
-        return {".down": second, ".up": first}
-    left = deflated(covariance, down, note=note) if absorbing else covariance
-    rows = None if coupled is None else symmetric_product(up.T @ coupled, up)
-    return _down_first(target, covariance, down, up, _Metrics(left, coupled, rows), quantize, options.refit, note)
-
-
-class _Metrics(NamedTuple):
-    """What errors cost: of `down` by its inputs, of `up` by its outputs, of `down` by its rows; None counts them alike."""
-
-    inputs: torch.Tensor
-    outputs: torch.Tensor | None
-    rows: torch.Tensor | None
-
-
-def _down_first(
-    target: torch.Tensor,
-    covariance: torch.Tensor,
-    down: torch.Tensor,
-    up: torch.Tensor,
-    metrics: _Metrics,
-    quantize: Solvers,
-    refit: bool,
-    note: Note | None = None,
-) -> dict[str, Quantized]:
-    """Quantizes `down`, then `up`, or its optimum for the quantized `down`, in the metric of the bottleneck."""
-    first = round_rows(quantize.down, down, metrics.inputs, metrics.rows)
-    grid = first.weight()
-    if refit:
-        up, seen = refit_up(target, covariance, grid, up, note=note)
-    else:
-        seen = seen_through(grid, covariance)
-    return {".down": first, ".up": round_rows(quantize.up, up, seen, metrics.outputs)}
-
-
-def stack_pivoted(
-    target: torch.Tensor,
-    covariance: torch.Tensor,
-    metric: torch.Tensor | None,
-    factors: Factors,
-    quantize: Solvers,
-    options: JointConfig,
-) -> dict[str, Quantized]:
-    """Quantizes pivoted factors of T, as `stack_two_factor` does others."""
-    down, up, pivots, others = factors.down, factors.up, factors.pivots, factors.others()
-    spread = target.new_zeros(len(target), len(down))
-    spread[pivots], spread[others] = torch.eye(len(down)).to(spread), up
-    coupled = rows = metric if options.two_sided else None
-    if coupled is not None:
-        if options.order != "down_first" and options.deflate and options.refit:
-            coupled = deflated(coupled, spread.T)
-        coupled = coupled[others[:, None], others]
-    if options.order == "down_first":
-        rows = None if rows is None else symmetric_product(spread.T @ rows, spread)
-        return _down_first(
-            target[others], covariance, down, up, _Metrics(covariance, coupled, rows), quantize, options.refit
-        )
-    first = round_rows(quantize.up, up, seen_through(down, covariance), coupled)
-    if not options.refit:
-        return {".down": quantize.down(down, covariance), ".up": first}
-    # What `down` computes enters all outputs: itself, and those predicted from it.
-    spread[others] = first.weight()
-    seen = spread if metric is None else metric @ spread
-    rows = spread.T @ seen
-    down = torch.linalg.solve(rows, seen.T @ target)
-    return {".down": round_rows(quantize.down, down, covariance, rows), ".up": first}
-
-
-def refined(solve: Solver | Solvers, sweeps: int) -> Solvers:
-    """Returns solvers whose results are refined by so many sweeps; one alone stands for both factors."""
-    both = solve if isinstance(solve, Solvers) else Solvers(solve, solve)
-    return Solvers(Polished(both.down, sweeps), Polished(both.up, sweeps))
-
-
-@dataclass(frozen=True)
-class Polished:
-    """A solver whose results are refined by so many sweeps."""
-
-    solve: Solver
-    sweeps: int
-
-    def __call__(self, weight: torch.Tensor, hessian: torch.Tensor) -> Quantized:
-        """Quantizes a weight."""
-        return refine(weight, hessian, self.solve(weight, hessian).to(weight), self.sweeps)
-
-    def of(self, hessian: torch.Tensor) -> Rounding:
-        """Returns what quantizes several weights in one metric."""
-        rounded = prepared(self.solve, hessian)
-
-        def polished(weight: torch.Tensor, coupling: Coupling | None = None) -> Quantized:
-            return refine(weight, hessian, rounded(weight, coupling).to(weight), self.sweeps, coupling)
-
-        return polished

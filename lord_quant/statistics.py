@@ -33,7 +33,7 @@ from lord_quant.stream import block_kinds, capture
 from lord_quant.targets import LinearSite, dense_weight, find_blocks, find_linears, siblings
 
 
-VERSION = 5
+VERSION = 6
 JOINED = "+"
 """Joins the names of layers with one input."""
 METADATA = "lord_statistics"

@@ -31,7 +31,7 @@ class StoredLayer(NamedTuple):
 
     Attributes:
         site: Name and dense shape.
-        form: `dense`, `two_factor`, `pivoted` or `grouped`, with ` packed` after it where it is.
+        form: `dense`, or one of `config.FORMS`, with ` packed` after it where it is.
         rank: Rank of its factors, or None.
         weight_bytes: Bytes of weights, scales, zeros and indices, and of a bias the dense layer did not have.
         bias_bytes: Bytes of a bias the dense layer had.
@@ -181,7 +181,10 @@ def _stored_layer(site: LinearSite, tensors: Mapping[str, Headers], leader: str)
     rank = None
     if any(name.startswith("up.") for name in mine):
         rank = mine["up.g_idx"][0][0] if "up.g_idx" in mine else mine["up.weight"][0][1]
-    form = "dense" if rank is None else "grouped" if leader else "pivoted" if "order" in mine else "two_factor"
+    form = "dense" if rank is None else "grouped" if leader else "two_factor"
+    if rank is not None and "order" in mine:
+        taken = mine["down.g_idx"][0][0] if "down.g_idx" in mine else mine["down.weight"][0][1]
+        form = "column_pivoted" if taken < site.in_features else "pivoted"
     form += " packed" if packed else ""
     used = tensors[leader] if leader else mine
     parts = (_packing(used, ""), _packing(used, "down."), _packing(mine, "up."))

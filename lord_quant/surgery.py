@@ -16,13 +16,15 @@ from torch import nn
 from lord_quant.decompose import Factors
 from lord_quant.errors import CheckpointError, RankError
 from lord_quant.linalg import require_finite
-from lord_quant.modules import Bottleneck, GroupedLinear, LowRankLinear, PivotedLinear
+from lord_quant.modules import Bottleneck, ColumnPivotedLinear, GroupedLinear, LowRankLinear, PivotedLinear
 from lord_quant.targets import dense_weight, is_linear
 
 
-FORM_MODULES: dict[str, type[LowRankLinear] | type[PivotedLinear]] = {
+Standalone = LowRankLinear | PivotedLinear | ColumnPivotedLinear
+FORM_MODULES: dict[str, type[Standalone]] = {
     "two_factor": LowRankLinear,
     "pivoted": PivotedLinear,
+    "column_pivoted": ColumnPivotedLinear,
 }
 """The module of each form that stands alone."""
 GROUPED = "grouped"
@@ -30,7 +32,7 @@ GROUPED = "grouped"
 
 def is_low_rank(module: nn.Module) -> bool:
     """Tells whether a module is one of ours, in any form."""
-    return isinstance(module, LowRankLinear | PivotedLinear | GroupedLinear)
+    return isinstance(module, Standalone | GroupedLinear)
 
 
 def is_compressed(module: nn.Module) -> bool:
@@ -38,24 +40,23 @@ def is_compressed(module: nn.Module) -> bool:
     return is_low_rank(module) or isinstance(getattr(module, "qweight", None), torch.Tensor)
 
 
-def replace_layer(model: nn.Module, name: str, factors: Factors) -> LowRankLinear | PivotedLinear:
+def replace_layer(model: nn.Module, name: str, factors: Factors) -> Standalone:
     """Replaces the linear layer at path `name` by its factors, in that layer's dtype and on its device.
 
     Raises:
         NumericsError: A factor is not finite in the layer's dtype; the layer is named.
     """
     dense = model.get_submodule(name)
-    form = "two_factor" if factors.pivots is None else "pivoted"
-    module: Any = _low_rank_like(dense, form, factors.down.shape[0], factors.bias is not None)
+    module: Any = _low_rank_like(dense, factors.form, factors.down.shape[0], factors.bias is not None)
     with torch.no_grad():
         module.down.weight.copy_(factors.down)
         module.up.weight.copy_(factors.up)
         if factors.bias is not None:
             _set_bias(module, factors, factors.bias)
         if factors.pivots is not None:
-            # The output at pivots[i] is z[i], the output at others[j] is up(z)[j].
+            # Inputs are taken from their places, outputs go to theirs: that at pivots[i] is z[i], at others[j] up(z)[j].
             places = torch.cat((factors.pivots, factors.others()))
-            module.order.copy_(torch.argsort(places))
+            module.order.copy_(places if factors.of_inputs else torch.argsort(places))
     for part, parameter in module.named_parameters():
         require_finite(parameter, f"factor {part} of {name!r} in {parameter.dtype}")
     model.set_submodule(name, module)
@@ -93,8 +94,8 @@ def replace_group(model: nn.Module, names: Sequence[str], factors: Factors) -> l
     return modules
 
 
-def _set_bias(module: LowRankLinear | PivotedLinear, factors: Factors, bias: torch.Tensor) -> None:
-    if factors.pivots is None:
+def _set_bias(module: Any, factors: Factors, bias: torch.Tensor) -> None:
+    if factors.pivots is None or factors.of_inputs:
         module.up.bias.copy_(bias)
         return
     # A pivot's bias goes on with z into the outputs predicted from it; theirs makes up for it.
@@ -174,7 +175,7 @@ def apply_rank_pattern(
     heights = {name: sum(shapes[member][0] for member in groups.get(leaders.get(name, name), [name])) for name in shapes}
     for name, rank in rank_pattern.items():
         outputs, inputs = heights[name], shapes[name][1]
-        limit = min(outputs - 1, inputs) if forms.get(name) == "pivoted" else min(outputs, inputs)
+        limit = min(outputs - (forms.get(name) == "pivoted"), inputs - (forms.get(name) == "column_pivoted"))
         if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= limit:
             problems.append(f"{name}: rank {rank!r}, wanted 1 to {limit}")
     if problems:
@@ -192,7 +193,7 @@ def apply_rank_pattern(
             model.set_submodule(name, _low_rank_like(dense, form, rank, mean_correction or dense.bias is not None))
 
 
-def _low_rank_like(dense: nn.Module, form: str, rank: int, bias: bool) -> LowRankLinear | PivotedLinear:
+def _low_rank_like(dense: nn.Module, form: str, rank: int, bias: bool) -> Standalone:
     weight = dense_weight(dense)
     out_features, in_features = weight.shape
     module = FORM_MODULES[form](in_features, rank, out_features, bias, device=weight.device, dtype=weight.dtype)

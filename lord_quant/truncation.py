@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from lord_quant.decompose import Factors, OutputSpectrum, output_spectrum, pivoted, two_factor
+from lord_quant.decompose import FORMS, Factors, OutputSpectrum, output_spectrum, two_factor
 from lord_quant.errors import NumericsError
 from lord_quant.halves import upper_product
 from lord_quant.linalg import cholesky_, require_finite, thin_qr
@@ -93,9 +93,11 @@ def factors_of(weighed: Weighed, spectrum: OutputSpectrum, rank: int) -> Factors
     return even._replace(up=even.up / scale)
 
 
-def pivoted_factors(factors: Factors, outputs: torch.Tensor | None) -> Factors:
-    """Brings what `factors_of` returns into the pivoted form."""
-    return pivoted(factors if outputs is None else _orthonormal(factors))
+def in_form(factors: Factors, form: str, outputs: torch.Tensor | None) -> Factors:
+    """Brings what `factors_of` returns into a form that stands alone; `outputs` is the metric it was made in."""
+    if form == "pivoted" and outputs is not None:
+        factors = _orthonormal(factors)
+    return FORMS[form](factors)
 
 
 def _orthonormal(factors: Factors) -> Factors:

@@ -160,7 +160,7 @@ def _of_tensor(name: str, tensor: torch.Tensor, scales: tuple[Any, ...] | None) 
     if tensor.is_floating_point() and not is_finite(tensor):
         yield f"{name}: {int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} values are NaN or inf"
     if name.endswith(".order") and not torch.equal(tensor.long().sort().values, torch.arange(len(tensor))):
-        yield f"{name}: no order of {len(tensor)} outputs"
+        yield f"{name}: no order of {len(tensor)} features"
     if scales is not None and tensor.numel() and not 0 <= int(tensor.min()) <= int(tensor.max()) < scales[0][0]:
         yield f"{name}: groups {int(tensor.min())} to {int(tensor.max())}; there are {scales[0][0]}"
 

@@ -19,7 +19,7 @@ from lord_quant.truncation import unit_metric
 
 F64 = torch.float64
 PLAIN = JointConfig(anchor=False, rotate=False, refit=False, order="down_first", deflate=False, refine=0)
-FORMS = ["two_factor", "pivoted"]
+FORMS = ["two_factor", "pivoted", "column_pivoted"]
 
 
 class Problem(NamedTuple):
@@ -69,6 +69,11 @@ def perturbed(factors: Factors, seed: int) -> Iterator[torch.Tensor]:
             old = getattr(factors, part)
             noise = step * old.abs().max() * torch.randn(old.shape, generator=generator, dtype=F64)
             yield factors._replace(**{part: old + noise}).product()
+
+
+def full_rank(m: int, n: int, form: str) -> int:
+    """The largest rank that a layer of m outputs and n inputs can have in a form."""
+    return min(m - (form == "pivoted"), n - (form == "column_pivoted"))
 
 
 def squared(difference: torch.Tensor, covariance: torch.Tensor) -> float:

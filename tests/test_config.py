@@ -335,7 +335,8 @@ def test_read_yaml_names_a_missing_file(tmp_path: Path) -> None:
 def test_every_listed_value_is_legal() -> None:
     assert [GptqConfig(bits=bits).bits for bits in BITS] == [2, 3, 4, 8, 16]
     assert [GptqConfig(group_size=size).group_size for size in GROUP_SIZES] == [32, 64, 128, 256]
-    assert [LowrankConfig(rank_ratio=1, form=form).form for form in FORMS] == ["two_factor", "pivoted", "grouped"]
+    assert [LowrankConfig(rank_ratio=1, form=form).form for form in FORMS] == list(FORMS)
+    assert FORMS == ("two_factor", "pivoted", "column_pivoted", "grouped")
     assert [JointConfig(order=order).order for order in ORDERS] == ["auto", "down_first", "up_first"]
     assert [LordConfig("m", stack=stack, lowrank=LowrankConfig(rank_ratio=1)).stack for stack in STACKS] == [
         "joint",

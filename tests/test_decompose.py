@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lord_quant.decompose import FORMS, Factors, decompose, output_spectrum, pivoted, two_factor
+from lord_quant.decompose import FORMS, Factors, column_pivoted, decompose, output_spectrum, pivoted, two_factor
 from lord_quant.errors import NumericsError, RankError
 from lord_quant.moments import MomentAccumulator, Moments
 
@@ -49,7 +49,7 @@ def as_double(factors: Factors) -> Factors:
 
 
 def tensors(factors: Factors) -> list[torch.Tensor]:
-    return [tensor for tensor in factors if tensor is not None]
+    return [part for part in factors if isinstance(part, torch.Tensor)]
 
 
 def squared_error(p: Problem, factors: Factors) -> float:
@@ -335,6 +335,54 @@ def test_the_pivoted_form_is_the_same_map(m: int, n: int, seed: int, data: st.Da
     assert outputs_of_each == list(range(m)) and (parts.others().diff() > 0).all()
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 14), st.integers(2, 14), st.integers(0, 10**6), st.data())
+def test_the_column_pivoted_form_is_the_same_map(m: int, n: int, seed: int, data: st.DataObject) -> None:
+    p = problem(m, n, tokens=3 * n + 5, seed=seed)
+    rank = data.draw(st.integers(1, min(m, n - 1)))
+    two, _ = decompose(p.weight, p.bias, p.moments, rank)
+    parts, spectrum = decompose(p.weight, p.bias, p.moments, rank, form="column_pivoted")
+    assert parts.form == "column_pivoted" and two.form == "two_factor"
+    assert parts.down.shape == (rank, n - rank) and parts.up.shape == (m, rank) and parts.pivots.shape == (rank,)
+    assert two.up.numel() + two.down.numel() - parts.up.numel() - parts.down.numel() == rank**2
+    size = float(two.product().abs().max())
+    torch.testing.assert_close(parts.product(), two.product(), rtol=0, atol=1e-9 * size)
+    assert torch.equal(parts.bias, two.bias)
+    assert parts.largest_coefficient() == float(parts.down.abs().max()) <= 1.05 + 1e-9
+    torch.testing.assert_close(parts.product()[:, parts.pivots], parts.up, rtol=0, atol=0)
+    measured = squared_error(p, parts) / variance(p)
+    assert measured == pytest.approx(spectrum.discarded_share(rank), abs=1e-9)
+    inputs_of_each = sorted([*parts.pivots.tolist(), *parts.others().tolist()])
+    assert inputs_of_each == list(range(n)) and (parts.others().diff() > 0).all()
+
+
+def test_columns_are_pivoted_as_rows_of_the_transpose_are() -> None:
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(12, 5, generator=generator, dtype=torch.float64)).Q
+    other = torch.randn(5, 9, generator=generator, dtype=torch.float64)
+    rows, columns = pivoted(Factors(other, basis, None)), column_pivoted(Factors(basis.T, other.T, None))
+    assert torch.equal(columns.pivots, rows.pivots) and columns.of_inputs and not rows.of_inputs
+    torch.testing.assert_close(columns.down, rows.up.T)
+    torch.testing.assert_close(columns.up, rows.down.T)
+
+
+@pytest.mark.parametrize("kind", SINGULAR)
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+def test_the_column_pivoted_form_survives_singular_covariances_in_float32(m: int, n: int, kind: str) -> None:
+    """Also weights of a lower rank than is asked for: their rows do not fill the bottleneck."""
+    moments = moments_of(singular_inputs(kind, n))
+    moments = Moments(moments.mean.float(), moments.covariance.float(), moments.num_tokens)
+    full = problem(m, n).weight.float()
+    for weight in (full, full[:, :2] @ torch.ones(2, n), torch.zeros(m, n)):
+        for rank in (1, 4, min(m, n - 1)):
+            two, _ = decompose(weight, None, moments, rank)
+            parts, _ = decompose(weight, None, moments, rank, form="column_pivoted")
+            assert all(torch.isfinite(tensor).all() for tensor in tensors(parts))
+            assert parts.down.abs().max() <= 1.05 + 1e-5
+            size = float(two.product().abs().max())
+            torch.testing.assert_close(parts.product(), two.product(), rtol=0, atol=1e-4 * size)
+
+
 @pytest.mark.parametrize("kind", SINGULAR)
 @pytest.mark.parametrize(("m", "n"), SHAPES)
 def test_the_pivoted_form_survives_singular_covariances_in_float32(m: int, n: int, kind: str) -> None:
@@ -354,10 +402,13 @@ def test_pivoting_needs_an_output_that_is_left() -> None:
     p = problem(6, 8)
     with pytest.raises(RankError, match="rank 6 of 6 outputs is the layer itself"):
         decompose(p.weight, p.bias, p.moments, 6, form="pivoted")
+    narrow = problem(8, 6)
+    with pytest.raises(RankError, match="rank 6 of 6 inputs is the layer itself"):
+        decompose(narrow.weight, narrow.bias, narrow.moments, 6, form="column_pivoted")
     factors, _ = decompose(p.weight, p.bias, p.moments, 5)
     before = [tensor.clone() for tensor in tensors(factors)]
     assert FORMS["two_factor"](factors) is factors
-    assert pivoted(factors).pivots is not None
+    assert (pivoted(factors).form, column_pivoted(factors).form) == ("pivoted", "column_pivoted")
     assert all(torch.equal(old, new) for old, new in zip(before, tensors(factors), strict=True))
 
 
@@ -367,3 +418,8 @@ def test_the_product_of_pivoted_factors_by_hand() -> None:
     assert parts.others().tolist() == [1]
     assert parts.product().tolist() == [[1, 2], [310, 420], [3, 4]]
     assert Factors(down, torch.eye(2), None).product().tolist() == down.tolist()
+    inputs = Factors(
+        torch.tensor([[10.0], [100.0]]), torch.tensor([[1.0, 2.0]]), None, torch.tensor([0, 2]), of_inputs=True
+    )
+    assert inputs.others().tolist() == [1]
+    assert inputs.full_down().tolist() == [[1, 10, 0], [0, 100, 1]] and inputs.product().tolist() == [[1, 210, 2]]

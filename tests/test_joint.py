@@ -18,7 +18,7 @@ from lord_quant import joint, outcomes, pairing
 from lord_quant.config import JointConfig
 from lord_quant.engine import decompose_model
 from lord_quant.joint import stack_model
-from lord_quant.modules import LowRankLinear, PivotedLinear
+from lord_quant.modules import ColumnPivotedLinear, LowRankLinear, PivotedLinear
 from lord_quant.moments import PairedAccumulator, PairedMoments
 from lord_quant.plan import LayerPlan, Plan
 from lord_quant.stack import Stacked, stack_layer
@@ -29,7 +29,7 @@ from lord_quant.targets import dense_weight, find_blocks, find_linears
 FAMILIES = ["gpt2", "bigcode", "codegen", "llama", "qwen2", "gemma2"]
 SLIDING = ["qwen2", "gemma2"]
 EAGER_ONLY = ["codegen", "gemma2"]
-FORMS = {"two_factor": LowRankLinear, "pivoted": PivotedLinear}
+FORMS = {"two_factor": LowRankLinear, "pivoted": PivotedLinear, "column_pivoted": ColumnPivotedLinear}
 NORMS = {"gpt2": "ln_2", "bigcode": "ln_2", "llama": "post_attention_layernorm", "qwen2": "post_attention_layernorm"}
 """What reads the residual stream between attention and MLP."""
 ATTENTION, MLP = ("attn.c_proj", "out_proj", "o_proj"), ("mlp.c_proj", "fc_out", "down_proj")
@@ -197,9 +197,10 @@ def test_full_rank_leaves_the_logits_alone(family: str, form: str) -> None:
     model = tiny_model(family)
     before = logits(model)
 
-    def full(layer: Any) -> int | None:  # at as many pivots as outputs, the pivoted form is the layer itself
-        smaller = min(layer.in_features, layer.out_features)
-        return smaller if form == "two_factor" or layer.out_features > layer.in_features else None
+    def full(layer: Any) -> int | None:  # at as many pivots as outputs or inputs, a pivoted form is the layer itself
+        outputs, inputs = layer.out_features, layer.in_features
+        left = {"two_factor": True, "pivoted": outputs > inputs, "column_pivoted": inputs > outputs}
+        return min(outputs, inputs) if left[form] else None
 
     plan = with_ranks(plan_of(model), full, form)
     done = run_joint(model, plan)
@@ -222,12 +223,13 @@ def test_pivoted_and_two_factor_are_the_same_model_with_fewer_weights(family: st
         assert {type(layer) for layer in layers.values()} == {module}
         found[form], ranks[form] = logits(model), plan.rank_pattern
         count[form] = {name: layer.up.weight.numel() + layer.down.weight.numel() for name, layer in layers.items()}
-    assert ranks["pivoted"] == ranks["two_factor"]
-    assert {name: count["two_factor"][name] - fewer for name, fewer in count["pivoted"].items()} == {
-        name: rank**2 for name, rank in ranks["pivoted"].items()
-    }
     tolerance = (1e-8 if dtype == torch.float64 else 1e-4) * float(found["two_factor"].abs().max())
-    torch.testing.assert_close(found["pivoted"], found["two_factor"], rtol=0, atol=tolerance)
+    for form in ("pivoted", "column_pivoted"):
+        assert ranks[form] == ranks["two_factor"]
+        assert {name: count["two_factor"][name] - fewer for name, fewer in count[form].items()} == {
+            name: rank**2 for name, rank in ranks[form].items()
+        }
+        torch.testing.assert_close(found[form], found["two_factor"], rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -250,7 +252,7 @@ def test_what_is_to_be_packed_is_what_the_layers_hold(family: str, form: str) ->
             assert record.rel_output_error is record.effective_rank is record.largest_coefficient is None
         else:
             assert record.rel_output_error < record.rel_stacked_error and record.effective_rank > 0
-            assert (record.largest_coefficient is not None) == (form == "pivoted")
+            assert (record.largest_coefficient is not None) == (form != "two_factor")
 
 
 def test_quantization_alone_keeps_every_layer_dense() -> None:

@@ -52,7 +52,7 @@ def test_no_candidate_is_beaten_by_another_and_losses_are_the_formulas() -> None
         else:
             noise = loss.of_factors(each.rank, *packings(each))
             assert each.loss == pytest.approx(
-                float(loss.cut[each.rank]) + noise * (loss.pivoted if each.form == "pivoted" else 1)
+                float(loss.cut[each.rank]) + noise * (loss.pivoted if "pivoted" in each.form else 1)
             )
             assert each.bits == each.up_bits or each.form == "two_factor"
     assert any(each.bits < each.up_bits for each in candidates)  # the factor with less noise gets fewer bits
@@ -63,6 +63,7 @@ def test_no_candidate_is_beaten_by_another_and_losses_are_the_formulas() -> None
     [
         (Menu(forms=(DENSE,)), "form", {"dense"}),
         (Menu(forms=("pivoted",)), "form", {"pivoted"}),
+        (Menu(forms=("pivoted", "column_pivoted")), "form", {"pivoted", "column_pivoted"}),
         (Menu(bits=(3,)), "bits", {3}),
         (Menu(group_sizes=(64, 128)), "group_size", {64, 128}),
     ],
@@ -70,6 +71,16 @@ def test_no_candidate_is_beaten_by_another_and_losses_are_the_formulas() -> None
 def test_restrictions_hold(menu: Menu, key: str, allowed: set[Any]) -> None:
     for name, loss in LOSSES.items():
         assert {getattr(each, key) for each in menu.of(SITES[name], loss)} <= allowed
+
+
+def test_of_the_pivoted_forms_layers_have_the_one_that_suits_them() -> None:
+    """Pivots are on the shorter side; `down` takes the inputs that are left in whole groups."""
+    loss = layer_loss(256, 0)
+    for outputs, wanted in ((128, "pivoted"), (256, "pivoted"), (1024, "column_pivoted")):
+        site = LinearSite("h.0.fc", 0, 256, outputs, True)
+        found = Menu(forms=("pivoted", "column_pivoted"), bits=(4,), group_sizes=(64,)).of(site, loss)
+        assert found and {each.form for each in found} == {wanted}
+    assert {each.rank for each in found} == {64, 128, 192}
 
 
 def test_ranks_move_in_steps_of_32_at_any_group_size() -> None:

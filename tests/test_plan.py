@@ -83,6 +83,34 @@ def test_bytes_and_bits_per_weight_of_a_pivoted_plan_by_hand() -> None:
     assert plan(sites, gptq=gptq, rank_ratio=1, form="pivoted").scheme == "dense-w4g64"
 
 
+def test_bytes_of_a_column_pivoted_plan_by_hand() -> None:
+    sites, gptq = [site("up", 256, 1024), site("down", 1024, 256, True)], GptqConfig(bits=4, group_size=64)
+    result = plan(sites, itemsize=2, gptq=gptq, rank_pattern={"up": 128, "down": 64}, form="column_pivoted")
+    up, down = result.layers
+    # up: 128 of 256 inputs -> 128 -> 1024 with a bias of its own making; an order of int16
+    up_down = 128 * 128 // 2 + 2 * 128 * 2 + 128 * 2 // 2 + 4 * 128
+    up_up = 128 * 1024 // 2 + 2 * 1024 * 2 + 1024 * 2 // 2 + 4 * 128
+    assert (up.rank, up.adds_bias, up.bias_bytes) == (128, True, 2 * 1024)
+    assert up.weight_bytes == up_down + up_up + 2 * 256
+    assert up.factor_shapes() == {".down": (128, 128), ".up": (128, 1024)}
+    assert up.weights == 128 * (256 + 1024) - 128**2
+    down_down = 960 * 64 // 2 + 2 * 64 * 15 + 64 * 15 // 2 + 4 * 960
+    down_up = 64 * 256 // 2 + 2 * 256 + 256 // 2 + 4 * 64
+    assert (down.weight_bytes, down.bias_bytes) == (down_down + down_up + 2 * 1024, 2 * 256)
+    assert result.form_pattern == dict.fromkeys(("h.0.up", "h.0.down"), "column_pivoted")
+
+
+def test_ranks_of_the_column_pivoted_form_leave_whole_groups_of_inputs() -> None:
+    """Ranks are taken off the inputs of `down`, so its group size must divide them too."""
+    sites = [site("up", 512, 1024)]
+    sizes = {"group_size": 32, "group_size_pattern": {"up.down": 128}}
+    gptq = GptqConfig(bits=4, **sizes)
+    assert plan(sites, gptq=gptq, rank_ratio=0.3, form="column_pivoted").layers[0].rank == 256
+    assert plan(sites, gptq=gptq, rank_ratio=0.3).layers[0].rank == 160
+    with pytest.raises(RankError, match="rank 160; wanted a multiple of 128 up to 512, nearest: 128"):
+        plan(sites, gptq=gptq, rank_pattern={"up": 160}, form="column_pivoted")
+
+
 def test_float_plans_count_stored_floats() -> None:
     half = plan(WITH_BIAS, itemsize=2, gptq=GptqConfig(bits=16), rank_ratio=1)
     assert half.bpw == 16 and half.scheme == "dense-float"
@@ -191,6 +219,9 @@ def test_at_full_rank_the_pivoted_form_is_the_layer_itself_and_stays_dense_with_
     assert tall.rank == 256 and not tall.note and result.form_pattern == {"h.0.tall": "pivoted"}
     result = plan(sites, rank_pattern={"wide": 256, "tall": 224}, form="pivoted")
     assert result.rank_pattern == {"h.0.tall": 224} and result.layers[1].note.startswith("dense: the pivoted form")
+    tall, wide = plan(sites, rank_ratio=0.99, form="column_pivoted", force_rank=True).layers
+    assert tall.rank is None and tall.note == "dense: the column_pivoted form at rank 256 is the layer itself"
+    assert wide.rank == 256 and not wide.note
 
 
 def test_the_hint_of_a_pivoted_plan_names_the_largest_rank_that_shrinks() -> None:

@@ -18,7 +18,8 @@ from lord_quant.layer_bytes import Packing
 from lord_quant.moments import Moments, PairedMoments
 from lord_quant.probe import LayerLoss, probe
 from lord_quant.solver import Gptq, Solver, Solvers, exact
-from lord_quant.stack import Polished, stack_layer, stack_two_factor
+from lord_quant.stack import stack_layer
+from lord_quant.stack_forms import Polished, stack_two_factor
 from lord_quant.truncation import truncate, unit_metric, weigh
 from lord_quant.two_sided import round_rows
 
@@ -140,11 +141,14 @@ def test_factor_noise_follows_the_rank() -> None:
     assert found.of_factors(128, Packing(16, 64), Packing(16, 64)) == 0 == found.of_dense(16, 64)
 
 
-def test_noise_of_the_pivoted_form_is_that_of_a_real_one_or_assumed(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, moments, sensitivity = problem(256, 128)
+@pytest.mark.parametrize(("m", "n", "suiting"), [(256, 128, "column_pivoted"), (128, 256, "pivoted")])
+def test_noise_of_the_pivoted_form_is_that_of_a_real_one_or_assumed(
+    m: int, n: int, suiting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, moments, sensitivity = problem(m, n)
     found = run(weight, moments, sensitivity, seed=3)
     tail, both = float(found.tail[64]), Solvers(solver(3), solver(3))
-    two, one = (real_loss(weight, moments, sensitivity, 64, both, form) - tail for form in ("two_factor", "pivoted"))
+    two, one = (real_loss(weight, moments, sensitivity, 64, both, form) - tail for form in ("two_factor", suiting))
     assert found.pivoted == pytest.approx(one / two, rel=1e-6) and found.pivoted != 2
     monkeypatch.setattr(probing, "PIVOTED_SIZE", 256 * 128 - 1)
     assert run(weight, moments, sensitivity, seed=3).pivoted == 2

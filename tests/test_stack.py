@@ -4,18 +4,33 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layer_problems import F64, FORMS, PLAIN, Problem, exact, moments_of, perturbed, problem, product, run, squared
+from layer_problems import (
+    F64,
+    FORMS,
+    PLAIN,
+    Problem,
+    exact,
+    full_rank,
+    moments_of,
+    perturbed,
+    problem,
+    product,
+    run,
+    squared,
+)
 
 from lord_quant import stack
 from lord_quant.config import JointConfig
 from lord_quant.decompose import output_spectrum, two_factor
 from lord_quant.refine import Quantized
-from lord_quant.stack import anchored_target, deflated, refit_up
+from lord_quant.stack import anchored_target
+from lord_quant.stack_forms import deflated, refit_up
 
 
 ORDERS = ["down_first", "up_first", "auto"]
@@ -121,16 +136,17 @@ def test_nothing_of_the_same_rank_is_nearer_to_the_target(m: int, n: int, seed: 
 
 @pytest.mark.parametrize("options", [JointConfig(), PLAIN], ids=["all ideas", "none"])
 @pytest.mark.parametrize(("m", "n"), SHAPES)
-def test_both_forms_stand_for_the_same_weight_in_float(m: int, n: int, options: JointConfig) -> None:
+def test_all_forms_stand_for_the_same_weight_in_float(m: int, n: int, options: JointConfig) -> None:
     p = problem(m, n)
-    for rank in (1, 4, min(m - 1, n)):
-        two, one = (run(p, rank, form, None, options) for form in FORMS)
+    for rank, form in itertools.product((1, 4, min(m, n) - 1), ("pivoted", "column_pivoted")):
+        two, one = (run(p, rank, each, None, options) for each in ("two_factor", form))
         assert one.factors is not None and two.factors is not None
         torch.testing.assert_close(product(one), product(two), rtol=0, atol=1e-9 * float(product(two).abs().max()))
         torch.testing.assert_close(one.bias, two.bias, rtol=0, atol=1e-9)
         assert one.factors.up.numel() + one.factors.down.numel() == rank * (m + n - rank)
         assert two.largest_coefficient is None and one.largest_coefficient is not None
-        assert one.largest_coefficient == float(one.factors.up.abs().max()) <= 1.05 + 1e-9
+        kept_small = one.factors.up if form == "pivoted" else one.factors.down
+        assert one.largest_coefficient == float(kept_small.abs().max()) <= 1.05 + 1e-9
         assert one.quantized == two.quantized == {}
         plain = output_spectrum(anchored_target(p.weight, p.moments) if options.anchor else p.weight, p.moments.covariance)
         torch.testing.assert_close(one.spectrum.eigenvalues, plain.eigenvalues, rtol=1e-9, atol=0)
@@ -213,7 +229,7 @@ def test_a_solver_that_loses_nothing_gives_the_float_decomposition(
 ) -> None:
     p = problem(m, n)
     options = dataclasses.replace(options, order=order)
-    for rank in (1, 5, min(m - 1, n)):
+    for rank in (1, 5, full_rank(m, n, form)):
         expected, found = run(p, rank, form, None, options), run(p, rank, form, exact, options)
         scale = float(product(expected).abs().max())
         torch.testing.assert_close(product(found), product(expected), rtol=0, atol=1e-5 * scale)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from layer_problems import F64, FORMS, crude, problem, product, run
 
-from lord_quant import stack
+from lord_quant import stack_forms
 from lord_quant.config import GptqConfig, JointConfig
 from lord_quant.solver import Gptq
 from lord_quant.two_sided import round_rows
@@ -79,7 +79,7 @@ def test_anchoring_lowers_the_true_error(rank: int | None) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_feedback_between_pivoted_rows_lowers_the_error(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     fed = mean_error("pivoted", shape, seeds=20)
-    monkeypatch.setattr(stack, "round_rows", functools.partial(round_rows, steps=1))
+    monkeypatch.setattr(stack_forms, "round_rows", functools.partial(round_rows, steps=1))
     assert fed < 0.95 * mean_error("pivoted", shape, seeds=20)
 
 

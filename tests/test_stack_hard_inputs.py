@@ -55,12 +55,13 @@ def test_hard_inputs_are_survived(kind: str, m: int, n: int, form: str) -> None:
     moments = moments_of(x, y, torch.float32)
     weight = torch.randn(m, n, generator=torch.Generator().manual_seed(0))
     solve = Gptq(GptqConfig(bits=4), 32, len(x))
-    full = min(m - 32, n) if form == "pivoted" else min(m, n)
+    full = min(m - 32 * (form == "pivoted"), n - 32 * (form == "column_pivoted"))
     for rank in (32, full):
         result = stack_layer(weight, None, moments, rank, form, solve, JointConfig())
         assert result.factors is not None and result.bias is not None
         factors = result.factors
-        assert factors.down.shape == (rank, n) and factors.up.shape == (m - rank * (form == "pivoted"), rank)
+        assert factors.down.shape == (rank, n - rank * (form == "column_pivoted"))
+        assert factors.up.shape == (m - rank * (form == "pivoted"), rank)
         assert all(torch.isfinite(tensor).all() for tensor in (product(result), result.bias))
         assert 0 <= result.error <= 1
         assert result.error < result.spectrum.discarded_share(rank) + 0.05

@@ -66,7 +66,10 @@ def test_every_layer_is_probed_on_what_it_sees_in_the_dense_model(family: str, f
             Moments(part.mean(0), (part - part.mean(0)).T @ (part - part.mean(0)) / len(part), len(part)) for part in parts
         ]
         halves = zip(moments, minded, steep, strict=True)
-        first, second = (Half(own, cared.get(site.name), falls.get(site.name)) for own, cared, falls in halves)
+        first, second = (
+            Half(own, cared.get(site.name), falls.get(site.name), own.num_tokens if fisher else None)
+            for own, cared, falls in halves
+        )
         weight = dense_weight(model.get_submodule(site.name))
         expected = probe(weight, (first, second), has_bias=site.has_bias, gptq=GPTQ, options=OPTIONS, seed=order)
         loss = found.losses[site.name]
@@ -101,7 +104,7 @@ LAYER = "model.layers.0.mlp.up_proj"
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        (lambda about, tensors: about.update(version=99), r"^statistics .* have version 99; wanted 5: measure again$"),
+        (lambda about, tensors: about.update(version=99), r"^statistics .* have version 99; wanted 6: measure again$"),
         (lambda about, tensors: tensors.pop(LAYER), "up_proj"),
         (lambda about, tensors: tensors.update({LAYER: tensors[LAYER][:, 1:].clone()}), "does not fit its layer"),
         (lambda about, tensors: tensors[LAYER].fill_(torch.nan), "does not fit its layer"),

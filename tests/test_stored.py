@@ -193,6 +193,10 @@ def test_a_bad_index_is_refused(index: str, message: str, tmp_path: Path) -> Non
 
 def test_float_forms_are_told_apart_by_the_order(model_folder: ModelFolder, tmp_path: Path) -> None:
     def decompose(tensors: Tensors) -> Tensors:
+        name = "model.layers.0.mlp.gate_proj"
+        out, inputs = tensors.pop(f"{name}.weight").shape
+        tensors |= {f"{name}.down.weight": torch.zeros(16, inputs - 16), f"{name}.up.weight": torch.zeros(out, 16)}
+        tensors |= {f"{name}.up.bias": torch.zeros(out), f"{name}.order": torch.zeros(inputs, dtype=torch.int16)}
         for name, pivoted in (("model.layers.0.mlp.up_proj", False), ("model.layers.1.mlp.up_proj", True)):
             out, inputs = tensors.pop(f"{name}.weight").shape
             tensors |= {f"{name}.down.weight": torch.zeros(16, inputs), f"{name}.down.bias": torch.zeros(16)}
@@ -205,6 +209,9 @@ def test_float_forms_are_told_apart_by_the_order(model_folder: ModelFolder, tmp_
     two, pivoted = (layers[f"model.layers.{i}.mlp.up_proj"] for i in (0, 1))
     assert (two.form, two.rank) == ("two_factor", 16) and (pivoted.form, pivoted.rank) == ("pivoted", 16)
     assert two.weight_bytes - pivoted.weight_bytes == 16 * 16 * 4 - 256 * 2
+    columns = layers["model.layers.0.mlp.gate_proj"]
+    assert (columns.form, columns.rank) == ("column_pivoted", 16)
+    assert two.weight_bytes - columns.weight_bytes == 16 * 16 * 4 + 16 * 4 - 128 * 2  # and no bias of `down`
 
 
 Q, K, V = (f"model.layers.1.self_attn.{name}_proj" for name in "qkv")  # 128, 64 and 64 outputs

@@ -8,7 +8,7 @@ from torch import nn
 
 from lord_quant.decompose import Factors
 from lord_quant.errors import CheckpointError, NumericsError, RankError
-from lord_quant.modules import GroupedLinear, LowRankLinear, PivotedLinear
+from lord_quant.modules import ColumnPivotedLinear, GroupedLinear, LowRankLinear, PivotedLinear
 from lord_quant.surgery import apply_rank_pattern, is_compressed, is_low_rank, replace_group, replace_layer, set_dense
 from lord_quant.targets import dense_weight, find_linears
 
@@ -132,6 +132,28 @@ def pivoted_factors(rank: int, inputs: int, outputs: int, bias: bool = True, dty
     return Factors(parts.down, parts.up[rank:], parts.bias, pivots)
 
 
+def column_pivoted_factors(
+    rank: int, inputs: int, outputs: int, bias: bool = True, dtype: torch.dtype = torch.float64
+) -> Factors:
+    parts = factors(rank, inputs, outputs, bias, dtype)
+    pivots = torch.randperm(inputs, generator=torch.Generator().manual_seed(2))[:rank].sort().values
+    return Factors(parts.down[:, rank:], parts.up, parts.bias, pivots, of_inputs=True)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@LAYER_KINDS
+def test_a_column_pivoted_layer_computes_with_the_factors(family: str, name: str, bias: bool) -> None:
+    model = tiny_model(family)
+    outputs, inputs = dense_weight(model.get_submodule(name)).shape
+    parts = column_pivoted_factors(5, inputs, outputs, bias)
+    layer = replace_layer(model, name, parts)
+    assert model.get_submodule(name) is layer and type(layer) is ColumnPivotedLinear and not layer.training
+    assert layer.down.bias is None and (layer.up.bias is not None) == bias
+    x = torch.randn(2, 3, inputs, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), x @ parts.product().T + (parts.bias if bias else 0), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @LAYER_KINDS
 def test_a_pivoted_layer_computes_with_the_factors_and_its_bias_is_exact(family: str, name: str, bias: bool) -> None:
@@ -153,11 +175,12 @@ def test_a_pivoted_layer_computes_with_the_factors_and_its_bias_is_exact(family:
 def test_a_skeleton_takes_the_form_of_every_layer(family: str, mean_correction: bool) -> None:
     model, skeleton = tiny_model(family), tiny_model(family).to("meta")
     sites = find_linears(model)
-    ranks = {site.name: 8 + i for i, site in enumerate(sites) if i % 3}
-    forms = {site.name: "pivoted" for i, site in enumerate(sites) if i % 3 == 1} | {sites[2].name: "two_factor"}
+    ranks = {site.name: 8 + i for i, site in enumerate(sites) if i % 4}
+    makers = {"two_factor": factors, "pivoted": pivoted_factors, "column_pivoted": column_pivoted_factors}
+    forms = {site.name: list(makers)[i % 4 - 1] for i, site in enumerate(sites) if i % 4}
     for site in sites:
         if site.name in ranks:
-            make = pivoted_factors if forms.get(site.name) == "pivoted" else factors
+            make = makers[forms[site.name]]
             shape = ranks[site.name], site.in_features, site.out_features
             replace_layer(model, site.name, make(*shape, mean_correction or site.has_bias))
     apply_rank_pattern(skeleton, ranks, mean_correction, forms)
@@ -175,9 +198,10 @@ def test_a_skeleton_takes_the_form_of_every_layer(family: str, mean_correction: 
 
 def test_low_rank_layers_of_every_form_are_known_as_compressed() -> None:
     model = nn.ModuleDict({"a": nn.Linear(8, 6), "b": nn.Linear(8, 6), "c": nn.Linear(8, 6)})
-    apply_rank_pattern(model, {"a": 3, "b": 3}, True, {"b": "pivoted"})
-    assert [is_low_rank(module) for module in model.values()] == [True, True, False]
-    assert [is_compressed(module) for module in model.values()] == [True, True, False]
+    model["d"] = nn.Linear(8, 6)
+    apply_rank_pattern(model, {"a": 3, "b": 3, "d": 3}, True, {"b": "pivoted", "d": "column_pivoted"})
+    assert [is_low_rank(module) for module in model.values()] == [True, True, False, True]
+    assert [is_compressed(module) for module in model.values()] == [True, True, False, True]
 
 
 @pytest.mark.parametrize(
@@ -195,7 +219,7 @@ def test_odd_forms_are_all_named_and_nothing_is_touched(forms: dict, named: str)
     before = [type(module) for module in model.modules()]
     with pytest.raises(CheckpointError) as caught:
         apply_rank_pattern(model, {"model.layers.0.mlp.up_proj": 8}, True, forms)
-    assert f"form_pattern holds {named}; wanted two_factor or pivoted" in str(caught.value)
+    assert f"form_pattern holds {named}; wanted two_factor or pivoted or column_pivoted" in str(caught.value)
     assert [type(module) for module in model.modules()] == before
 
 
@@ -206,6 +230,10 @@ def test_a_pivoted_layer_of_full_rank_is_illegal_and_a_lower_one_is_not() -> Non
         with pytest.raises(RankError, match=f"{name}: rank {rank}, wanted 1 to {limit}"):
             apply_rank_pattern(tiny_model("llama"), {name: rank}, True, {name: "pivoted"})
         apply_rank_pattern(tiny_model("llama"), {name: limit}, True, {name: "pivoted"})
+    for name, rank, limit in ((wide, 65, 64), (tall, 64, 63)):  # as many as inputs: there `down` has none to take
+        with pytest.raises(RankError, match=f"{name}: rank {rank}, wanted 1 to {limit}"):
+            apply_rank_pattern(tiny_model("llama"), {name: rank}, True, {name: "column_pivoted"})
+        apply_rank_pattern(tiny_model("llama"), {name: limit}, True, {name: "column_pivoted"})
     apply_rank_pattern(tiny_model("llama"), {wide: 64}, True)
 
 

@@ -13,7 +13,7 @@ from lord_quant.config import GptqConfig
 from lord_quant.errors import NumericsError
 from lord_quant.refine import Quantized
 from lord_quant.solver import Gptq
-from lord_quant.stack import Polished
+from lord_quant.stack_forms import Polished
 from lord_quant.two_sided import round_rows
 
 

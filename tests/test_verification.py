@@ -127,7 +127,7 @@ PACKED = {
         ({"b.norm": torch.tensor([1.0, torch.nan])}, "b.norm: 1 of 2 values are NaN or inf"),
         ({"a.g_idx": PACKED["a.g_idx"] + 1}, "a.g_idx: groups 1 to 2; there are 2"),
         ({"a.g_idx": PACKED["a.g_idx"] - 1}, "a.g_idx: groups -1 to 0; there are 2"),
-        ({"b.order": torch.tensor([2, 0, 0], dtype=torch.int16)}, "b.order: no order of 3 outputs"),
+        ({"b.order": torch.tensor([2, 0, 0], dtype=torch.int16)}, "b.order: no order of 3 features"),
         ({"a.qweight": PACKED["a.qweight"].float()}, "a.qweight: dtype F32; wanted I32"),
         ({"a.scales": PACKED["a.scales"].int()}, "a.scales: dtype I32; wanted floats"),
         (

@@ -66,7 +66,7 @@ def menu_from(args: argparse.Namespace) -> Menu:
     """
     from lord_quant.config import FLOAT_BITS, FORMS, GROUP_SIZES, GptqConfig
     from lord_quant.errors import ConfigError, nearest_name
-    from lord_quant.layer_bytes import GROUPED, TWO_FACTOR
+    from lord_quant.layer_bytes import COLUMN_PIVOTED, GROUPED, PIVOTED, TWO_FACTOR
     from lord_quant.menu import DENSE, Menu
 
     values = settings_from(args)
@@ -86,7 +86,8 @@ def menu_from(args: argparse.Namespace) -> Menu:
         legal = (DENSE, *FORMS)
         if form not in legal:
             raise ConfigError(f"form is {form!r}; wanted one of {', '.join(legal)}{nearest_name(str(form), legal)}")
-        restricted["forms"] = tuple(dict.fromkeys((DENSE, form, *((TWO_FACTOR,) if form == GROUPED else ()))))
+        also = {GROUPED: (TWO_FACTOR,), PIVOTED: (COLUMN_PIVOTED,)}  # where the form itself does not suit a layer
+        restricted["forms"] = tuple(dict.fromkeys((DENSE, form, *also.get(form, ()))))
     return Menu(**restricted)
 
 

@@ -89,7 +89,8 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     ranks.add_argument("--ignore", default=unset, nargs="+", metavar="PATTERN", help="patterns taken away from the targets")
     ranks.add_argument(
         "--form", default=unset,
-        help="two_factor (default); pivoted: rank*rank weights fewer; grouped: layers with one input share `down`",
+        help="two_factor (default); pivoted, column_pivoted: rank*rank weights fewer, the latter for layers with more "
+        "outputs than inputs; grouped: layers with one input share `down`",
     )  # fmt: skip
     ranks.add_argument(
         "--force-rank", default=unset, action=argparse.BooleanOptionalAction, help="decompose even where that enlarges"

@@ -62,7 +62,7 @@ class LordGPTQQuantizer(_GPTQQuantizer):
         force_rank: Decompose also where that makes a layer larger.
         mean_correction: Correct biases for the mean input.
         float64: Run statistics in float64.
-        form: `two_factor`, `pivoted` or `grouped`, see `LowrankConfig`.
+        form: `two_factor`, `pivoted`, `column_pivoted` or `grouped`, see `LowrankConfig`.
         form_pattern: Form by layer pattern, of layers that get a rank.
         bits_pattern: Bits by layer or factor pattern, where they are not `bits`.
         group_size_pattern: Group size by layer pattern, likewise.

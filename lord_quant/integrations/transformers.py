@@ -73,7 +73,7 @@ class LordGPTQConfig(GPTQConfig):
         rank_pattern: Ranks by layer pattern; in a saved checkpoint, by full module path.
         targets: Presets and patterns of layers to decompose.
         ignore: Patterns taken away from the targets.
-        form: `two_factor`, `pivoted` or `grouped`, see `LowrankConfig`.
+        form: `two_factor`, `pivoted`, `column_pivoted` or `grouped`, see `LowrankConfig`.
         form_pattern: Form by layer pattern, of layers that get a rank; in a saved checkpoint, by full module path.
         force_rank: Decompose also where that makes a layer larger.
         mean_correction: Correct biases for the mean input.

@@ -28,6 +28,7 @@ MATRIX: dict[str, Variant] = {
 }
 DENSE: dict[str, Any] = {"rank_ratio": 1.0}
 PIVOTED: dict[str, Any] = {"rank_ratio": 0.25, "form": "pivoted"}
+COLUMNS: dict[str, Any] = {"rank_ratio": 0.25, "form": "column_pivoted"}
 UP: dict[str, Any] = PIVOTED | {"targets": ["up_proj"]}
 ROLES = {  # the input and the output of attention and MLP
     "gpt_bigcode": ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
@@ -42,7 +43,7 @@ OWN: list[tuple[int, int, int | None, str]] = [  # bits, group size, rank and fo
     (8, 32, 32, "two_factor"),
     (2, 64, 64, "pivoted"),
     (3, 64, None, "dense"),
-    (4, 64, 64, "two_factor"),
+    (4, 64, 64, "column_pivoted"),
     (8, 64, 64, "pivoted"),
 ]
 
@@ -68,6 +69,10 @@ MIXED = {f"mixed-{family}": mixed(family) for family in ROLES} | {
 }
 FORMS: dict[str, Variant] = {  # every kind of layer at some bits; all at all bits would take minutes
     f"pivoted-{family}-{bits}": (family, {}, {"gptq": {"bits": bits}, "lowrank": PIVOTED | {"targets": [targets]}})
+    for family in ("gpt_bigcode", "codegen", "llama", "gpt2")
+    for bits, targets in ((16, "all"), (8, "attention"), (4, "mlp"))
+} | {
+    f"column_pivoted-{family}-{bits}": (family, {}, {"gptq": {"bits": bits}, "lowrank": COLUMNS | {"targets": [targets]}})
     for family in ("gpt_bigcode", "codegen", "llama", "gpt2")
     for bits, targets in ((16, "all"), (8, "attention"), (4, "mlp"))
 }
@@ -109,6 +114,9 @@ VARIANTS: dict[str, Variant] = {
     "naive-gpt_bigcode-16": ("gpt_bigcode", {}, {"gptq": {"bits": 16}, "stack": "naive"}),
     "naive-sym-gpt_bigcode-8": ("gpt_bigcode", {}, {"gptq": {"bits": 8, "sym": True, "mse": 0.0}, "stack": "naive"}),
     "naive-pivoted-gpt2-4": ("gpt2", {}, {"gptq": {"bits": 4}, "lowrank": PIVOTED, "stack": "naive"}),
+    "naive-column_pivoted-llama-4": ("llama", {}, {"gptq": {"bits": 4}, "lowrank": COLUMNS, "stack": "naive"}),
+    "desc_act-column_pivoted-llama-4": ("llama", {}, {"gptq": {"bits": 4, "desc_act": True}, "lowrank": COLUMNS}),
+    "no_mean-column_pivoted-llama-4": ("llama", {}, {"gptq": {"bits": 4}, "lowrank": COLUMNS | {"mean_correction": False}}),
     "desc_act-pivoted-llama-4": ("llama", {}, {"gptq": {"bits": 4, "desc_act": True}, "lowrank": UP}),
     "bf16-pivoted-llama-4": ("llama", {}, {"gptq": {"bits": 4}, "lowrank": UP, "dtype": "bfloat16"}),
     "no_mean-pivoted-llama-4": ("llama", {}, {"gptq": {"bits": 4}, "lowrank": UP | {"mean_correction": False}}),
