@@ -17,6 +17,7 @@ KINDS = {
     "dense": "rounded dense",
     "two_factor": "two factors, rounded",
     "pivoted": "pivoted, rounded",
+    "column_pivoted": "column-pivoted, rounded",
 }
 PREDICTORS = {
     "predicted": "Fisher",
@@ -226,7 +227,7 @@ def draw(rows: Sequence[dict[str, Any]], summary: dict[str, Any], title: str, pa
                 is_loss = yardstick == "heldout"
                 axes.errorbar(
                     [row[name] for row in own], [max(row[yardstick], FLOOR) if is_loss else row[yardstick] for row in own],
-                    yerr=_whiskers(own) if is_loss else None, linestyle="none", marker="osD^"[index],
+                    yerr=_whiskers(own) if is_loss else None, linestyle="none", marker="osD^v"[index],
                     markersize=4.5, color=f"C{index}", elinewidth=0.6, alpha=0.8, label=KINDS[kind],
                 )  # fmt: skip
             found = _number(summary["kinds"]["all"]["correlations"][yardstick][name], ".3f")

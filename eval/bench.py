@@ -83,7 +83,7 @@ class Layer(NamedTuple):
         """Returns the layer compressed alone, in float: what the joint stack makes of it where both streams are dense.
 
         Args:
-            form: `two_factor` or `pivoted`; of no meaning without a rank.
+            form: `two_factor`, `pivoted` or `column_pivoted`; of no meaning without a rank.
             rank: Rank of the factors, or None for a layer that stays dense.
             bits: Of its weights; 16 leaves factors in float.
             group_size: Inputs per scale.

@@ -52,7 +52,7 @@ class Choice(NamedTuple):
     """One way to compress a layer.
 
     Attributes:
-        kind: `truncation`, `dense`, `two_factor` or `pivoted`.
+        kind: `truncation`, `dense`, or the form of its rounded factors.
         rank: Rank of its factors, or None.
         bits: Of its weights; 16 for factors in float.
         group_size: Inputs per scale.
@@ -197,10 +197,10 @@ def choices(layer: Layer, loss: LayerLoss, seed: int) -> list[Choice]:
 
 def menu(layer: Layer, loss: LayerLoss) -> Iterator[Choice]:
     """Yields what the planner may choose for a layer, form by form and width by width."""
-    from lord_quant.layer_bytes import PIVOTED, TWO_FACTOR
+    from lord_quant.layer_bytes import TWO_FACTOR
     from lord_quant.menu import DENSE, Menu
 
-    for form in (DENSE, TWO_FACTOR, PIVOTED):
+    for form in (DENSE, TWO_FACTOR, *loss.pivoted):
         for bits in SET_BITS:
             for size in loss.groups:
                 for found in Menu((form,), (bits,), (size,)).of(layer.site, loss):
@@ -237,7 +237,7 @@ def size(choice: Choice) -> int:
 
 def form_of(choice: Choice) -> str:
     """Returns the form of the factors, if there are any."""
-    return "pivoted" if choice.kind == "pivoted" else "two_factor"
+    return "two_factor" if choice.kind in ("truncation", "dense") else choice.kind
 
 
 def about(layer: Layer, choice: Choice) -> dict[str, Any]:
@@ -270,7 +270,7 @@ def parts(loss: LayerLoss, choice: Choice) -> tuple[float, float]:
         return tail[choice.rank], 0.0
     packing = Packing(choice.bits, choice.group_size)
     noise = loss.of_factors(choice.rank, packing, packing)
-    return tail[choice.rank], noise * (loss.pivoted if choice.kind == "pivoted" else 1)
+    return tail[choice.rank], noise * loss.pivoted.get(choice.kind, 1.0)
 
 
 def measured(heldout: Rise, calibration: Rise) -> dict[str, float]:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 BITS = (2, 3, 4)
 FLOAT = 16
 GROUP_SIZE = 64
-FORMS = ("dense", "two_factor", "pivoted")
+FORMS = ("dense", "two_factor", "pivoted", "column_pivoted")
 FEW = 8
 """Windows that a metric of few tokens is measured on."""
 NOTE = (

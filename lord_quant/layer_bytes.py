@@ -65,9 +65,9 @@ def order_bytes(in_features: int, out_features: int, form: str) -> int:
     return order_dtype(ordered).itemsize * ordered
 
 
-def pivoted_form(in_features: int, out_features: int) -> str:
-    """Returns which of the two pivoted forms suits a layer: the one whose pivots are on the shorter side."""
-    return COLUMN_PIVOTED if out_features > in_features else PIVOTED
+def pivoted_forms(in_features: int, out_features: int) -> tuple[str, ...]:
+    """Returns which pivoted forms suit a layer: pivots among the inputs do where there are more outputs than inputs."""
+    return (PIVOTED, COLUMN_PIVOTED) if out_features > in_features else (PIVOTED,)
 
 
 def rank_step(group_size: int) -> int:

@@ -18,7 +18,6 @@ from lord_quant.layer_bytes import (
     linear_bytes,
     num_weights,
     order_bytes,
-    pivoted_form,
 )
 from lord_quant.probe import LayerLoss, noise_at
 from lord_quant.targets import LinearSite
@@ -69,7 +68,7 @@ class Menu:
     """What candidates there are.
 
     Attributes:
-        forms: Forms allowed; of the two pivoted ones only that which suits a layer's shape is tried.
+        forms: Forms allowed; pivoted ones are tried where they suit a layer's shape.
         bits: Bit widths allowed; 16 for float, with no other.
         group_sizes: Group sizes allowed. `up` takes that of `down`, or where it does not divide the rank the largest that
             does.
@@ -91,7 +90,7 @@ class Menu:
         for group_size in self._group_sizes(loss):
             if DENSE in self.forms:
                 found += [self._dense(site, loss, bits, group_size) for bits in self.bits]
-            for form in (TWO_FACTOR, pivoted_form(site.in_features, site.out_features)):
+            for form in (TWO_FACTOR, *loss.pivoted):
                 if form in self.forms:
                     found += self._factored(site, loss, form, group_size)
         return undominated(found)
@@ -142,7 +141,7 @@ class Menu:
         smaller = min(inputs, outputs)
         step = PACK_MULTIPLE << max(0, math.ceil(math.log2(smaller / PACK_MULTIPLE / RANKS)))
         fixed = self._added_bias(site) + order_bytes(inputs, outputs, form)
-        noisier = 1.0 if form in (TWO_FACTOR, GROUPED) else loss.pivoted
+        noisier = loss.pivoted.get(form, 1.0)
         whole = float(loss.tail[0])
         for rank in range(step, smaller + 1, step):
             shapes = factor_shapes(inputs, outputs, rank, form)

@@ -14,7 +14,7 @@ as a product of the two. Factors are made at half rank, and each is rounded alon
 in float but given its optimum, as in the real stack; at 3/4 of the rank, at 3 bits, once more. What is lost beyond
 truncation, relative to the energy kept, is taken to add up over both factors, to follow a power of the rank (usually about
 1/r: solvers make more of many channels than of few), and to go with groups as the dense layer's noise does. The pivoted
-form that suits the layer's shape is rounded once, at half rank and 3 bits, which tells how much noisier it is than two
+forms that suit the layer's shape are rounded once, at half rank and 3 bits, which tells how much noisier they are than two
 factors. All are rounded in the metric that a run would believe in, and measured in the one that was seen.
 """
 
@@ -31,7 +31,7 @@ from lord_quant.config import FLOAT_BITS, GptqConfig, JointConfig
 from lord_quant.crossfit import Half, crossed_tail
 from lord_quant.decompose import Factors, output_spectrum
 from lord_quant.halves import energy
-from lord_quant.layer_bytes import PACK_MULTIPLE, Packing, pivoted_form
+from lord_quant.layer_bytes import PACK_MULTIPLE, Packing, pivoted_forms
 from lord_quant.linalg import relative_error, require_finite
 from lord_quant.moments import merged
 from lord_quant.solver import Gptq, Solver, Solvers, exact
@@ -49,8 +49,8 @@ PROBED_RANKS = (1 / 2, 3 / 4)
 GROUP_BITS = 3
 """Bits at which group sizes are compared."""
 PIVOTED_NOISE = 2.0
-"""What a pivoted form is taken to lose by rounding, relative to two factors, where choosing pivots for a probe would take
-too long. Where it was measured it was 1.7 to 2.9 times."""
+"""What pivoted forms are taken to lose by rounding, relative to two factors, where choosing pivots for a probe would take
+too long. Where it was measured it was 1 to 5 times."""
 PIVOTED_SIZE = 2**21
 """Most weights of a layer for which pivots are chosen."""
 SLOPES = (-1.0, 2.0)
@@ -88,8 +88,8 @@ class LayerLoss(NamedTuple):
         group_size: Group size of the probes.
         down: Loss of rounding the first factor alone; None where no rank is legal.
         up: That of the second, likewise.
-        pivoted: Loss of rounding in the pivoted form that suits its shape (`layer_bytes.pivoted_form`), relative to two
-            factors of the same rank and bits.
+        pivoted: Loss of rounding in the pivoted forms that suit its shape, relative to two factors of the same rank and
+            bits, by form.
     """
 
     tail: torch.Tensor
@@ -99,7 +99,7 @@ class LayerLoss(NamedTuple):
     group_size: int
     down: FactorNoise | None
     up: FactorNoise | None
-    pivoted: float = PIVOTED_NOISE
+    pivoted: dict[str, float]
 
     def of_dense(self, bits: int, group_size: int) -> float:
         """Returns the loss of a layer that stays dense."""
@@ -177,7 +177,8 @@ def probe(
         groups[256] = groups[128] * groups[128] / groups[64]
     joint = covariance if has_bias or mean_correction else seen
     weighed = weigh(weight, metric)
-    spectrum, down, up, pivoted = output_spectrum(weighed.weight, joint), None, None, PIVOTED_NOISE
+    spectrum, down, up = output_spectrum(weighed.weight, joint), None, None
+    pivoted = dict.fromkeys(pivoted_forms(weight.shape[1], weight.shape[0]), PIVOTED_NOISE)
     step = usual if min(weight.shape) >= usual else PACK_MULTIPLE
     if min(weight.shape) >= step:
         ranks = [min(max(1, round(part * min(weight.shape) / step)) * step, min(weight.shape)) for part in PROBED_RANKS]
@@ -190,7 +191,7 @@ def probe(
         )
         down = FactorNoise(ranks[0], down_shares, _slope(ranks, down_shares[GROUP_BITS], down_again[GROUP_BITS]))
         up = FactorNoise(ranks[0], up_shares, _slope(ranks, up_shares[GROUP_BITS], up_again[GROUP_BITS]))
-        pivoted = _pivoted_noise(problem, cuts[0], solver(GROUP_BITS, step))
+        pivoted = _pivoted_noise(problem, cuts[0], solver(GROUP_BITS, step), list(pivoted))
     values = spectrum.eigenvalues.double().cpu()
     tail = torch.cat((values.flip(0).cumsum(0).flip(0), values.new_zeros(1)))
     cut = crossed_tail(weight, halves, centred=has_bias or mean_correction)
@@ -269,15 +270,16 @@ def _rounded(
     return down, {bits: lost(Solvers(exact, solve)) for bits, solve in solvers.items()}
 
 
-def _pivoted_noise(problem: _Problem, factors: Factors, solve: Solver) -> float:
-    """Returns what rounding in the pivoted form that suits a layer loses, relative to two factors; both are made."""
-    outputs, inputs = problem.weight.shape
-    if problem.weight.numel() > PIVOTED_SIZE or len(factors.down) >= min(outputs, inputs):
-        return PIVOTED_NOISE
+def _pivoted_noise(problem: _Problem, factors: Factors, solve: Solver, forms: Sequence[str]) -> dict[str, float]:
+    """Returns what rounding in pivoted forms loses, relative to two factors; all are made."""
     cut, both = problem.error(factors.product()), Solvers(solve, solve)
-    fewer = in_form(factors, pivoted_form(inputs, outputs), problem.believed)
-    two, one = (problem.quantized(each, both) - cut for each in (factors, fewer))
-    return max(one / two, 0.1) if two > 0 else PIVOTED_NOISE
+    two = 0.0
+    if problem.weight.numel() <= PIVOTED_SIZE and len(factors.down) < min(problem.weight.shape):
+        two = problem.quantized(factors, both) - cut
+    if two <= 0:
+        return dict.fromkeys(forms, PIVOTED_NOISE)
+    made = {form: in_form(factors, form, problem.believed) for form in forms}
+    return {form: max((problem.quantized(fewer, both) - cut) / two, 0.1) for form, fewer in made.items()}
 
 
 def _slope(ranks: Sequence[int], share: float, again: float) -> float:

@@ -23,7 +23,7 @@ from lord_quant.config import GptqConfig, JointConfig
 from lord_quant.crossfit import Half
 from lord_quant.engine import gather
 from lord_quant.errors import CheckpointError, NumericsError
-from lord_quant.layer_bytes import PACK_MULTIPLE
+from lord_quant.layer_bytes import COLUMN_PIVOTED, PACK_MULTIPLE, PIVOTED
 from lord_quant.probe import PROBED_BITS, SLOPES, FactorNoise, LayerLoss, probe
 from lord_quant.progress import Progress
 from lord_quant.reading import open_tensors, parse_json
@@ -251,6 +251,9 @@ def _loss(tails: torch.Tensor, values: dict[str, Any]) -> LayerLoss:
         raise ValueError(
             f"noise in groups of {sorted(groups)}; wanted {PACK_MULTIPLE} among them, which divides every rank"
         )
+    pivoted = {form: float(ratio) for form, ratio in values["pivoted"].items()}
+    if not pivoted.keys() <= {PIVOTED, COLUMN_PIVOTED}:
+        raise ValueError(f"noise of the forms {sorted(pivoted)}; wanted pivoted ones")
     return LayerLoss(
         tail,
         cut,
@@ -259,7 +262,7 @@ def _loss(tails: torch.Tensor, values: dict[str, Any]) -> LayerLoss:
         int(values["group_size"]),
         down,
         up,
-        float(values["pivoted"]),
+        pivoted,
     )
 
 

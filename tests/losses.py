@@ -24,7 +24,8 @@ def layer_loss(smaller: int, seed: int, scale: float = 1.0) -> LayerLoss:
     shares = {2: 0.1, 3: 0.025, 4: 0.006}
     down = FactorNoise(smaller // 2, {bits: share / 4 for bits, share in shares.items()}, 1.1)
     up = FactorNoise(smaller // 2, shares, 0.8)
-    return LayerLoss(tail, 1.5 * tail, {2: noise, 3: noise / 4.2, 4: noise / 17}, groups, 64, down, up)
+    dense, pivoted = {2: noise, 3: noise / 4.2, 4: noise / 17}, {"pivoted": 2.0, "column_pivoted": 1.8}
+    return LayerLoss(tail, 1.5 * tail, dense, groups, 64, down, up, pivoted)
 
 
 SITES = {

@@ -51,9 +51,7 @@ def test_no_candidate_is_beaten_by_another_and_losses_are_the_formulas() -> None
             assert each.loss == loss.of_dense(each.bits, each.group_size)
         else:
             noise = loss.of_factors(each.rank, *packings(each))
-            assert each.loss == pytest.approx(
-                float(loss.cut[each.rank]) + noise * (loss.pivoted if "pivoted" in each.form else 1)
-            )
+            assert each.loss == pytest.approx(float(loss.cut[each.rank]) + noise * loss.pivoted.get(each.form, 1))
             assert each.bits == each.up_bits or each.form == "two_factor"
     assert any(each.bits < each.up_bits for each in candidates)  # the factor with less noise gets fewer bits
 
@@ -74,13 +72,16 @@ def test_restrictions_hold(menu: Menu, key: str, allowed: set[Any]) -> None:
 
 
 def test_of_the_pivoted_forms_layers_have_the_one_that_suits_them() -> None:
-    """Pivots are on the shorter side; `down` takes the inputs that are left in whole groups."""
+    """The one with less noise; a column-pivoted `down` takes the inputs that are left in whole groups."""
     loss = layer_loss(256, 0)
-    for outputs, wanted in ((128, "pivoted"), (256, "pivoted"), (1024, "column_pivoted")):
-        site = LinearSite("h.0.fc", 0, 256, outputs, True)
-        found = Menu(forms=("pivoted", "column_pivoted"), bits=(4,), group_sizes=(64,)).of(site, loss)
-        assert found and {each.form for each in found} == {wanted}
-    assert {each.rank for each in found} == {64, 128, 192}
+    site = LinearSite("h.0.fc", 0, 256, 1024, True)
+    menu = Menu(forms=("pivoted", "column_pivoted"), bits=(4,), group_sizes=(64,))
+    for noise, wanted in (({"pivoted": 1.5, "column_pivoted": 2.5}, "pivoted"), ({"pivoted": 2.0}, "pivoted")):
+        found = menu.of(site, loss._replace(pivoted=noise))
+        assert max(found, key=lambda each: each.num_bytes).form == wanted
+    found = menu.of(site, loss._replace(pivoted={"pivoted": 4.0, "column_pivoted": 2.0}))
+    columns = {each.rank for each in found if each.form == "column_pivoted"}
+    assert columns == {64, 128, 192} and {each.rank for each in found if each.form == "pivoted"} <= {32, 96, 160, 224}
 
 
 def test_ranks_move_in_steps_of_32_at_any_group_size() -> None:

@@ -29,7 +29,7 @@ def falling(full: int, whole: float) -> LayerLoss:
     """A layer whose loss falls with rank in a straight line: `whole` (1 - r / full)."""
     tail = whole * (1 - torch.arange(full + 1, dtype=torch.float64) / full)
     noise = FactorNoise(full // 2, {2: 0.1, 3: 0.02, 4: 0.005}, 1.0)
-    return LayerLoss(tail, tail, {2: 1.0, 3: 0.2, 4: 0.05}, {32: 0.9, 64: 1.0}, 64, noise, noise)
+    return LayerLoss(tail, tail, {2: 1.0, 3: 0.2, 4: 0.05}, {32: 0.9, 64: 1.0}, 64, noise, noise, {})
 
 
 def statistics_of(*layers: tuple[LinearSite, float]) -> Statistics:

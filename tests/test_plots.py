@@ -35,7 +35,7 @@ def data() -> PlotData:
         LinearSite(f"h.{block}.{name}", block, *shape, True) for block in range(BLOCKS) for name, shape in TYPES.items()
     ]
     tail = torch.cat((torch.logspace(0, -3, 64, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)))
-    losses = {site.name: LayerLoss(tail, tail, {4: 0.01}, {32: 1.0}, 32, None, None) for site in sites}
+    losses = {site.name: LayerLoss(tail, tail, {4: 0.01}, {32: 1.0}, 32, None, None, {}) for site in sites}
     statistics = Statistics(losses, {site.name: site for site in sites}, {}, {})
     forms = {"attn.qkv": (DENSE, None), "mlp.up": (TWO_FACTOR, PACK_MULTIPLE), "mlp.down": (PIVOTED, PACK_MULTIPLE)}
     chosen = {site.name: Candidate(3000, 0.1, *forms[site.name.split(".", 2)[2]], 4, 32, 4, 32) for site in sites}

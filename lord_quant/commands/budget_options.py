@@ -86,7 +86,7 @@ def menu_from(args: argparse.Namespace) -> Menu:
         legal = (DENSE, *FORMS)
         if form not in legal:
             raise ConfigError(f"form is {form!r}; wanted one of {', '.join(legal)}{nearest_name(str(form), legal)}")
-        also = {GROUPED: (TWO_FACTOR,), PIVOTED: (COLUMN_PIVOTED,)}  # where the form itself does not suit a layer
+        also = {GROUPED: (TWO_FACTOR,), COLUMN_PIVOTED: (PIVOTED,)}  # where the form itself does not suit a layer
         restricted["forms"] = tuple(dict.fromkeys((DENSE, form, *also.get(form, ()))))
     return Menu(**restricted)
 

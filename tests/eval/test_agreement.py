@@ -95,7 +95,7 @@ def test_tables_and_plot(agreement: Any, tmp_path: Path) -> None:
     }
     text = agreement.tables(content)
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
-    assert next(line for line in lines if line[0] == "all")[:3] == ["all", "12", "1.000"]
+    assert next(line for line in lines if line[0] == "all")[:3] == ["all", "15", "1.000"]
     joint = next(line for line in lines if line[0] == "rounded, whole model")
     assert joint[1:] == ["1", "1.00", "2.50", "1.25", "1.00", "0.50", "0.38"]
     agreement.draw(rows, content["summary"], "model", tmp_path / "plot.png")
