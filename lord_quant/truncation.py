@@ -94,10 +94,10 @@ def factors_of(weighed: Weighed, spectrum: OutputSpectrum, rank: int) -> Factors
 
 
 def in_form(factors: Factors, form: str, outputs: torch.Tensor | None) -> Factors:
-    """Brings what `factors_of` returns into a form that stands alone; `outputs` is the metric it was made in."""
+    """Brings what `factors_of` returns into a form; `outputs` is the metric it was made in. A group's factors are two."""
     if form == "pivoted" and outputs is not None:
         factors = _orthonormal(factors)
-    return FORMS[form](factors)
+    return FORMS[form](factors) if form in FORMS else factors
 
 
 def _orthonormal(factors: Factors) -> Factors:

@@ -64,9 +64,7 @@ def test_predicted_parts_add_up_as_the_planner_counts_them(prediction: Any) -> N
     tail = torch.linspace(1, 0, 129, dtype=torch.float64)
     noise = FactorNoise(64, {2: 0.1, 3: 0.02, 4: 0.005}, 0.9)
     ratios = {"pivoted": 1.5, "column_pivoted": 1.2}
-    loss = LayerLoss(
-        tail, tail, {2: 0.5, 3: 0.1, 4: 0.02}, {32: 0.8, 64: 1.0}, 64, noise, noise, {"pivoted": 1.5, "column_pivoted": 1.2}
-    )
+    loss = LayerLoss(tail, tail, {2: 0.5, 3: 0.1, 4: 0.02}, {32: 0.8, 64: 1.0}, 64, noise, noise, ratios)
     site = LinearSite("h.0.fc", 0, 128, 256, True)
     every = list(prediction.menu(SimpleNamespace(site=site), loss))
     assert {(own.rank, own.group_size) for own in every if own.kind == "two_factor"} >= {(32, 32), (64, 32), (64, 64)}
