@@ -218,6 +218,11 @@ PIVOTED_DAMAGE: dict[str, tuple[Edit, type[LordError], str]] = {
         CheckpointError,
         f"form_pattern holds {LAYER}: 'diagonal'; wanted two_factor or pivoted",
     ),
+    "the other pivoted form": (
+        lambda folder, bits: edit_config(folder, lambda c: c["form_pattern"].update({LAYER: "column_pivoted"})),
+        CheckpointError,
+        rf"(?s)wrong shape: {LAYER}\.order .*wrong shape: {LAYER}\.down\.weight",
+    ),
     "form of a dense layer": (
         lambda folder, bits: edit_config(
             folder, lambda c: c["form_pattern"].update({"model.layers.1.mlp.down_proj": "pivoted"})

@@ -17,9 +17,11 @@ FLOATS = [
     ("llama", "llama", "two_factor"),
     ("gpt_bigcode", "gpt_bigcode", "two_factor"),
     ("pivoted", "llama", "pivoted"),
+    ("column_pivoted", "llama", "column_pivoted"),
     ("grouped", "llama", "grouped"),
 ]
-FACTORS_OF = {"llama": 28, "pivoted": 28, "grouped": 22}  # of 14 layers; groups share what 6 would have
+FACTORS_OF = {"llama": 28, "pivoted": 28, "column_pivoted": 28, "grouped": 22}
+"""Of 14 layers; groups share what 6 would have."""
 
 
 @pytest.fixture(scope="module")
