@@ -26,10 +26,12 @@ import torch
 
 from lord_quant.config import FLOAT_BITS, GptqConfig
 from lord_quant.errors import CheckpointError, FormatVersionError, OutputError, reason_of
+from lord_quant.layer_bytes import COLUMN_PIVOTED
 from lord_quant.linalg import require_finite
 from lord_quant.plan import Plan
 from lord_quant.reading import parse_json
 from lord_quant.version import (
+    FACTOR_FORMAT_VERSION,
     FORMAT_VERSION,
     MIXED_FORMAT_VERSION,
     PART_FORMAT_VERSION,
@@ -86,10 +88,12 @@ def quantization_config(plan: Plan, gptq: GptqConfig, host_format: str) -> dict[
 
 def format_version(plan: Plan) -> int:
     """Returns the version a checkpoint of this plan has: the oldest one that knows all that is in it."""
+    if COLUMN_PIVOTED in plan.form_pattern.values():
+        return FORMAT_VERSION
     if plan.bits != FLOAT_BITS and not plan.rank_pattern.keys().isdisjoint(
         name.rpartition(".")[0] for name in plan.group_size_pattern
     ):
-        return FORMAT_VERSION
+        return FACTOR_FORMAT_VERSION
     if plan.bits != FLOAT_BITS and FLOAT_BITS in plan.bits_pattern.values():
         return PART_FORMAT_VERSION
     return MIXED_FORMAT_VERSION if plan.mixed or plan.group_pattern else UNIFORM_FORMAT_VERSION

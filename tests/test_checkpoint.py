@@ -48,12 +48,13 @@ def test_a_pattern_that_is_no_mapping(kind: str, pattern: object) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 16])
-@pytest.mark.parametrize("form", ["two_factor", "pivoted"])
+@pytest.mark.parametrize("form", ["two_factor", "pivoted", "column_pivoted"])
 def test_forms_are_recorded_only_where_they_are_not_the_usual_one(form: str, bits: int) -> None:
     sites = [LinearSite("h.0.up", 0, 256, 1024, False), LinearSite("h.0.down", 0, 1024, 256, False)]
     gptq, lowrank = GptqConfig(bits=bits, group_size=64), LowrankConfig(rank_pattern={"up": 128}, form=form)
     values = quantization_config(build_plan(sites, lowrank, gptq, itemsize=4, other_bytes=0), gptq, "gptq_v2")
-    assert values.get("form_pattern") == ({"h.0.up": "pivoted"} if form == "pivoted" else None)
+    assert values.get("form_pattern") == ({"h.0.up": form} if form != "two_factor" else None)
+    assert values["format_version"] == (6 if form == "column_pivoted" else 2)
     assert json.loads(json.dumps(values)) == values
     check_version(values)
 

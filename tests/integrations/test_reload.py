@@ -257,7 +257,7 @@ def test_a_mixed_checkpoint_has_every_kind_of_layer(label: str, checkpoints: dic
     }
     assert set(OWN) <= kinds
     values = json.loads((checkpoints[label].folder / "config.json").read_text())["quantization_config"]
-    assert values["format_version"] == 3 and (values["bits"], values["group_size"]) == (4, 32)
+    assert values["format_version"] == 6 and (values["bits"], values["group_size"]) == (4, 32)
 
 
 @pytest.mark.parametrize("label", [label for label in GROUPS if label.startswith("grouped")])
@@ -290,4 +290,6 @@ def test_configurations_say_nothing_private(checkpoints: dict[str, Checkpoint], 
                     assert values.get(name, {}) == getattr(checkpoint.plan, name)
                 newest = checkpoint.plan.mixed or checkpoint.plan.group_pattern
                 apart = any(one.rank and one.group_size != one.up_group_size for one in checkpoint.plan.layers)
-                assert values["format_version"] == (5 if apart and checkpoint.plan.bits != 16 else 3 if newest else 2)
+                columns = "column_pivoted" in checkpoint.plan.form_pattern.values()
+                oldest = 5 if apart and checkpoint.plan.bits != 16 else 3 if newest else 2
+                assert values["format_version"] == (6 if columns else oldest)
