@@ -4,8 +4,8 @@
 __version__ = "0.1.0"
 
 FORMAT_VERSION = 6
-"""The newest version read, and that of checkpoints with column-pivoted layers. Raised whenever a checkpoint written now could
-not be read by an older release."""
+"""The newest version read, and that of checkpoints with column-pivoted layers. Raised whenever a checkpoint written now
+could not be read by an older release."""
 
 FACTOR_FORMAT_VERSION = 5
 """That of other packed checkpoints in which a factor has a group size of its own."""
