@@ -37,8 +37,10 @@ FEW = 8
 NOTE = (
     "Loss that rounding adds, two-sided over one-sided, on the half of the text that did not choose: medians over layers "
     "and over 2, 3 and 4 bits, with the smallest and largest. few, of dense layers: with the outputs' metric from the "
-    "first {few} windows."
+    "first {few} windows. over pivoted: two-sided, over what it adds in the pivoted form at the same rank and bits."
 )
+WAYS = ("two-sided", "few", "over pivoted")
+"""Columns of the table."""
 
 
 def main() -> None:
@@ -136,16 +138,26 @@ def loss_on(layer: Layer, made: nn.Module) -> float:
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns, by type of layer and form, two-sided over one-sided losses: median, smallest and largest."""
-    groups: dict[tuple[str, str], list[dict[str, float]]] = {}
+    """Returns, by type of layer and form, losses over those they are compared with: median, smallest and largest."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         for kind in (row["kind"], "all"):
-            groups.setdefault((kind, row["form"]), []).append(row["lost"])
+            groups.setdefault((kind, row["form"]), []).append(row)
+    pivoted = {(row["layer"], row["bits"]): row["lost"] for row in rows if row["form"] == "pivoted"}
+
+    def ratio(row: dict[str, Any], way: str) -> float | None:
+        lost, other = row["lost"], row["lost"]["one-sided"]
+        if way == "over pivoted":
+            if row["form"] in ("dense", "pivoted"):
+                return None
+            way, other = "two-sided", pivoted.get((row["layer"], row["bits"]), {}).get("two-sided", 0.0)
+        return lost[way] / other if way in lost and other > 0 else None
+
     lines = []
     for (kind, form), found in sorted(groups.items(), key=lambda item: (item[0][0] == "all", item[0])):
         line: dict[str, Any] = {"kind": kind, "form": form, "n": len(found)}
-        for way in ("two-sided", "few"):
-            ratios = [lost[way] / lost["one-sided"] for lost in found if way in lost and lost["one-sided"] > 0]
+        for way in WAYS:
+            ratios = [each for each in (ratio(row, way) for row in found) if each is not None]
             line[way] = {"median": median(ratios), "min": min(ratios), "max": max(ratios)} if ratios else None
         lines.append(line)
     return lines
@@ -153,8 +165,8 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
     """Renders the summary."""
-    cells = [[line["kind"], line["form"], line["n"], *(_cell(line[way]) for way in ("two-sided", "few"))] for line in lines]
-    return grid(["layers", "form", "n", "two-sided", "few"], cells)
+    cells = [[line["kind"], line["form"], line["n"], *(_cell(line[way]) for way in WAYS)] for line in lines]
+    return grid(["layers", "form", "n", *WAYS], cells)
 
 
 def _cell(values: dict[str, float] | None) -> str:

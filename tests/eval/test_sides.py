@@ -60,10 +60,25 @@ def test_both_sides_save_on_the_text_that_chose(sides: Any) -> None:
 
 def test_medians_are_over_layers_and_bits(sides: Any) -> None:
     rows = [
-        {"kind": kind, "form": "dense", "lost": {"one-sided": 2.0, "two-sided": ratio * 2, "few": 2.0}}
-        for kind, ratio in (("a", 0.5), ("a", 0.7), ("b", 0.9))
+        {"layer": kind, "bits": bits, "kind": kind, "form": "dense", "lost": lost}
+        for kind, bits, lost in (
+            ("a", 2, {"one-sided": 2.0, "two-sided": 1.0, "few": 2.0}),
+            ("a", 3, {"one-sided": 2.0, "two-sided": 1.4, "few": 2.0}),
+            ("b", 2, {"one-sided": 2.0, "two-sided": 1.8, "few": 2.0}),
+        )
     ]
     lines = {line["kind"]: line for line in sides.summarise(rows)}
     assert list(lines) == ["a", "b", "all"] and lines["all"]["n"] == 3
     assert lines["all"]["two-sided"] == {"median": 0.7, "min": 0.5, "max": 0.9}
     assert "0.60 (0.50 … 0.70)" in sides.table(sides.summarise(rows))
+
+
+def test_forms_are_compared_at_the_same_layer_and_bits(sides: Any) -> None:
+    lost = {("pivoted", 2): 8.0, ("pivoted", 3): 2.0, ("column_pivoted", 2): 2.0, ("column_pivoted", 3): 1.0}
+    rows = [
+        {"layer": "h.0.up", "kind": "up", "form": form, "bits": bits, "lost": {"one-sided": 10.0, "two-sided": value}}
+        for (form, bits), value in lost.items()
+    ]
+    lines = {line["form"]: line for line in sides.summarise(rows) if line["kind"] == "up"}
+    assert lines["pivoted"]["over pivoted"] is None
+    assert lines["column_pivoted"]["over pivoted"] == {"median": 0.375, "min": 0.25, "max": 0.5}
