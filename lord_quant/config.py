@@ -232,7 +232,7 @@ class JointConfig:
         residual: Where layers write to the residual stream, at the dense one; needs `anchor` and `true_sequential`.
         rotate: Rotate the bottleneck.
         refit: Give the second factor its optimum for the quantized first.
-        order: Which factor is quantized first: `auto`, `down_first` or `up_first`.
+        order: Which factor is quantized first: `auto`, `down_first` or `up_first`; `down` in the column-pivoted form.
         deflate: Quantize `down` modulo what the refit of `up` absorbs.
         refine: Sweeps over scales and codes after each solve; 0 for none.
         two_sided: Let outputs take back what others have missed, as the metric of the model's loss says; GPTQ does not.

@@ -61,8 +61,9 @@ pivots of large volume.
 
 Column-pivoted form. The bottleneck is z = x′_P + C x′_N: `down` rounds only C, in H_⊥ + μH on N as in 5, for A is refitted
 and takes back what z tells of; rows of C count as Aᵀ G A says, whatever is known of G. A has most weights where there are
-more outputs than inputs, and is rounded once, last, as in the two-factor form: about half the noise of pivoted outputs
-there, which are rounded in all of H. Where there are fewer outputs it is the other way round.
+more outputs than inputs, and is rounded once, last, as in the two-factor form. Pivoted outputs, which are rounded in all of
+H, mostly have more noise there, up to three times as much, but not always: `probe.py` tries both. Where there are fewer
+outputs they always had less.
 
 Failure cases. Singular H (few tokens, dead or duplicated channels): solves are damped, damping is raised until they exist;
 unseen directions keep W's values. Rank 1 to full are legal; at full rank with m ≤ n `up` is square and its error is
