@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layer_problems import F64, FORMS, PLAIN, Problem, crude, exact, perturbed, problem, product, run
+from layer_problems import F64, FORMS, PLAIN, Problem, crude, exact, full_rank, perturbed, problem, product, run
 
 from lord_quant.config import JointConfig
 from lord_quant.errors import NumericsError
@@ -55,7 +55,7 @@ def test_the_metric_has_unit_mean_and_is_damped() -> None:
 @given(st.integers(2, 10), st.integers(2, 10), seeds, st.sampled_from(FORMS), st.data())
 def test_nothing_of_the_same_rank_costs_less(m: int, n: int, seed: int, form: str, data: st.DataObject) -> None:
     p, g = problem(m, n, seed), sensitivity(m, seed)
-    rank = data.draw(st.integers(1, min(m - 1, n)))
+    rank = data.draw(st.integers(1, full_rank(m, n, form)))
     result = run(p, rank, form, None, JointConfig(), sensitivity=g)
     target, g = anchored_target(p.weight, p.moments), metric(g)
     assert result.factors is not None and result.spectrum is not None
