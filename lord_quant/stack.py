@@ -91,10 +91,10 @@ from lord_quant.two_sided import round_rows
 
 
 ANCHOR_DAMPING = 0.01
-OUTPUT_DAMPING = 40.0
-"""Damping of an anchor that is learnt from outputs, over the square of inputs per token. Found on small models with 1024
-inputs: of 8192 tokens 0.6 is wanted, or taking back the stream's errors does harm; of 24576, 0.01 and 0.2 are as good; of
-65536, 0.08 loses a few percent of what 0.01 saves."""
+OUTPUT_DAMPING, FEW_TOKENS = 5.0, 8192
+"""Damping of an anchor that is learnt from outputs, in inputs per token, of so many tokens; it falls with their square.
+Found on small models: of 8192 tokens 0.6 is wanted where there are 1024 inputs and 0.16 where there are 256, or taking back
+the stream's errors does harm; of 24576, 0.01 and 0.2 are as good; of 65536, 0.08 loses a few percent of what 0.01 saves."""
 
 
 class Stacked(NamedTuple):
@@ -195,9 +195,10 @@ def anchored_target(weight: torch.Tensor, moments: PairedMoments, note: Note | N
     """Returns T = W + W (C − H)(H + λI)⁻¹: the weight that best gives the dense outputs from the compressed inputs.
 
     Where outputs or the stream are aimed at, what is taken back is also what other layers have missed, little of which the
-    inputs tell: from few tokens chance would be learnt. λ grows with inputs per token there.
+    inputs tell: from few tokens chance would be learnt, and λ is larger there.
     """
-    damping = ANCHOR_DAMPING
+    damping, tokens = ANCHOR_DAMPING, moments.num_tokens
     if moments.of_outputs:
-        damping = min(max(damping, OUTPUT_DAMPING * (len(moments.covariance) / moments.num_tokens) ** 2), 1.0)
+        few = OUTPUT_DAMPING * len(moments.covariance) / tokens * (FEW_TOKENS / tokens)
+        damping = min(max(damping, few), 1.0)
     return weight + damped_right_solve(moments.drift(weight), moments.covariance, damping, note)
