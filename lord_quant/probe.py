@@ -50,7 +50,7 @@ GROUP_BITS = 3
 """Bits at which group sizes are compared."""
 PIVOTED_NOISE = 2.0
 """What pivoted forms are taken to lose by rounding, relative to two factors, where choosing pivots for a probe would take
-too long. Where it was measured it was 0.9 to 6 times."""
+too long. Where it was measured it was 0.6 to 6 times."""
 PIVOTED_SIZE = 2**21
 """Most weights of a layer for which pivots are chosen."""
 SLOPES = (-1.0, 2.0)

@@ -140,29 +140,19 @@ def column_pivoted_factors(
     return Factors(parts.down[:, rank:], parts.up, parts.bias, pivots, of_inputs=True)
 
 
+@pytest.mark.parametrize("form", [PivotedLinear, ColumnPivotedLinear])
 @pytest.mark.parametrize("bias", [True, False])
 @LAYER_KINDS
-def test_a_column_pivoted_layer_computes_with_the_factors(family: str, name: str, bias: bool) -> None:
+def test_a_pivoted_layer_computes_with_the_factors_and_its_bias_is_exact(
+    family: str, name: str, bias: bool, form: type[nn.Module]
+) -> None:
     model = tiny_model(family)
     outputs, inputs = dense_weight(model.get_submodule(name)).shape
-    parts = column_pivoted_factors(5, inputs, outputs, bias)
+    parts = (pivoted_factors if form is PivotedLinear else column_pivoted_factors)(5, inputs, outputs, bias)
     layer = replace_layer(model, name, parts)
-    assert model.get_submodule(name) is layer and type(layer) is ColumnPivotedLinear and not layer.training
-    assert layer.down.bias is None and (layer.up.bias is not None) == bias
-    x = torch.randn(2, 3, inputs, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    with torch.no_grad():
-        torch.testing.assert_close(layer(x), x @ parts.product().T + (parts.bias if bias else 0), rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@LAYER_KINDS
-def test_a_pivoted_layer_computes_with_the_factors_and_its_bias_is_exact(family: str, name: str, bias: bool) -> None:
-    model = tiny_model(family)
-    outputs, inputs = dense_weight(model.get_submodule(name)).shape
-    parts = pivoted_factors(5, inputs, outputs, bias)
-    layer = replace_layer(model, name, parts)
-    assert model.get_submodule(name) is layer and type(layer) is PivotedLinear and not layer.training
-    assert (layer.down.bias is not None) == (layer.up.bias is not None) == bias
+    assert model.get_submodule(name) is layer and type(layer) is form and not layer.training
+    assert (layer.up.bias is not None) == bias
+    assert (layer.down.bias is not None) == (bias and form is PivotedLinear)
     x = torch.randn(2, 3, inputs, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), x @ parts.product().T + (parts.bias if bias else 0), rtol=0, atol=1e-12)
