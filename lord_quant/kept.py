@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -11,11 +10,7 @@ from typing import Any
 
 import torch
 
-from lord_quant.errors import OutputError
-
-
-KEPT = ".kept.partial-"
-"""What the names of files begin with in which tensors wait; the next run in that folder removes what a killed one left."""
+from lord_quant.scratch import Piece, Scratch
 
 
 class Kept:
@@ -70,37 +65,31 @@ def _to_host(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class KeptInFile(Kept):
-    """Tensors that wait in a file, which goes once they are taken, or not needed any more.
+    """Tensors that wait in a file, and leave their room to others once they are taken, or not needed any more.
 
     Args:
         tensors: The tensors.
-        folder: Where the file is to lie.
+        scratch: The file.
 
     Raises:
-        OutputError: It cannot be written.
+        OSError: It is full.
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor], folder: Path) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
+    def __init__(self, tensors: Sequence[torch.Tensor], scratch: Scratch) -> None:
+        self._scratch = scratch
         self._devices = [tensor.device for tensor in tensors]
-        try:
-            with tempfile.NamedTemporaryFile(dir=folder, prefix=KEPT, suffix=".safetensors", delete=False) as handle:
-                self._path = Path(handle.name)
-            self._finalizer = weakref.finalize(self, self._path.unlink, missing_ok=True)
-            numbered = {str(number): tensor.detach().cpu().contiguous() for number, tensor in enumerate(tensors)}
-            save_file(numbered, self._path)
-        except (OSError, SafetensorError) as error:
-            raise OutputError(f"activations cannot be kept in {str(folder)!r}: {error}") from error
+        self._pieces: list[Piece] = []
+        self._finalizer = weakref.finalize(self, scratch.free, self._pieces)
+        for tensor in tensors:
+            self._pieces.append(scratch.write(tensor))
 
     def get(self) -> list[torch.Tensor]:
         """Returns the tensors on their devices."""
-        found = read_tensors(self._path)
-        return [found[str(number)].to(device) for number, device in enumerate(self._devices)]
+        found = zip(self._pieces, self._devices, strict=True)
+        return [self._scratch.read(piece).to(device) for piece, device in found]
 
     def take(self) -> list[torch.Tensor]:
-        """Returns the tensors on their devices, and removes the file."""
+        """Returns the tensors on their devices; others may have their room."""
         tensors = self.get()
         self._finalizer()
         return tensors

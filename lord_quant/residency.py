@@ -16,7 +16,6 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +31,7 @@ from lord_quant.errors import LayoutError, ModelError, OutputError, reason_of
 from lord_quant.kept import Kept, KeptInFile, KeptOnHost
 from lord_quant.linalg import require_finite
 from lord_quant.reading import open_tensors
+from lord_quant.scratch import Scratch
 from lord_quant.targets import find_blocks
 
 
@@ -126,7 +126,7 @@ class Streamed(Residency):
             host; None does so unless the device is the CPU, where that memory is dear and the gain is small.
 
     Attributes:
-        scratch: An existing folder for what is kept; None, at first, makes a temporary one when it is needed.
+        scratch: An existing folder for the file in which tensors wait; None, at first, takes the one for temporary files.
 
     Raises:
         LayoutError: The files do not hold every tensor of the model by its name, or hold one in another shape.
@@ -147,6 +147,7 @@ class Streamed(Residency):
     ) -> None:
         self.model, self.dtype, self.device = model, dtype, device
         self.scratch: Path | None = None
+        self._file: Scratch | None = None
         self.blocks, self.places = find_blocks(model), places_of(model, files)
         self.read_ahead = device.type != "cpu" if read_ahead is None else read_ahead
         self._ahead: dict[int, Future[dict[str, torch.Tensor]]] = {}
@@ -211,15 +212,14 @@ class Streamed(Residency):
             self._on_host += size
             weakref.finalize(kept, self._let_go_of_host, size)
             return kept
-        if self.scratch is None:
-            try:
-                self._temporary = tempfile.TemporaryDirectory(prefix="lord-quant-")
-            except OSError as error:
-                raise OutputError(
-                    f"activations cannot be kept in a temporary folder: {reason_of(error)}; set TMPDIR"
-                ) from error
-            self.scratch = Path(self._temporary.name)
-        return KeptInFile(tensors, self.scratch)
+        try:
+            if self._file is None:
+                self._file = Scratch(self.scratch)
+            return KeptInFile(tensors, self._file)
+        except OSError as error:
+            where = "a temporary folder" if self.scratch is None else repr(str(self.scratch))
+            advice = "; set TMPDIR" if self.scratch is None else ""
+            raise OutputError(f"activations cannot be kept in {where}: {reason_of(error)}{advice}") from error
 
     def _let_go(self, size: int) -> None:
         self._waiting -= size

@@ -22,6 +22,7 @@ LAYERS = [
         "reading",
         "halves",
         "linalg",
+        "scratch",
         "kept",
         "compiled",
         "kernels",

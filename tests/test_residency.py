@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import gc
 import platform
 import re
+import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,11 +20,12 @@ from lord_quant import residency as places
 from lord_quant.errors import LayoutError, ModelError, NumericsError, OutputError
 from lord_quant.gradients import BlockGradients
 from lord_quant.headers import weight_files
-from lord_quant.kept import KEPT, KeptOnHost
+from lord_quant.kept import Kept, KeptInFile, KeptOnHost
 from lord_quant.residency import RESIDENT, Streamed
 from lord_quant.sensitivity import Sensitivity
 from lord_quant.shards import SINGLE_FILE
 from lord_quant.source import build_skeleton, inspect_source, load_model, stream_source
+from lord_quant.targets import find_blocks
 
 
 CPU = torch.device("cpu")
@@ -225,12 +226,12 @@ def test_what_is_kept_comes_back_once_and_leaves_no_file(tmp_path: Path, all_in_
         residency.keep(given)
     residency.scratch.mkdir()
     kept, left = residency.keep(given), residency.keep(given)
-    assert len(list(residency.scratch.iterdir())) == 2
+    assert isinstance(kept, KeptInFile) and not list(residency.scratch.iterdir())  # its file has no name
     kept.get()[0].zero_()  # whoever gets it may have it to himself
     for found, wanted in zip(kept.take(), given, strict=True):
         assert found.dtype == wanted.dtype and torch.equal(found, wanted)
-    del left
-    assert not list(residency.scratch.iterdir())
+    for found, wanted in zip(left.get(), given, strict=True):
+        assert torch.equal(found, wanted)
 
 
 def test_what_is_kept_of_a_model_in_memory_is_let_go_once_taken() -> None:
@@ -244,16 +245,15 @@ def test_little_that_waits_stays_in_memory(tmp_path: Path, monkeypatch: pytest.M
     residency.scratch = tmp_path
     monkeypatch.setattr(places, "WAITING_BYTES", 100)
 
-    def files() -> int:
-        return len(list(tmp_path.glob(f"{KEPT}*")))
+    def in_file(kept: Kept) -> bool:
+        return isinstance(kept, KeptInFile)
 
     first, second = (residency.keep([torch.ones(12)]) for _ in range(2))
-    assert files() == 0
     third = residency.keep([torch.ones(12)])  # 144 bytes
-    assert files() == 1
+    assert [in_file(kept) for kept in (first, second, third)] == [False, False, True]
     del first
     fourth = residency.keep([torch.ones(13)])
-    assert files() == 1
+    assert not in_file(fourth)
     assert [len(kept.get()[0]) for kept in (second, third, fourth)] == [12, 12, 13]
 
 
@@ -267,7 +267,6 @@ def test_beside_a_gpu_the_host_comes_before_files_and_no_more_than_its_share_is_
     given = [torch.full((100,), float(number)) for number in range(3)]  # 400 bytes take 512
     kept = [residency.keep([tensor]) for tensor in given]
     assert [isinstance(each, KeptOnHost) for each in kept] == [True, True, False]
-    assert len(list(tmp_path.glob(f"{KEPT}*"))) == 1
     for tensor in given:
         tensor.fill_(-1)  # what was kept is a copy
     assert [float(each.get()[0][0]) for each in kept] == [0, 1, 2]
@@ -328,12 +327,19 @@ def test_more_waits_in_memory_beside_small_blocks_and_no_less_beside_large_ones(
     assert [places.waiting_bytes(block) for block in blocks] == [2 * least, least * 3 // 2, least, least]
 
 
-def test_without_a_folder_of_its_own_a_temporary_one_is_made_and_removed(tmp_path: Path, all_in_files: None) -> None:
+def test_without_a_folder_of_its_own_the_one_for_temporary_files_is_used_and_nothing_is_seen_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, all_in_files: None
+) -> None:
     model, residency = streamed(save(build("llama"), tmp_path / "model"))
-    sensitivity = Sensitivity.measure(model, [probe_tokens()], residency=residency)
-    folder = residency.scratch
-    # gradients at every block's end, and hidden states in front of the first block
-    assert folder is not None and len(list(folder.iterdir())) == len(residency.blocks.modules) + 1
-    del sensitivity, residency, model
-    gc.collect()
-    assert not folder.exists()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    with pytest.raises(OutputError, match=r"cannot be kept in a temporary folder: No such file.*; set TMPDIR"):
+        Sensitivity.measure(model, [probe_tokens()], residency=residency)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    found = Sensitivity.measure(model, [probe_tokens()], residency=residency)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    block, name = residency.blocks.modules[0], "self_attn.q_proj"
+    with residency.of(0):
+        own = found.of_block(0, block, "block", [name])[name]
+    loaded = load_model(inspect_source(str(tmp_path / "model")), CPU)
+    wanted = Sensitivity.measure(loaded, [probe_tokens()])
+    assert torch.equal(own, wanted.of_block(0, find_blocks(loaded).modules[0], "block", [name])[name])

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A file for what waits on disk, whose pieces are used again and again.
+
+A file per tensor would cost several times what writing and reading it takes: the system finds pages for each and takes
+them back one by one when it goes. Batches of a stream have the same size, so what one leaves free suits another.
+
+The file has no name. Nothing is left of it once the process is gone, however it went.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+
+PAGE = 4096
+"""Pieces begin and end on pages, so that none is read in order to be written."""
+
+
+class Piece(NamedTuple):
+    """Where a tensor lies in the file.
+
+    Attributes:
+        start: Its first byte.
+        shape: Shape of the tensor.
+        dtype: Its dtype.
+    """
+
+    start: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def room(self) -> int:
+        """Bytes of whole pages that it takes."""
+        return -(-self.shape.numel() * self.dtype.itemsize // PAGE) * PAGE
+
+
+class Scratch:
+    """The file.
+
+    Args:
+        folder: Where it lies; None takes the one for temporary files.
+
+    Attributes:
+        num_bytes: How long it is.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - as long as what waits in it
+        self._free: dict[int, list[int]] = {}
+        self.num_bytes = 0
+
+    def write(self, tensor: torch.Tensor) -> Piece:
+        """Writes a tensor, of any shape and dtype.
+
+        Raises:
+            OSError: There is no room for it.
+        """
+        view = _bytes_of(tensor.detach().cpu().contiguous())
+        piece = Piece(0, tensor.shape, tensor.dtype)
+        left = self._free.get(piece.room)
+        start = left.pop() if left else self.num_bytes
+        self.num_bytes = max(self.num_bytes, start + piece.room)
+        piece = piece._replace(start=start)
+        try:
+            while view:
+                written = os.pwrite(self._file.fileno(), view, start)
+                view, start = view[written:], start + written
+        except OSError:
+            self.free([piece])
+            raise
+        return piece
+
+    def read(self, piece: Piece) -> torch.Tensor:
+        """Returns a tensor in memory of its own.
+
+        Raises:
+            OSError: It cannot be read.
+        """
+        tensor = torch.empty(piece.shape, dtype=piece.dtype)
+        view, start = _bytes_of(tensor), piece.start
+        while view:
+            read = os.preadv(self._file.fileno(), [view], start)
+            if not read:
+                raise OSError("it ends too early")
+            view, start = view[read:], start + read
+        return tensor
+
+    def free(self, pieces: list[Piece]) -> None:
+        """Lets other tensors have the room of these."""
+        for piece in pieces:
+            self._free.setdefault(piece.room, []).append(piece.start)
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """Returns the memory of a contiguous tensor."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
