@@ -45,9 +45,11 @@ CONTAINER_MEMORY = (
 )
 """Where Linux says how much memory a container may have and has, by version of its control groups."""
 
-M_MMAP_THRESHOLD = -3  # malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 PAGED_BYTES = 2**24
 """From which size on pieces of memory get pages of their own; for smaller ones that would take time."""
+FREE_BYTES = 2**26
+"""How much may be free at the heap's end while a block is at work."""
 
 
 def waiting_bytes(block: int) -> int:
@@ -153,7 +155,7 @@ class Streamed(Residency):
         self._ahead: dict[int, Future[dict[str, torch.Tensor]]] = {}
         self._waiting, self._on_host = 0, 0
         self._host_bytes = host_bytes(device)
-        _page_large_pieces()
+        _settle_heap()
         sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in self.blocks.modules]
         self._largest = max(sizes) * dtype.itemsize
         self._fill(self._read([name for name in self.places if not name.startswith(f"{self.blocks.path}.")]))
@@ -334,14 +336,16 @@ def _empty(block: nn.Module) -> None:
         set_module_tensor_to_device(block, name, "meta")
 
 
-def _page_large_pieces() -> None:
+def _settle_heap() -> None:
     """Lets large pieces of memory have pages of their own from now on, in all of this process; glibc alone.
 
     By itself glibc puts pieces of up to 32 MiB on its heap, hidden states among them. What waits for its turn fills the
-    holes that a block at work leaves there, so that the next block finds none large enough, and the heap grows.
+    holes that a block at work leaves there, so that the next block finds none large enough, and the heap grows. Told not
+    to, it would give back whatever is free at the heap's end, layer by layer, only to ask for it again.
     """
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
         library.mallopt(M_MMAP_THRESHOLD, PAGED_BYTES)
+        library.mallopt(M_TRIM_THRESHOLD, FREE_BYTES)
 
 
 def _give_back() -> None:
