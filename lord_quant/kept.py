@@ -92,6 +92,7 @@ class KeptInFile(Kept):
         """Returns the tensors on their devices; others may have their room."""
         tensors = self.get()
         self._finalizer()
+        self._pieces, self._devices = [], []
         return tensors
 
 

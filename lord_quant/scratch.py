@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import weakref
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,7 +55,8 @@ class Scratch:
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - as long as what waits in it
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - open as long as this object lives
+        weakref.finalize(self, self._file.close)
         self._free: dict[int, list[int]] = {}
         self.num_bytes = 0
 
@@ -65,11 +67,8 @@ class Scratch:
             OSError: There is no room for it.
         """
         view = _bytes_of(tensor.detach().cpu().contiguous())
-        piece = Piece(0, tensor.shape, tensor.dtype)
-        left = self._free.get(piece.room)
-        start = left.pop() if left else self.num_bytes
-        self.num_bytes = max(self.num_bytes, start + piece.room)
-        piece = piece._replace(start=start)
+        piece = self._place(tensor)
+        start = piece.start
         try:
             while view:
                 written = os.pwrite(self._file.fileno(), view, start)
@@ -98,6 +97,15 @@ class Scratch:
         """Lets other tensors have the room of these."""
         for piece in pieces:
             self._free.setdefault(piece.room, []).append(piece.start)
+
+    def _place(self, tensor: torch.Tensor) -> Piece:
+        """Finds a free piece of the right size, at the end of the file if there is none."""
+        piece = Piece(self.num_bytes, tensor.shape, tensor.dtype)
+        left = self._free.get(piece.room)
+        if left:
+            return piece._replace(start=left.pop())
+        self.num_bytes += piece.room
+        return piece
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

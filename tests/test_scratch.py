@@ -66,7 +66,7 @@ def test_what_is_let_go_leaves_its_room_once(tmp_path: Path) -> None:
     first = KeptInFile([torch.ones(PAGE), torch.ones(1)], scratch)
     size = scratch.num_bytes
     assert size == 5 * PAGE
-    first.take()
+    assert len(first.take()) == 2 and first.take() == []
     del first  # taken already: its room is not free twice
     second, third = KeptInFile([torch.full((PAGE,), 2.0)], scratch), KeptInFile([torch.full((PAGE,), 3.0)], scratch)
     assert scratch.num_bytes == size + 4 * PAGE
