@@ -35,7 +35,7 @@ from lord_quant.layer_bytes import PACK_MULTIPLE, Packing, pivoted_forms
 from lord_quant.linalg import relative_error, require_finite
 from lord_quant.moments import merged
 from lord_quant.solver import Gptq, Solver, Solvers, exact
-from lord_quant.stack_forms import Polished, stack_factors
+from lord_quant.stack_forms import Objective, Polished, stack_factors
 from lord_quant.truncation import factors_of, in_form, unit_metric, weigh
 from lord_quant.two_sided import round_rows
 
@@ -243,7 +243,8 @@ class _Problem(NamedTuple):
 
     def quantized(self, factors: Factors, solvers: Solvers) -> float:
         """Returns what is lost once factors are quantized in the form they are in."""
-        made = stack_factors(self.weight, self.covariance, self.believed, factors, solvers, self.options, self.seed)
+        objective = Objective(self.weight, self.covariance, self.believed)
+        made = stack_factors(objective, factors, solvers, self.options, self.seed)
         return self.error(factors._replace(down=made[".down"].weight(), up=made[".up"].weight()).product())
 
 

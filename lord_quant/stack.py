@@ -85,7 +85,7 @@ from lord_quant.linalg import Note, damped_right_solve, relative_error
 from lord_quant.moments import PairedMoments
 from lord_quant.refine import Quantized
 from lord_quant.solver import Solver, Solvers
-from lord_quant.stack_forms import refined, stack_factors
+from lord_quant.stack_forms import Objective, refined, stack_factors
 from lord_quant.truncation import in_form, truncate, weigh
 from lord_quant.two_sided import round_rows
 
@@ -172,7 +172,8 @@ def stack_layer(
         factors = in_form(factors, form, outputs)
         coefficient = factors.largest_coefficient()
         if quantize is not None:
-            quantized = stack_factors(target, moments.covariance, outputs, factors, quantize, options, seed, notes.append)
+            objective = Objective(target, moments.covariance, outputs)
+            quantized = stack_factors(objective, factors, quantize, options, seed, notes.append)
             factors = factors._replace(down=quantized[".down"].weight(), up=quantized[".up"].weight())
         result = factors.product()
     shifted = None if bias is None else bias.to(weight)

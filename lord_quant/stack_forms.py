@@ -50,45 +50,45 @@ def deflated(
     return (metric + metric.T).div_(2)
 
 
-def stack_factors(
-    target: torch.Tensor,
-    covariance: torch.Tensor,
-    metric: torch.Tensor | None,
-    factors: Factors,
-    quantize: Solvers,
-    options: JointConfig,
-    seed: int,
-    note: Note | None = None,
-) -> dict[str, Quantized]:
-    """Quantizes the factors of T, with shape (m, n), in the form they are in and in the metric `metric` ⊗ `covariance`.
+class Objective(NamedTuple):
+    """What rounded factors are to be near: tr G (up · down − T) H (up · down − T)ᵀ.
 
-    Args:
-        target: T.
+    Attributes:
+        target: T with shape (m, n).
         covariance: H with shape (n, n).
         metric: G with shape (m, m); None counts outputs alike.
-        factors: Of T.
+    """
+
+    target: torch.Tensor
+    covariance: torch.Tensor
+    metric: torch.Tensor | None
+
+
+def stack_factors(
+    objective: Objective, factors: Factors, quantize: Solvers, options: JointConfig, seed: int, note: Note | None = None
+) -> dict[str, Quantized]:
+    """Quantizes factors in the form they are in.
+
+    Args:
+        objective: What they are to be near.
+        factors: The factors.
         quantize: Solvers for `down` and for `up`.
         options: Which ideas are on.
         seed: Of the rotation.
         note: Is told of remedies.
     """
-    arguments = target, covariance, metric, factors, quantize, options
     if factors.pivots is None:
-        return stack_two_factor(*arguments, seed, note)
-    return stack_column_pivoted(*arguments, note) if factors.of_inputs else stack_pivoted(*arguments)
+        return stack_two_factor(objective, factors, quantize, options, seed, note)
+    if factors.of_inputs:
+        return stack_column_pivoted(objective, factors, quantize, options, note)
+    return stack_pivoted(objective, factors, quantize, options)
 
 
 def stack_two_factor(
-    target: torch.Tensor,
-    covariance: torch.Tensor,
-    metric: torch.Tensor | None,
-    factors: Factors,
-    quantize: Solvers,
-    options: JointConfig,
-    seed: int,
-    note: Note | None = None,
+    objective: Objective, factors: Factors, quantize: Solvers, options: JointConfig, seed: int, note: Note | None = None
 ) -> dict[str, Quantized]:
-    """Quantizes the factors of T, with shape (m, n), in the metric `metric` ⊗ `covariance`; None counts outputs alike."""
+    """Quantizes two plain factors."""
+    target, covariance, metric = objective
     down, up, rank = factors.down, factors.up, len(factors.down)
     if options.rotate:
         rotation = random_orthogonal(rank, seed, down)
@@ -143,15 +143,9 @@ def _down_first(
     return {".down": first, ".up": round_rows(quantize.up, up, seen, metrics.outputs)}
 
 
-def stack_pivoted(
-    target: torch.Tensor,
-    covariance: torch.Tensor,
-    metric: torch.Tensor | None,
-    factors: Factors,
-    quantize: Solvers,
-    options: JointConfig,
-) -> dict[str, Quantized]:
-    """Quantizes pivoted factors of T, as `stack_two_factor` does others."""
+def stack_pivoted(objective: Objective, factors: Factors, quantize: Solvers, options: JointConfig) -> dict[str, Quantized]:
+    """Quantizes factors with pivots among the outputs."""
+    target, covariance, metric = objective
     down, up, pivots, others = factors.down, factors.up, factors.pivots, factors.others()
     spread = target.new_zeros(len(target), len(down))
     spread[pivots], spread[others] = torch.eye(len(down)).to(spread), up
@@ -177,15 +171,10 @@ def stack_pivoted(
 
 
 def stack_column_pivoted(
-    target: torch.Tensor,
-    covariance: torch.Tensor,
-    metric: torch.Tensor | None,
-    factors: Factors,
-    quantize: Solvers,
-    options: JointConfig,
-    note: Note | None = None,
+    objective: Objective, factors: Factors, quantize: Solvers, options: JointConfig, note: Note | None = None
 ) -> dict[str, Quantized]:
-    """Quantizes column-pivoted factors of T, as `stack_two_factor` does others; `down` goes first, whatever the order."""
+    """Quantizes factors with pivots among the inputs; `down` goes first, whatever the order."""
+    target, covariance, metric = objective
     up, others, down = factors.up, factors.others(), factors.full_down()
     rows = symmetric_product(up.T if metric is None else up.T @ metric, up)
     left = deflated(covariance, down, note=note) if options.deflate and options.refit else covariance

@@ -19,7 +19,7 @@ from lord_quant.moments import Moments, PairedMoments
 from lord_quant.probe import LayerLoss, probe
 from lord_quant.solver import Gptq, Solver, Solvers, exact
 from lord_quant.stack import stack_layer
-from lord_quant.stack_forms import Polished, stack_two_factor
+from lord_quant.stack_forms import Objective, Polished, stack_two_factor
 from lord_quant.truncation import truncate, unit_metric, weigh
 from lord_quant.two_sided import round_rows
 
@@ -197,7 +197,7 @@ def test_noise_of_factors_is_told_in_groups_of_the_usual_size() -> None:
     factors = truncate(weigh(weight, metric), moments.covariance, 32)[1]
     rounding = Polished(solver(3, 32), OPTIONS.refine)
     for solvers, packings in ((Solvers(rounding, exact), (packed, float_)), (Solvers(exact, rounding), (float_, packed))):
-        made = stack_two_factor(weight, moments.covariance, metric, factors, solvers, OPTIONS, 3)
+        made = stack_two_factor(Objective(weight, moments.covariance, metric), factors, solvers, OPTIONS, 3)
         error = made[".up"].weight() @ made[".down"].weight() - weight
         real = cost(error, moments.covariance, metric_of(sensitivity)) - float(found.tail[32])
         assert found.of_factors(32, *packings) == pytest.approx(real, rel=1e-6)
