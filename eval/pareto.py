@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from provenance import model_name
 from reference import DENSE
 from rows import Results, Row, Settings, add_arguments, run_rows
-from tables import grid, spread, stats, summary_line
+from tables import Found, decomposed, grid, spread, stats, summary_line
 
 
 BUDGETS = (2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0, 4.25)
@@ -43,10 +43,11 @@ NOTE = (
     "gone, 1 - (ours - dense) / (line - dense)."
 )
 BUDGET_NOTE = (
-    "Perplexities of what takes at most so many bits per weight: the best of all schemes, and what the planner chooses for "
-    "that budget (planned-dense: among bits and group sizes of dense layers only). Difference and excess saved are against "
-    "the line of the same calibration seed, read at the whole budget, although a plan may need less. No worse: for how "
-    "many seeds the plan's perplexity is at most that of the best plain point of at most the same bits and the same seed."
+    "Perplexities of what the planner chooses for so many bits per weight at most (planned-dense: among bits and group "
+    "sizes of dense layers only). Decomposed: how many linear layers a plan decomposes. Over the line and excess saved are "
+    "against the line of the same calibration seed, read at the whole budget, although a plan may need less. No worse: for "
+    "how many seeds the plan's perplexity is at most that of the best plain point of at most the same bits and the same "
+    "seed."
 )
 
 
@@ -153,12 +154,12 @@ def summarise(
     points = {kind: [Point(x["label"], x["bpw"], x["perplexity"]) for x in found] for kind, found in lines.items()}
     line, reference = frontier(points["plain"]), base[0]["perplexity"]
     plain_points = points_by_seed(results, plain)
-    by_label = {found["label"]: {seed: row["perplexity"] for seed, row in results.by_seed(ours, found["label"]).items()}
-                for found in lines["ours"]}  # fmt: skip
+    by_label = {found["label"]: results.by_seed(ours, found["label"]) for found in lines["ours"]}
     for found in lines["ours"]:
         found["plain_line"] = read_line(line, found["bpw"])
         found["over_plain_line"] = excess(found["perplexity"], found["plain_line"])
-        found["excess_saved"] = excess_saved(by_label[found["label"]].values(), reference, found["plain_line"])
+        perplexities = [row["perplexity"] for row in by_label[found["label"]].values()]
+        found["excess_saved"] = excess_saved(perplexities, reference, found["plain_line"])
     for found in lines["plain"]:
         found["on_line"] = found["label"] in {point.label for point in line}
     by_budget = []
@@ -199,12 +200,12 @@ def points_by_seed(results: Results, rows: list[Row]) -> dict[int, list[Point]]:
 
 
 def planned_line(
-    by_label: dict[str, dict[int, float]], kind: str, budget: float, dense: float, plain: dict[int, list[Point]]
+    by_label: dict[str, dict[int, Found]], kind: str, budget: float, dense: float, plain: dict[int, list[Point]]
 ) -> dict[str, Any] | None:
     """Returns, over seeds, how what the planner chose for a budget compares with plain GPTQ of the same seed.
 
     Args:
-        by_label: Perplexities of our rows, by label and seed.
+        by_label: Our rows, by label and seed.
         kind: Which plans, an element of `PLANNED`.
         budget: Bits per weight.
         dense: Perplexity of the dense model.
@@ -218,7 +219,8 @@ def planned_line(
         return None
     found = by_label[labels[0]]
     over, saved, beaten = [], [], []
-    for seed, perplexity in found.items():
+    perplexities = {seed: row["perplexity"] for seed, row in found.items()}
+    for seed, perplexity in perplexities.items():
         own = plain.get(seed, [])
         line, best = read_line(frontier(own), budget), best_within(own, budget)
         if line is None or best is None:
@@ -228,7 +230,8 @@ def planned_line(
         if line > dense:
             saved.append(1 - (perplexity - dense) / (line - dense))
     return {
-        "perplexity": stats(list(found.values())),
+        "decomposed": stats([decomposed(row) for row in found.values()]),
+        "perplexity": stats(list(perplexities.values())),
         "over_plain_line": stats(over),
         "excess_saved": stats(saved),
         "no_worse": [sum(beaten), len(beaten)],
@@ -278,14 +281,13 @@ def plain_table(lines: list[dict[str, Any]]) -> str:
 def budget_table(lines: list[dict[str, Any]]) -> str:
     """Renders the comparison within budgets."""
     kinds = [kind for kind in reversed(PLANNED) if any(line[kind] for line in lines)]
-    headers = ["bpw at most", "best plain GPTQ", "plain line there", "best of ours"]
-    headers += [name for kind in kinds for name in (kind, "over the line", "excess saved", "no worse")]
+    headers = ["bpw at most", "best plain GPTQ", "plain line there"]
+    headers += [name for kind in kinds for name in (kind, "decomposed", "over the line", "excess saved", "no worse")]
     cells = [
         [
             f"{line['budget']:.2f}",
             _best(line["plain"]),
             _number(line["plain_line"], ".3f"),
-            _best(line["ours"]),
             *(cell for kind in kinds for cell in _planned(line[kind])),
         ]
         for line in lines
@@ -303,10 +305,11 @@ def _best(point: dict[str, Any] | None) -> str:
 
 def _planned(line: dict[str, Any] | None) -> list[str]:
     if line is None:
-        return ["n/a"] * 4
+        return ["n/a"] * 5
     beaten, seeds = line["no_worse"]
     return [
         spread(line["perplexity"], ".3f"),
+        spread(line["decomposed"], ".3g"),
         _spread(line["over_plain_line"], "+.2%"),
         _spread(line["excess_saved"], ".1%"),
         f"{beaten} of {seeds}",

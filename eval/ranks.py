@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from provenance import model_name
 from reference import DENSE
 from rows import Results, Row, Settings, add_arguments, run_rows
-from tables import Found, grid, spread, stats, summary_line
+from tables import Found, decomposed, grid, spread, stats, summary_line
 
 
 RANK_RATIOS = (0.75, 0.5)
@@ -215,11 +215,6 @@ def summarise(results: Results, dense: Row, rows: Sequence[Row], comparisons: Se
             }
         lines.append(line)
     return lines
-
-
-def decomposed(row: Found) -> int:
-    """Counts the layers that a planned row decomposed: a plan names each of them."""
-    return len(row["config"]["lowrank"]["rank_pattern"] or {})
 
 
 def excess_saved(allocated: dict[int, Found], uniform: dict[int, Found], dense: float) -> dict[str, Any] | None:

@@ -36,6 +36,11 @@ def ratios(runs: dict[int, Found], base: dict[int, Found]) -> list[float]:
     return [row["perplexity"] / base[seed]["perplexity"] - 1 for seed, row in runs.items() if seed in base]
 
 
+def decomposed(row: Found) -> int:
+    """Counts the layers that a planned row decomposed: a plan names each of them."""
+    return len(row["config"]["lowrank"]["rank_pattern"] or {})
+
+
 def summary_line(
     label: str,
     runs: dict[int, Found],

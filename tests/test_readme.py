@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's blocks run as they stand, its table is the committed result, and its recipes load."""
+"""The README's blocks run as they stand, tables of all pages are committed results, links lead somewhere, recipes load."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from lord_quant.config import LordConfig, read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUNNABLE = re.findall(r"<!-- run -->\n```(bash|python)\n(.*?)```", README, flags=re.DOTALL)
 
 
@@ -48,12 +49,27 @@ def test_readme_table_is_the_committed_result() -> None:
     assert table[1].strip() == committed.split("\n\n")[0].strip()
 
 
-def test_readme_tables_are_the_committed_results() -> None:
-    tables = re.findall(r"<!-- table (\S+) -->\n(.*?)\n<!-- /table -->", README, flags=re.DOTALL)
-    assert len(tables) >= 2
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_are_the_committed_results(page: Path) -> None:
+    tables = re.findall(r"<!-- table (\S+) -->\n(.*?)\n<!-- /table -->", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert tables
     for name, table in tables:
         committed = (ROOT / "eval" / "results" / name).read_text(encoding="utf-8")
         assert table.strip() in committed, name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    assert links
+    for link in links:
+        path, _, heading = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert heading in [re.sub(r"[^\w\s-]", "", title).strip().lower().replace(" ", "-") for title in titles], link
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)

@@ -42,7 +42,9 @@ def summary(pareto: Any, tmp_path: Path) -> tuple[dict[str, Any], str]:
             pareto.Row("model", label, None if label == pareto.DENSE else (), seed) for seed in range(len(perplexities))
         ]
         for row, perplexity in zip(made, perplexities, strict=True):
-            results.add(row, {"bpw": bpw, "tensor_bytes": 1, "perplexity": perplexity, "seconds": 1.0})
+            config = {"lowrank": {"rank_pattern": dict.fromkeys("abc"[: row.seed], 32) if label == "planned:2.5" else None}}
+            scores = {"bpw": bpw, "tensor_bytes": 1, "perplexity": perplexity, "seconds": 1.0, "config": config}
+            results.add(row, scores)
         return made
 
     (dense,) = rows(pareto.DENSE, 16.0, [10.0])
@@ -76,15 +78,15 @@ def test_budgets_show_what_was_planned_for_them_over_seeds(summary: tuple[dict[s
     table = summary[1].split("### Budgets")[1].split("\n\n")[1].splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
     assert cells[0] == [
-        "bpw at most", "best plain GPTQ", "plain line there", "best of ours", "planned-dense", "over the line",
-        "excess saved", "no worse", "planned", "over the line", "excess saved", "no worse",
+        "bpw at most", "best plain GPTQ", "plain line there", "planned-dense", "decomposed", "over the line",
+        "excess saved", "no worse", "planned", "decomposed", "over the line", "excess saved", "no worse",
     ]  # fmt: skip
     assert cells[2] == [
-        "2.50", "16.000 (2:128)", "14.000", "11.000 (planned:2.5)", "12.250 (12.000 … 12.500)",
+        "2.50", "16.000 (2:128)", "14.000", "12.250 (12.000 … 12.500)", "0 (0 … 0)",
         "-9.29% (-27.27% … +8.70%)", "1.3% (-66.7% … 69.2%)", "1 of 2",
-        "11.000 (10.500 … 11.500)", "-18.18% (-36.36% … +0.00%)", "46.2% (0.0% … 92.3%)", "2 of 2",
+        "11.000 (10.500 … 11.500)", "0.5 (0 … 1)", "-18.18% (-36.36% … +0.00%)", "46.2% (0.0% … 92.3%)", "2 of 2",
     ]  # fmt: skip
-    assert cells[3][4:] == ["n/a"] * 8
+    assert cells[3][3:] == ["n/a"] * 10
 
 
 def test_there_is_no_excess_to_save_where_the_line_is_as_good_as_the_dense_model(pareto: Any) -> None:
