@@ -151,8 +151,8 @@ def summarise(
         ]
         for kind, rows in (("ours", ours), ("plain", plain))
     }
-    points = {kind: [Point(x["label"], x["bpw"], x["perplexity"]) for x in found] for kind, found in lines.items()}
-    line, reference = frontier(points["plain"]), base[0]["perplexity"]
+    points = [Point(x["label"], x["bpw"], x["perplexity"]) for x in lines["plain"]]
+    line, reference = frontier(points), base[0]["perplexity"]
     plain_points = points_by_seed(results, plain)
     by_label = {found["label"]: results.by_seed(ours, found["label"]) for found in lines["ours"]}
     for found in lines["ours"]:
@@ -164,7 +164,7 @@ def summarise(
         found["on_line"] = found["label"] in {point.label for point in line}
     by_budget = []
     for budget in budgets:
-        compared = budget_line(budget, points["ours"], points["plain"], line)
+        compared = budget_line(budget, points, line)
         plans = {kind: planned_line(by_label, kind, budget, reference, plain_points) for kind in PLANNED}
         by_budget.append(compared | plans)
     summary = {"dense": reference, **lines, "budgets": by_budget}
@@ -177,17 +177,10 @@ def summarise(
     )
 
 
-def budget_line(budget: float, ours: list[Point], plain: list[Point], line: list[Point]) -> dict[str, Any]:
-    """Compares the best of each within a budget."""
-    mine, theirs, read = best_within(ours, budget), best_within(plain, budget), read_line(line, budget)
-    return {
-        "budget": budget,
-        "ours": mine and mine._asdict(),
-        "plain": theirs and theirs._asdict(),
-        "plain_line": read,
-        "over_plain": excess(mine and mine.perplexity, theirs and theirs.perplexity),
-        "over_plain_line": excess(mine and mine.perplexity, read),
-    }
+def budget_line(budget: float, plain: list[Point], line: list[Point]) -> dict[str, Any]:
+    """Returns what plain GPTQ reaches within a budget."""
+    best = best_within(plain, budget)
+    return {"budget": budget, "plain": best and best._asdict(), "plain_line": read_line(line, budget)}
 
 
 def points_by_seed(results: Results, rows: list[Row]) -> dict[int, list[Point]]:

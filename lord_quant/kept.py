@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors that are not needed for a while: where they are, in the memory of a GPU's host, or in files."""
+"""Tensors that are not needed for a while: where they are, in the memory of a GPU's host, or in a file."""
 
 from __future__ import annotations
 

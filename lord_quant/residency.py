@@ -7,7 +7,7 @@ each before running it, and says which one comes then, so that it can be read me
 (embeddings, last norm, head) is always there.
 
 What waits until it is needed again (hidden states of all batches, gradients of all blocks) would grow with the text and
-the model as well: beside a skeleton only a little of it stays in memory, the rest waits in files. Beside a GPU the host's
+the model as well: beside a skeleton only a little of it stays in memory, the rest waits in a file. Beside a GPU the host's
 memory comes before files.
 """
 
@@ -136,7 +136,7 @@ class Streamed(Residency):
         NumericsError: A weight holds NaN or inf.
     """
 
-    spare_bytes = 2**31  # in files
+    spare_bytes = 2**31  # in a file
 
     def __init__(
         self,

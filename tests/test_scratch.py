@@ -8,7 +8,6 @@ import os
 import resource
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -99,5 +98,4 @@ def test_nothing_is_seen_of_it_and_nothing_left_when_the_process_is_killed(tmp_p
     assert os.listdir(tmp_path) == []
     process.kill()
     process.wait()
-    time.sleep(0.1)
     assert os.listdir(tmp_path) == []
