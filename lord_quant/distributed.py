@@ -218,6 +218,7 @@ def joined() -> Iterator[World]:
         return
     import torch
     import torch.distributed as dist
+    import torch.distributed.nn.functional  # its default arguments keep the group alive that stands when it is imported
 
     cuda = torch.cuda.is_available()
     if cuda:
@@ -235,6 +236,7 @@ def joined() -> Iterator[World]:
         with suppress(RuntimeError):  # torchrun ends all processes once one has ended: let the one with something to tell
             dist.barrier()
         raise
+    # Nobody else holds the group, so this ends its threads: one that lets go of a tensor while the interpreter ends aborts.
     dist.destroy_process_group()
 
 

@@ -70,11 +70,12 @@ def alone(command: Any, *arguments: str | Path) -> None:
 # The pieces, without a model.
 
 COLLECTIVES = """
-    import json, sys, torch
+    import json, os, sys, torch
     from typing import NamedTuple
     from lord_quant.distributed import joined
     from lord_quant.errors import ElsewhereError
     from lord_quant.moments import PairedAccumulator, pooled
+    from lord_quant.silence import import_hosts
 
     class Pair(NamedTuple):
         name: str
@@ -105,6 +106,9 @@ COLLECTIVES = """
                 world.total(torch.ones(1))
         except (KeyError, ElsewhereError) as error:
             found["error"] = f"{type(error).__name__}: {error}"
+        import_hosts()
+        world.wait()
+    found["threads"] = [open(f"/proc/self/task/{number}/comm").read().strip() for number in os.listdir("/proc/self/task")]
     print(json.dumps(found))
 """
 
@@ -119,6 +123,8 @@ def test_collectives_are_those_of_one_process_and_errors_reach_all(tmp_path: Pat
         assert own["totals"] == {"all": [3, 3], "one": [1, 1, 1]}
         assert own["sent"] == ["sent", [[0, 1, 0, 0]]]
         assert own["tasks"] == [[0, 2], [1, 0], [2, 1], [3, 2]]
+        # A thread of the group that outlives it can abort a process whose work is done.
+        assert "python" in own["threads"] and not any("gloo" in name for name in own["threads"])
     failed = "process 1 failed: KeyError: 'of 1'"
     assert [own["error"] for own in found] == [f"ElsewhereError: {failed}", "KeyError: 'of 1'", f"ElsewhereError: {failed}"]
 
