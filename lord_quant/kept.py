@@ -72,7 +72,7 @@ class KeptInFile(Kept):
         scratch: The file.
 
     Raises:
-        OSError: It is full.
+        OutputError: It is full.
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor], scratch: Scratch) -> None:
@@ -84,7 +84,11 @@ class KeptInFile(Kept):
             self._pieces.append(scratch.write(tensor))
 
     def get(self) -> list[torch.Tensor]:
-        """Returns the tensors on their devices."""
+        """Returns the tensors on their devices.
+
+        Raises:
+            OutputError: The file cannot be read.
+        """
         found = zip(self._pieces, self._devices, strict=True)
         return [self._scratch.read(piece).to(device) for piece, device in found]
 

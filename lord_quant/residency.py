@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from lord_quant.errors import LayoutError, ModelError, OutputError, reason_of
+from lord_quant.errors import LayoutError, ModelError
 from lord_quant.kept import Kept, KeptInFile, KeptOnHost
 from lord_quant.linalg import require_finite
 from lord_quant.reading import open_tensors
@@ -214,14 +214,9 @@ class Streamed(Residency):
             self._on_host += size
             weakref.finalize(kept, self._let_go_of_host, size)
             return kept
-        try:
-            if self._file is None:
-                self._file = Scratch(self.scratch)
-            return KeptInFile(tensors, self._file)
-        except OSError as error:
-            where = "a temporary folder" if self.scratch is None else repr(str(self.scratch))
-            advice = "; set TMPDIR" if self.scratch is None else ""
-            raise OutputError(f"activations cannot be kept in {where}: {reason_of(error)}{advice}") from error
+        if self._file is None:
+            self._file = Scratch(self.scratch)
+        return KeptInFile(tensors, self._file)
 
     def _let_go(self, size: int) -> None:
         self._waiting -= size

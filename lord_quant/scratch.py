@@ -12,10 +12,14 @@ from __future__ import annotations
 import os
 import tempfile
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from lord_quant.errors import OutputError, reason_of
 
 
 PAGE = 4096
@@ -51,11 +55,13 @@ class Scratch:
         num_bytes: How long it is.
 
     Raises:
-        OSError: It cannot be made.
+        OutputError: It cannot be made.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - open as long as this object lives
+        self._folder = folder
+        with self._named("kept in"):
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - open as long as this object lives
         weakref.finalize(self, self._file.close)
         self._free: dict[int, list[int]] = {}
         self.num_bytes = 0
@@ -64,16 +70,17 @@ class Scratch:
         """Writes a tensor, of any shape and dtype.
 
         Raises:
-            OSError: There is no room for it.
+            OutputError: There is no room for it.
         """
         view = _bytes_of(tensor.detach().cpu().contiguous())
         piece = self._place(tensor)
         start = piece.start
         try:
-            while view:
-                written = os.pwrite(self._file.fileno(), view, start)
-                view, start = view[written:], start + written
-        except OSError:
+            with self._named("kept in"):
+                while view:
+                    written = os.pwrite(self._file.fileno(), view, start)
+                    view, start = view[written:], start + written
+        except OutputError:
             self.free([piece])
             raise
         return piece
@@ -82,21 +89,32 @@ class Scratch:
         """Returns a tensor in memory of its own.
 
         Raises:
-            OSError: It cannot be read.
+            OutputError: It cannot be read.
         """
         tensor = torch.empty(piece.shape, dtype=piece.dtype)
         view, start = _bytes_of(tensor), piece.start
-        while view:
-            read = os.preadv(self._file.fileno(), [view], start)
-            if not read:
-                raise OSError("it ends too early")
-            view, start = view[read:], start + read
+        with self._named("read again from"):
+            while view:
+                read = os.preadv(self._file.fileno(), [view], start)
+                if not read:
+                    raise OSError("the file ends too early")
+                view, start = view[read:], start + read
         return tensor
 
     def free(self, pieces: list[Piece]) -> None:
         """Lets other tensors have the room of these."""
         for piece in pieces:
             self._free.setdefault(piece.room, []).append(piece.start)
+
+    @contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        """Says of an error of the system what cannot be done, and where."""
+        try:
+            yield
+        except OSError as error:
+            where = "a temporary folder" if self._folder is None else repr(str(self._folder))
+            advice = "; set TMPDIR" if self._folder is None else ""
+            raise OutputError(f"activations cannot be {what} {where}: {reason_of(error)}{advice}") from error
 
     def _place(self, tensor: torch.Tensor) -> Piece:
         """Finds a free piece of the right size, at the end of the file if there is none."""

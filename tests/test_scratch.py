@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lord_quant.errors import OutputError
 from lord_quant.kept import KeptInFile
 from lord_quant.scratch import PAGE, Piece, Scratch
 
@@ -78,7 +79,7 @@ def test_a_full_disk_is_named_and_the_room_is_not_lost(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (6 * PAGE, limits[1]))
     try:
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(OutputError, match=f"activations cannot be kept in '{tmp_path}': File too large"):
             KeptInFile([torch.ones(1), torch.ones(2 * PAGE)], scratch)  # a page, then eight of which one can be written
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -86,6 +87,14 @@ def test_a_full_disk_is_named_and_the_room_is_not_lost(tmp_path: Path) -> None:
     kept = KeptInFile([torch.full((1,), 7.0), torch.full((2 * PAGE,), 8.0)], scratch)
     assert scratch.num_bytes == size
     assert [float(tensor[-1]) for tensor in kept.take()] == [7, 8]
+
+
+def test_what_cannot_be_read_again_is_named(tmp_path: Path) -> None:
+    scratch = Scratch(tmp_path)
+    piece = scratch.write(torch.ones(PAGE))
+    os.ftruncate(scratch._file.fileno(), PAGE)
+    with pytest.raises(OutputError, match=f"activations cannot be read again from '{tmp_path}': the file ends too early"):
+        scratch.read(piece)
 
 
 def test_nothing_is_seen_of_it_and_nothing_left_when_the_process_is_killed(tmp_path: Path) -> None:
