@@ -103,8 +103,8 @@ class CalibrationConfig:
         problems = [f"{name} is {count!r}; wanted an integer of at least 1" for name, count in wrong.items()]
         if self.seq_len is not None and (not _is_int(self.seq_len) or self.seq_len < 2):
             problems.append(f"seq_len is {self.seq_len!r}; wanted an integer of at least 2")
-        if not _is_int(self.seed) or self.seed < 0:
-            problems.append(f"seed is {self.seed!r}; wanted an integer of at least 0")
+        if not _is_int(self.seed) or not 0 <= self.seed < 2**32:
+            problems.append(f"seed is {self.seed!r}; wanted an integer from 0 to {2**32 - 1}")
         if not isinstance(self.dataset, str) or not self.dataset:
             problems.append(f"dataset is {self.dataset!r}; wanted a path, a hub name or {STDLIB!r}")
         if not isinstance(self.text_key, str) or not self.text_key:

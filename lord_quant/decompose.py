@@ -124,6 +124,16 @@ class Factors(NamedTuple):
         """Returns the largest magnitude in the factor that pivots keep small; None where there are none."""
         return None if self.pivots is None else float((self.down if self.of_inputs else self.up).abs().max())
 
+    def biases(self) -> dict[str, torch.Tensor]:
+        """Returns the biases of the factors' layers, by factor; none where there is no bias."""
+        if self.bias is None:
+            return {}
+        if self.pivots is None or self.of_inputs:
+            return {"up": self.bias}
+        # A pivot's bias goes on with z into the outputs predicted from it; theirs makes up for it.
+        pivot_bias, other_bias = self.bias[self.pivots], self.bias[self.others()]
+        return {"down": pivot_bias, "up": other_bias - self.up @ pivot_bias}
+
     def full_down(self) -> torch.Tensor:
         """Returns `down` of all inputs, with shape (rank, in_features): in the column-pivoted form with 1 at pivots."""
         if not self.of_inputs:

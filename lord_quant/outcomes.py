@@ -151,14 +151,18 @@ def _require_storable(stacked: Stacked, dtype: torch.dtype) -> None:
     Raises:
         NumericsError: It is so.
     """
-    parts = {"weight": stacked.weight, "bias": stacked.bias}
-    if stacked.factors is not None:
-        parts |= {"factor down": stacked.factors.down, "factor up": stacked.factors.up}
-    for name, tensor in parts.items():
+    factors = stacked.factors
+    if factors is None:
+        weights, biases = {"weight": stacked.weight}, {"bias": stacked.bias}
+    else:
+        weights = {"factor down": factors.down, "factor up": factors.up}
+        biases = {f"bias of factor {name}": bias for name, bias in factors.biases().items()}
+    for name, tensor in (weights | biases).items():
         if tensor is not None:
             require_finite(tensor.to(dtype), f"{name} in {dtype}")
-    if stacked.quantized and stacked.bias is not None:
-        require_finite(stacked.bias.half(), "bias stored as float16")
+    for name, tensor in biases.items():
+        if stacked.quantized and tensor is not None:
+            require_finite(tensor.half(), f"{name} stored as float16")
     if not stacked.error < 1:
         raise NumericsError(f"{stacked.error:.3g} of the output energy would be lost; a layer of zeros loses 1")
 

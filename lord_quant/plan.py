@@ -228,8 +228,8 @@ def choose_group_size(sites: Iterable[LinearSite], bits: int) -> int:
             return size
     if bits == FLOAT_BITS:
         return PACK_MULTIPLE
-    odd = sorted(n for n in features if n % 32)
-    raise GroupSizeError(f"no group size suits layers with {odd} inputs; wanted multiples of 32. Use --bits 16")
+    odd, wanted = sorted(n for n in features if n % 32), "multiples of 32, as any budget does, or ranks and --bits 16"
+    raise GroupSizeError(f"no group size suits layers with {odd} inputs; wanted {wanted}")
 
 
 def check_packable(sites: Sequence[LinearSite], bits: int, group_sizes: Mapping[str, int]) -> None:

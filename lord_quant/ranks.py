@@ -29,6 +29,12 @@ class Unit(NamedTuple):
         """The full rank."""
         return min(self.site.in_features, self.site.out_features)
 
+    def largest(self, step: int) -> int:
+        """Returns the largest multiple of `step` with which there is something left for both factors; 0 without one."""
+        rank, shape = self.smaller // step * step, (self.site.in_features, self.site.out_features)
+        whole = any(0 in sizes for sizes in factor_shapes(*shape, rank, self.form).values())
+        return rank - step if rank and whole else rank
+
     def shrinks(self, rank: int) -> bool:
         """Tells whether factors of a rank hold fewer weights than the layer."""
         inputs, outputs = self.site.in_features, self.site.out_features
@@ -97,11 +103,12 @@ def explicit_ranks(
     ranks, problems = {}, []
     for pattern, rank in (lowrank.rank_pattern or {}).items():
         for name in sorted(find_matching(pattern, sites)):
-            smaller, step = units[name].smaller, rank_step(group_sizes[name])
-            if rank % step or rank > smaller:
-                nearest = max(step, min(round(rank / step) * step, smaller // step * step))
-                hint = f"nearest: {nearest}" if nearest <= smaller else "there is none"
-                problems.append(f"  {name}: rank {rank}; wanted a multiple of {step} up to {smaller}, {hint}")
+            step = rank_step(group_sizes[name])
+            if rank % step or rank > units[name].smaller:
+                largest = units[name].largest(step)
+                hint = f"nearest: {min(max(step, round(rank / step) * step), largest)}" if largest else "there is none"
+                limit = largest or units[name].smaller
+                problems.append(f"  {name}: rank {rank}; wanted a multiple of {step} up to {limit}, {hint}")
             if name not in targeted:
                 problems.append(f"  {name}: has a rank but is not among the targets; wanted it in one or not in the other")
             ranks[name] = rank

@@ -120,7 +120,7 @@ SYSTEM_VALUES = 2**25
 
 
 class _Damped(NamedTuple):
-    """H / μ + `DAMPING` · I with μ the mean of H's diagonal; no copy of H is made.
+    """H / μ + `DAMPING` · I with μ the mean of H's diagonal; no copy of H is made unless 1 / μ is not finite in its dtype.
 
     Attributes:
         hessian: H with shape (n, n).
@@ -132,7 +132,10 @@ class _Damped(NamedTuple):
 
     @classmethod
     def of(cls, hessian: torch.Tensor) -> _Damped:
-        return cls(hessian, 1 / float(hessian.diagonal().double().mean()))
+        mean = float(hessian.diagonal().double().mean())
+        if 1 / mean > torch.finfo(hessian.dtype).max:
+            return cls((hessian.double() / mean).to(hessian), 1.0)
+        return cls(hessian, 1 / mean)
 
     def times(self, right: torch.Tensor) -> torch.Tensor:
         """Returns the product with a matrix with shape (n, k)."""

@@ -7,6 +7,7 @@ import contextlib
 import io
 import logging
 import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -67,6 +68,24 @@ def lent_caches() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def unheld() -> Iterator[None]:
+    """Lets no module that the body imports hold on to whoever asked for it.
+
+    One that keeps the error of an optional import keeps its traceback, and with that the frames of everybody who was
+    waiting for the import: their models would stay in memory as long as the process runs.
+    """
+    known = set(sys.modules)
+    yield
+    for name in sys.modules.keys() - known:
+        for value in list(getattr(sys.modules[name], "__dict__", {}).values()):
+            # Asked of the type: proxies answer for what they stand for, and import it.
+            error = value if issubclass(type(value), BaseException) else None
+            while error is not None:
+                error.__traceback__ = None
+                error = error.__cause__ or error.__context__
+
+
+@contextlib.contextmanager
 def hush(*loggers: str) -> Iterator[None]:
     """Keeps the named loggers below errors, and deprecation warnings of hosts, off the console while the body runs."""
     named = [logging.getLogger(name) for name in loggers]
@@ -86,6 +105,6 @@ def hush(*loggers: str) -> Iterator[None]:
 
 def import_hosts() -> None:
     """Imports transformers' modelling parts quietly: their optional dependencies complain about missing GPUs."""
-    with silence():
+    with silence(), unheld():
         import transformers.modeling_utils
         import transformers.quantizers.auto  # noqa: F401

@@ -51,8 +51,8 @@ def replace_layer(model: nn.Module, name: str, factors: Factors) -> Standalone:
     with torch.no_grad():
         module.down.weight.copy_(factors.down)
         module.up.weight.copy_(factors.up)
-        if factors.bias is not None:
-            _set_bias(module, factors, factors.bias)
+        for factor, bias in factors.biases().items():
+            module.get_submodule(factor).bias.copy_(bias)
         if factors.pivots is not None:
             # Inputs are taken from their places, outputs go to theirs: that at pivots[i] is z[i], at others[j] up(z)[j].
             places = torch.cat((factors.pivots, factors.others()))
@@ -92,16 +92,6 @@ def replace_group(model: nn.Module, names: Sequence[str], factors: Factors) -> l
     for name, module in named.items():
         model.set_submodule(name, module)
     return modules
-
-
-def _set_bias(module: Any, factors: Factors, bias: torch.Tensor) -> None:
-    if factors.pivots is None or factors.of_inputs:
-        module.up.bias.copy_(bias)
-        return
-    # A pivot's bias goes on with z into the outputs predicted from it; theirs makes up for it.
-    pivot_bias, other_bias = bias[factors.pivots], bias[factors.others()]
-    module.down.bias.copy_(pivot_bias)
-    module.up.bias.copy_(other_bias - factors.up @ pivot_bias)
 
 
 def set_dense(model: nn.Module, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> None:

@@ -99,6 +99,12 @@ def constant(tensors: Tensors) -> None:
     tensors[f"{H}mlp.c_fc.weight"].zero_()
 
 
+def loud_bias(tensors: Tensors) -> None:
+    """A bias that fits, but not what outputs predicted from others need of it."""
+    bias = tensors[f"{H}mlp.c_proj.bias"]
+    bias.copy_(2e4 * torch.randn(len(bias), generator=torch.Generator().manual_seed(0)).sign())
+
+
 def nothing(tensors: Tensors) -> None:
     """The fault is elsewhere."""
 
@@ -119,6 +125,7 @@ CASES = {
     ),
     "a layer of zeros": Case("llama", scaled(v=0), None, (ZERO,)),
     "a block of zeros": Case("llama", silent_block, None, (ZERO,), ("factors", "pivoted", "grouped", "2 bits")),
+    "activations of 1e-20": Case("llama", scaled(norm=1e-20), None, (), ("factors", "pivoted", "dense")),
     "dead channels": Case("llama", lambda t: t[NORM][:10].zero_(), None, (SOME,)),
     "all channels dead": Case("llama", scaled(norm=0), None, (ZERO,), ("factors", "pivoted")),
     "duplicated channels": Case("llama", duplicated, None, (), ("factors", "pivoted", "grouped", "dense")),
@@ -130,8 +137,12 @@ CASES = {
         "llama", scaled(v=1e14, o=1e-14), None, (f"{KEPT}scales stored as float16",), ("factors", "grouped")
     ),
     "bias that overflows float16": Case(
-        "gpt2", first(f"{H}attn.c_attn.bias", 1e6), None, (f"{KEPT}bias stored as float16",),
+        "gpt2", first(f"{H}attn.c_attn.bias", 1e6), None, (f"{KEPT}bias.* stored as float16",),
         kept=frozenset({f"{H}attn.c_attn.weight"}),
+    ),
+    "bias of a factor that overflows float16": Case(
+        "gpt2", loud_bias, None, (f"{KEPT}bias of factor up stored as float16",), ("pivoted",),
+        kept=frozenset({f"{H}mlp.c_proj.weight"}),
     ),
     "float factors of any size": Case("llama", scaled(v=1e14, o=1e-14), None, (), ("float",)),
     "weights too small for scales": Case(

@@ -107,8 +107,9 @@ def test_ranks_of_the_column_pivoted_form_leave_whole_groups_of_inputs() -> None
     gptq = GptqConfig(bits=4, **sizes)
     assert plan(sites, gptq=gptq, rank_ratio=0.3, form="column_pivoted").layers[0].rank == 256
     assert plan(sites, gptq=gptq, rank_ratio=0.3).layers[0].rank == 160
-    with pytest.raises(RankError, match="rank 160; wanted a multiple of 128 up to 512, nearest: 128"):
-        plan(sites, gptq=gptq, rank_pattern={"up": 160}, form="column_pivoted")
+    for rank, nearest in ((160, 128), (600, 384)):  # 512 of 512 inputs would be the layer itself
+        with pytest.raises(RankError, match=f"rank {rank}; wanted a multiple of 128 up to 384, nearest: {nearest}"):
+            plan(sites, gptq=gptq, rank_pattern={"up": rank}, form="column_pivoted")
 
 
 def test_float_plans_count_stored_floats() -> None:

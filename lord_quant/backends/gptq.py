@@ -24,7 +24,7 @@ from lord_quant.layer_bytes import Packing
 from lord_quant.linalg import require_finite
 from lord_quant.packing import pack_words
 from lord_quant.refine import Quantized
-from lord_quant.silence import hush, lent_caches, silence
+from lord_quant.silence import hush, lent_caches, silence, unheld
 
 
 PACK_VARIABLE = "GPTQMODEL_DISABLE_PACK_EXT"
@@ -52,7 +52,7 @@ class GptqRecord:
 
 def host() -> Any:
     """Imports and returns `optimum.gptq.quantizer`, silently, and restores logging and cache variables."""
-    with silence():
+    with silence(), unheld():
         with contextlib.suppress(ImportError):
             from logbar import LogBar
 

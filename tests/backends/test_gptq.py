@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy
 import os
+import subprocess
+import textwrap
 from typing import Any
 
 import pytest
@@ -146,6 +148,27 @@ def test_packed_tensors_are_those_of_the_hosts_own_packer(
         assert wanted.keys() == found.keys()
         for part, tensor in wanted.items():
             assert tensor.dtype == found[part].dtype and torch.equal(tensor, found[part]), part
+
+
+def test_importing_the_host_keeps_nobody_that_asked_for_it(python: list[str]) -> None:
+    """The host's modules keep errors of optional imports, whose tracebacks would hold the frames of all callers."""
+    program = """
+        import gc, weakref
+        from lord_quant.backends.gptq import host
+
+        class Model:
+            pass
+
+        def called_deep_inside():
+            model = Model()
+            host()
+            return weakref.ref(model)
+
+        alive = called_deep_inside()
+        gc.collect()
+        assert alive() is None, "the model of whoever imported the host first is still there"
+    """
+    subprocess.run([*python, "-c", textwrap.dedent(program)], check=True)
 
 
 def test_layers_that_the_host_does_not_replace_are_noticed() -> None:
