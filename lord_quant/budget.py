@@ -325,6 +325,11 @@ def read_plan(path: str | Path, model: str) -> dict[str, Any]:
     return values
 
 
+def tokens_of_plan(path: str | Path) -> str | None:
+    """Returns the digest of the calibration tokens that a plan file's losses were predicted on, None if it tells none."""
+    return (read_yaml(path).get(PLANNED) or {}).get("calibration_sha256")
+
+
 def _require_same(found: str, wanted: Any, what: str, model: str) -> None:
     if found != wanted:
         raise BudgetError(f"the {what} made for another model than {model!r}; wanted this one's")

@@ -27,7 +27,7 @@ from lord_quant.checkpoint import (
 from lord_quant.config import FLOAT_BITS, GptqConfig, LordConfig
 from lord_quant.corpus import Corpus, load_corpus
 from lord_quant.engine import DecompositionRecord, decompose_model
-from lord_quant.errors import CalibrationError, ConfigError, ModelError
+from lord_quant.errors import ConfigError, ModelError
 from lord_quant.estimate import Estimate, estimate
 from lord_quant.fingerprint import Fingerprint, fingerprint_of
 from lord_quant.joint import minded_layers, minds, stack_model
@@ -191,12 +191,13 @@ def calibrate(
     """Reads (unless a corpus is given) and tokenizes the calibration text of a run.
 
     Raises:
-        CalibrationError: No text, too little of it, or windows longer than the model's context.
+        CalibrationError: No text, or too little of it.
+        ConfigError: Windows are to be longer than the model's context.
     """
     settings = config.calibration
     seq_len = settings.seq_len or min(context, DEFAULT_SEQ_LEN)
     if seq_len > context:
-        raise CalibrationError(f"seq_len is {seq_len}; the model's context is {context}: nearest legal value {context}")
+        raise ConfigError(f"seq_len is {seq_len}; the model's context is {context}: nearest legal value {context}")
     corpus = corpus or load_corpus(settings.dataset, text_key=settings.text_key)
     return sample_windows(
         corpus, tokenizer, num_samples=settings.num_samples, seq_len=seq_len, seed=settings.seed, fewer=fewer

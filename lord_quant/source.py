@@ -94,7 +94,7 @@ def read_config(path: str) -> tuple[str, PretrainedConfig]:
     try:
         return path, AutoConfig.from_pretrained(path)
     except Exception as error:  # configurations check themselves, or stumble over values nobody thought of
-        what = "config.json " if os.path.isdir(path) else ""
+        what = "config.json " if os.path.isdir(path) else "there is no such folder, and as a hub name it "
         raise ModelError(f"model {path!r}: {what}cannot be read: {_first_line(error)}") from error
 
 

@@ -163,7 +163,13 @@ def stream_model(
 
 
 def write_weights(model: PreTrainedModel, blocks: Blocks, journal: Unfinished, folder: Path, dtype: torch.dtype) -> None:
-    """Writes configuration and weights of a finished run into an existing folder."""
+    """Writes configuration and weights of a finished run into an existing folder.
+
+    Parameters outside the blocks end in the stored dtype: it is theirs that the configuration will name.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not name.startswith(f"{blocks.path}."):
+            parameter.data = parameter.data.to(dtype)
     cast = {name: tensor.to(dtype) for name, tensor in outside(model, blocks.path).items() if tensor.is_floating_point()}
     model.save_pretrained(folder, state_dict=outside(model, blocks.path) | cast)
     join_shards(folder, [journal.shard(index) for index in range(len(blocks.modules))])

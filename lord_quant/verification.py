@@ -3,8 +3,8 @@
 
 * Files: each has the hash that was recorded when it was written (`manifest.py`); what differs is named.
 * Tensors: one at a time, floats are finite, packed layers have the dtypes and shapes of their format, indices are in range.
-* Model: `from_pretrained` loads it, as a user would, on the CPU with the host's kernels, and its logits on a few fixed
-  tokens are finite and those of the model that was compressed, as it was in float before packing (`fingerprint.py`).
+* Model: `from_pretrained` loads it, as a user would but in float32, on the CPU with the host's kernels, and its logits on a
+  few fixed tokens are finite and those of the model that was compressed, in float before packing (`fingerprint.py`).
 
 After a run a fresh process does the last two before the folder is put in place: it holds the packed model, the run not.
 """
@@ -23,11 +23,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lord_quant.checkpoint import REPORT_NAME
 from lord_quant.errors import CheckpointError, LordError
 from lord_quant.fingerprint import TOLERANCE, Fingerprint, fingerprint_of
 from lord_quant.headers import read_headers, weight_files
 from lord_quant.linalg import is_finite
-from lord_quant.manifest import changed_files, read_manifest
+from lord_quant.manifest import MANIFEST_NAME, changed_files, read_manifest
 from lord_quant.packing import WORD
 from lord_quant.reading import open_tensors
 
@@ -45,7 +46,7 @@ class Verified(NamedTuple):
     """What was found out about a checkpoint with which nothing is wrong.
 
     Attributes:
-        files: Files whose hashes are those recorded; 0 where none were.
+        files: Files whose hashes are those recorded; 0 where none were compared.
         tensors: Tensors looked at.
         difference: By how much logits differ from the compressed model's, as a share of their spread; None where those
             were not recorded.
@@ -78,6 +79,8 @@ def verify(folder: str | Path) -> Verified:
     """
     path = Path(folder)
     manifest = read_manifest(path)
+    if manifest is None and (path / REPORT_NAME).exists():
+        raise CheckpointError(f"{str(folder)!r} is not what was written:\n  {MANIFEST_NAME}: missing")
     if manifest is not None:
         _require(changed_files(path, manifest), f"{str(folder)!r} is not what was written:")
     tensors, found = examine(path)
@@ -198,7 +201,7 @@ def _loaded(folder: Path) -> Fingerprint:
     register()
     try:
         with hush("transformers"):
-            return fingerprint_of(AutoModelForCausalLM.from_pretrained(folder).eval())
+            return fingerprint_of(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
     except LordError as error:
         raise CheckpointError(str(error)) from error
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:  # hosts raise what they like

@@ -270,6 +270,23 @@ def test_only_the_first_process_prints(runs: Runs) -> None:
         assert not any("warning:" in text or "Traceback" in text for text in runs.ended[count].stderr[1:])
 
 
+@pytest.mark.slow
+def test_the_command_of_the_readme_takes_every_flag(runs: Runs, tmp_path: Path) -> None:
+    """Without `--` in front of the command torchrun takes `--log` for one of its own."""
+    launch = ["--standalone", "--nproc_per_node", "2", "--no-python", "--"]
+    command = [Path(sys.executable).parent / "optimum-cli", "lord", "quantize", *runs.source, "--rank-ratio", "0.5"]
+    flags = ["--group-size", "32", "--output", tmp_path / "out", "--log", tmp_path / "run.jsonl", "--dry-run"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *launch, *command, *flags],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "processes     2" in done.stdout and not (tmp_path / "run.jsonl").exists()
+
+
 # Runs that fail.
 
 KILLED = """

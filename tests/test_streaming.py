@@ -98,6 +98,27 @@ def test_a_streamed_run_makes_the_bytes_of_one_in_memory(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize(("own", "asked", "stored"), [("bfloat16", "auto", "bfloat16"), ("float32", "float16", "float16")])
+def test_a_checkpoint_loads_in_the_dtype_it_is_stored_in(
+    own: str, asked: str, stored: str, streamed: bool, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = save(build("gpt_bigcode").to(getattr(torch, own)), tmp_path / "dense")
+    if not streamed:
+        monkeypatch.setattr(execution, "stream_source", lambda source, device: None)
+    for scheme in ("4 bits", "float"):
+        run(config_of(folder, tmp_path / scheme, corpus_file, scheme, dtype=asked))
+        assert json.loads((tmp_path / scheme / "config.json").read_text())["dtype"] == stored
+        floats = {str(value.dtype) for value in tensors_of(tmp_path / scheme).values() if value.is_floating_point()}
+        assert f"torch.{stored}" in floats and floats <= {f"torch.{stored}", "torch.float16"}  # packed layers hold these
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / scheme)
+        assert str(loaded.dtype) == str(loaded.transformer.wte.weight.dtype) == f"torch.{stored}"
+        assert torch.isfinite(loaded(torch.arange(8)[None]).logits).all()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", [0, 1, 2])
 def test_a_run_that_is_cut_off_goes_on_behind_its_last_block(
     blocks: int, folders: Any, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -104,6 +104,9 @@ def test_what_was_written_is_verified_and_what_says_something_else_is_not(copy: 
     with pytest.raises(CheckpointError, match=r"not what was compressed: logits on 16 fixed tokens differ by \d"):
         verify(copy)
     (copy / MANIFEST_NAME).unlink()
+    with pytest.raises(CheckpointError, match=f"is not what was written:\n  {MANIFEST_NAME}: missing"):
+        verify(copy)
+    (copy / "lord_report.json").unlink()  # as `save_pretrained` leaves a folder
     assert verify(copy) == (0, found.tensors, None)
     edit_tensors(copy, lambda tensors: tensors["model.layers.1.mlp.down_proj.up.scales"][0].fill_(torch.nan))
     with pytest.raises(CheckpointError, match=r"illegal tensors:\n  .*down_proj\.up\.scales: 64 of \d+ values are NaN"):

@@ -14,12 +14,12 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from lord_quant.errors import HostError
+from lord_quant.errors import CheckpointError, HostError
 from lord_quant.layer_bytes import Packing
 from lord_quant.linalg import require_finite
 from lord_quant.packing import pack_words
@@ -166,6 +166,27 @@ def _fill(module: Any, solution: Quantized, bias: torch.Tensor | None, name: str
         if tensor.is_floating_point():
             require_finite(tensor, f"{part} of layer {name!r} after quantization")
         setattr(module, part, tensor.to(own.device))
+
+
+def require_savable(model: nn.Module) -> None:
+    """Refuses to save packed layers that no longer hold what a checkpoint's would: some kernels rewrite theirs to run.
+
+    Raises:
+        CheckpointError: There are such layers; one is named.
+    """
+    rewritten = []
+    for name, module in model.named_modules():
+        if {"qweight", "qzeros", "g_idx"} <= module._buffers.keys():
+            part, layer = module._buffers["qweight"], cast(Any, module)
+            wanted = (layer.in_features * layer.bits // 32, layer.out_features)
+            if part is None or (part.dtype, tuple(part.shape)) != (torch.int32, wanted):
+                rewritten.append(name)
+    if rewritten:
+        raise CheckpointError(
+            f"{len(rewritten)} packed layers, such as {rewritten[0]!r}, hold weights as their kernel rewrote them to run, "
+            "which cannot be loaded again; wanted a model that is saved before its first forward pass, or one loaded with "
+            "quantization_config=LordGPTQConfig(bits=4, backend='gptq_torch')"
+        )
 
 
 def quantize_model(model: nn.Module, quantizer: Any, expected: int, run: Callable[[], Any]) -> list[GptqRecord]:

@@ -88,5 +88,6 @@ def run(args: argparse.Namespace) -> int:
         f"tensors       {human_bytes(stored.tensor_bytes)} ({human_bytes(stored.file_bytes)} of safetensors files)\n"
     )
     if verified is not None:
-        sys.stdout.write(f"verified      {verified.tell()}\n")
+        unhashed = "" if verified.files else "; no lord_manifest.json says what the files were, so none was compared"
+        sys.stdout.write(f"verified      {verified.tell()}{unhashed}\n")
     return 0

@@ -160,6 +160,13 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--device", default=unset, help="auto (default), cpu, cuda, cuda:1, ...")
 
 
+def add_log_flag(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag that names a log, for `Progress`."""
+    parser.add_argument(
+        "--log", metavar="FILE", help="add to a log: a line of JSON per phase, layer and block, with ETA and memory"
+    )
+
+
 def settings_from(args: argparse.Namespace) -> dict[str, Any]:
     """Returns nested settings as given: a file's, a plan's over them, the flags' over both.
 

@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from lord_quant.commands.budget_options import add_budget_flags, planner_from, run_of
-from lord_quant.commands.options import add_plan_flags, add_run_flags
+from lord_quant.commands.options import add_log_flag, add_plan_flags, add_run_flags
 from lord_quant.commands.termination import terminable
 from lord_quant.distributed import World, joined
 
@@ -30,7 +30,7 @@ EXAMPLES = """examples:
   optimum-cli lord quantize --model ./my-model --output out --target-bpw 3.0 --dataset ./my-code
   optimum-cli lord quantize --model ./my-model --output out --plan plan.yaml --dataset ./my-code
   optimum-cli lord quantize --config run.yaml --overwrite --log run.jsonl
-  torchrun --nproc_per_node 8 --no-python optimum-cli lord quantize --config run.yaml      # 8 GPUs
+  torchrun --nproc_per_node 8 --no-python -- optimum-cli lord quantize --config run.yaml   # 8 GPUs
 """
 
 
@@ -42,9 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", metavar="FILE", help="run a plan that `lord plan --save` wrote, perhaps edited")
     parser.add_argument("--output", default=argparse.SUPPRESS, metavar="DIR", help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace a model folder that stands at --output")
-    parser.add_argument(
-        "--log", metavar="FILE", help="add to a log: a line of JSON per phase, layer and block, with ETA and memory"
-    )
+    add_log_flag(parser)
     parser.add_argument(
         "--no-verify", dest="verify", action="store_false",
         help="do not let a fresh process load what was written, and compare logits, before it is put in place",
@@ -96,13 +94,14 @@ def _checked(args: argparse.Namespace, world: World) -> tuple[LordConfig, Progre
 
 def _prepare(args: argparse.Namespace, config: LordConfig, progress: Progress, world: World) -> Job | None:
     """Plans the job and prints what is to be done; returns None if that is nothing."""
-    from lord_quant.budget import apply_plan, unplanned
+    from lord_quant.budget import apply_plan, tokens_of_plan, unplanned
     from lord_quant.checkpoint import REPORT_NAME, whole_path
     from lord_quant.execution import clear_away, is_finished
     from lord_quant.pipeline import prepare
     from lord_quant.report import human_bytes, human_seconds, plan_summary, plan_table
 
-    say, budget, measured_on = sys.stdout.write if world.first else str, config.budget, None
+    say, budget = sys.stdout.write if world.first else str, config.budget
+    measured_on = tokens_of_plan(args.plan) if args.plan else None
     if budget is not None:
         prepare(unplanned(config), overwrite=args.overwrite)  # refuses what is wrong before the sensitivity pass
         settings = {}

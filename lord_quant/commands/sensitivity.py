@@ -7,7 +7,7 @@ import argparse
 import sys
 import time
 
-from lord_quant.commands.options import add_run_flags, add_source_flags, config_from
+from lord_quant.commands.options import add_log_flag, add_run_flags, add_source_flags, config_from
 from lord_quant.distributed import refuse_torchrun
 
 
@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's flags."""
     add_source_flags(parser)
     add_run_flags(parser)
+    add_log_flag(parser)
     parser.add_argument("--output", required=True, metavar="FILE", help="safetensors file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that stands there")
 
@@ -42,13 +43,16 @@ def run(args: argparse.Namespace) -> int:
     import_hosts()
     from lord_quant.budget import sense
     from lord_quant.checkpoint import check_file
+    from lord_quant.progress import Progress
     from lord_quant.report import human_bytes, human_seconds
     from lord_quant.statistics import save_statistics
 
-    path = check_file(output, overwrite=args.overwrite, model=config.model, dataset=config.calibration.dataset)
-    start = time.perf_counter()
-    statistics = sense(config)
-    save_statistics(statistics, path)
+    places = {"model": config.model, "dataset": config.calibration.dataset}
+    path = check_file(output, overwrite=args.overwrite, **places)
+    places["output"], start = output, time.perf_counter()
+    with Progress(args.log, about=places, apart=places) as progress:
+        statistics = sense(config, progress)
+        save_statistics(statistics, path)
     took = human_seconds(time.perf_counter() - start)
     size = human_bytes(path.stat().st_size)
     sys.stdout.write(f"{len(statistics.losses)} layers measured in {took}; {size} written to {output}\n")

@@ -202,11 +202,12 @@ class LordGPTQQuantizer(_GPTQQuantizer):
 
         Raises:
             OutputError: The folder is not empty, cannot be written, or another run is writing it.
-            CheckpointError: What was written is not what was compressed.
+            CheckpointError: What was written is not what was compressed, or a kernel has rewritten what is to be written.
             ConfigError: Nothing was quantized yet.
         """
         if self._report is None:
             raise ConfigError("nothing to save: call quantize_model first")
+        backend.require_savable(model)
         told: dict[str, Any] = {"fingerprint": self._fingerprint, "verify": verify}
         output = check_output(save_dir)
         with claimed(output):

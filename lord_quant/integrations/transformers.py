@@ -355,6 +355,15 @@ class LordGptqHfQuantizer(GptqHfQuantizer):
         host: Any = model
         host.quantization_method = QuantizationMethod.GPTQ
 
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> Any:
+        """Is asked when the model is to be saved, before anything is written.
+
+        Raises:
+            CheckpointError: Its kernels have rewritten their weights.
+        """
+        backend.require_savable(model)
+        return super().get_state_dict_and_metadata(model)
+
 
 @register_quantizer(METHOD_FLOAT)
 class LordHfQuantizer(HfQuantizer):

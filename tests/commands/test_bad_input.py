@@ -73,7 +73,7 @@ CASES: dict[str, tuple[Spoil, str, list[str]]] = {
     "unknown hub name": (
         lambda box: box.flags.update({"--model": "nobody/nothing"}),
         "ModelError",
-        ["'nobody/nothing'", "cannot be read"],
+        ["'nobody/nothing'", "no such folder", "as a hub name it cannot be read"],
     ),
     "folder that is no model": (
         lambda box: box.flags.update({"--model": box.corpus.parent}),
@@ -118,7 +118,7 @@ CASES: dict[str, tuple[Spoil, str, list[str]]] = {
     ),
     "windows beyond the context": (
         lambda box: box.flags.update({"--seq-len": 512}),
-        "CalibrationError",
+        "ConfigError",
         ["seq_len is 512", "context is 256", "nearest legal value 256"],
     ),
     "no windows": (lambda box: box.flags.update({"--num-samples": 0}), "ConfigError", ["num_samples is 0", "at least 1"]),

@@ -45,8 +45,11 @@ def data(corpus_file: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def statistics(model: Path, data: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("statistics") / "model.stats"
-    assert run_command("sensitivity", "--model", model, *data, "--output", path) == 0
+    path, log = (tmp_path_factory.mktemp("statistics") / name for name in ("model.stats", "run.jsonl"))
+    assert run_command("sensitivity", "--model", model, *data, "--output", path, "--log", log) == 0
+    told = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [told[0]["event"], told[-1]["event"]] == ["start", "finished"] and told[0]["output"] == str(path)
+    assert len([line for line in told if line["event"] == "block" and line["phase"] == "probe"]) == 2
     return path
 
 
@@ -186,6 +189,13 @@ def test_statistics_of_other_calibration_tokens_are_told(
     assert run_command("quantize", *budget) == 0
     assert told not in capfd.readouterr().err
     assert run_command("quantize", *budget, "--seed", "1") == 0
+    assert f"warning: {told}" in capfd.readouterr().err
+    plan = ["--model", model, "--plan", tmp_path / "plan.yaml", *data, "--dry-run"]
+    assert run_command("plan", *budget[:2], *budget[-5:-1], "--refine", "1", "--save", plan[3]) == 0
+    capfd.readouterr()
+    assert run_command("quantize", *plan) == 0
+    assert told not in capfd.readouterr().err
+    assert run_command("quantize", *plan, "--seed", "1") == 0
     assert f"warning: {told}" in capfd.readouterr().err
 
 

@@ -52,6 +52,14 @@ def test_help_is_quick_and_shows_examples(command: str) -> None:
         assert all(re.search(rf"\b{name}\b", process.stdout) for name in COMMANDS)
 
 
+@pytest.mark.slow
+def test_a_misspelt_flag_is_told_with_the_nearest_one_by_the_command_itself() -> None:
+    process = cli("quantize", "--rank-raito", "0.5", "--model", "m")
+    assert process.returncode == 2 and process.stdout == ""
+    error = process.stderr.splitlines()[-1]
+    assert "lord quantize: error: unrecognized arguments: --rank-raito 0.5; did you mean '--rank-ratio'?" in error
+
+
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cli")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from types import ModuleType
+from typing import Any
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
@@ -33,12 +34,30 @@ def _command(name: str, module: ModuleType) -> CommandInfo:
             parser.description, parser.epilog = module.HELP, module.EXAMPLES
             parser.formatter_class = RawDescriptionHelpFormatter
             module.add_arguments(parser)
+            _refuse_unknown(parser)
 
         def run(self) -> None:
             print_anything()
             sys.exit(_guarded(module, self.args))
 
     return CommandInfo(name=name, help=module.HELP, subcommand_class=LordSubcommand)
+
+
+def _refuse_unknown(parser: ArgumentParser) -> None:
+    """Lets a subcommand itself refuse what it does not know: optimum's parser would not know what is near."""
+    parse = parser.parse_known_args
+
+    def parse_all(args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = parse(args, namespace)
+        if unknown:
+            from lord_quant.errors import nearest_name
+
+            options = [option for action in parser._actions for option in action.option_strings]
+            hint = nearest_name(unknown[0].partition("=")[0], options)
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return found, unknown
+
+    parser.parse_known_args = parse_all  # type: ignore[method-assign]
 
 
 def _guarded(module: ModuleType, args: Namespace) -> int:
