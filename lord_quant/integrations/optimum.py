@@ -207,10 +207,10 @@ class LordGPTQQuantizer(_GPTQQuantizer):
         """
         if self._report is None:
             raise ConfigError("nothing to save: call quantize_model first")
-        backend.require_savable(model)
         told: dict[str, Any] = {"fingerprint": self._fingerprint, "verify": verify}
         output = check_output(save_dir)
         with claimed(output):
+            backend.require_savable(model)
             write_checkpoint(model, self._tokenizer, output, self._report, **told)
 
     def _windows(self, model: PreTrainedModel, tokenizer: Any) -> TokenWindows:
