@@ -149,6 +149,13 @@ def _solver(config: LordConfig) -> dict[str, Any]:
     return gptq | joint | {"mean_correction": config.lowrank.mean_correction}
 
 
+def other_settings(origin: Mapping[str, Any], config: LordConfig) -> str:
+    """Tells which settings of a run lose otherwise than those that losses were measured with; empty if none does."""
+    found, now = origin.get("solver"), _solver(config)
+    measured = found if isinstance(found, Mapping) else {}
+    return ", ".join(f"{name} {measured.get(name)!r}, now {now[name]!r}" for name in now if measured.get(name) != now[name])
+
+
 def _rounded_up(value: float) -> str:
     """Renders a bound so that it can be asked for: four digits, not below it."""
     unit = 10.0 ** (math.floor(math.log10(value)) - 3) if value > 0 else 1.0
@@ -185,11 +192,9 @@ class Planner:
         _require_same(digest_of(config.model), origin.get("model_sha256"), "statistics were", config.model)
         if list(statistics.sites.values()) != find_linears(model):
             raise BudgetError(f"the statistics do not have the layers of {config.model!r}; wanted those it was measured on")
-        measured, now = origin.get("solver"), _solver(config)
-        if not isinstance(measured, Mapping) or measured != now:
-            seen = measured if isinstance(measured, Mapping) else {}
-            odd = [f"{name} {seen.get(name)!r}, now {now[name]!r}" for name in now if seen.get(name) != now[name]]
-            raise BudgetError(f"the statistics were measured with other settings: {', '.join(odd)}; wanted the same")
+        odd = other_settings(origin, config)
+        if odd:
+            raise BudgetError(f"the statistics were measured with other settings: {odd}; wanted the same")
         menu = dataclasses.replace(menu, itemsize=itemsize)
         self.statistics, self.menu = statistics, menu
         targeted = select(list(statistics.sites.values()), config.lowrank.targets, config.lowrank.ignore)
@@ -325,9 +330,9 @@ def read_plan(path: str | Path, model: str) -> dict[str, Any]:
     return values
 
 
-def tokens_of_plan(path: str | Path) -> str | None:
-    """Returns the digest of the calibration tokens that a plan file's losses were predicted on, None if it tells none."""
-    return (read_yaml(path).get(PLANNED) or {}).get("calibration_sha256")
+def origin_of_plan(path: str | Path) -> Mapping[str, Any]:
+    """Returns what a plan file says of where it comes from: the `origin` of its statistics, and what it predicts."""
+    return read_yaml(path).get(PLANNED) or {}
 
 
 def _require_same(found: str, wanted: Any, what: str, model: str) -> None:

@@ -94,14 +94,15 @@ def _checked(args: argparse.Namespace, world: World) -> tuple[LordConfig, Progre
 
 def _prepare(args: argparse.Namespace, config: LordConfig, progress: Progress, world: World) -> Job | None:
     """Plans the job and prints what is to be done; returns None if that is nothing."""
-    from lord_quant.budget import apply_plan, tokens_of_plan, unplanned
+    from lord_quant.budget import apply_plan, origin_of_plan, other_settings, unplanned
     from lord_quant.checkpoint import REPORT_NAME, whole_path
     from lord_quant.execution import clear_away, is_finished
     from lord_quant.pipeline import prepare
     from lord_quant.report import human_bytes, human_seconds, plan_summary, plan_table
 
     say, budget = sys.stdout.write if world.first else str, config.budget
-    measured_on = tokens_of_plan(args.plan) if args.plan else None
+    origin = origin_of_plan(args.plan) if args.plan else {}
+    measured_on, odd = origin.get("calibration_sha256"), other_settings(origin, config) if origin else ""
     if budget is not None:
         prepare(unplanned(config), overwrite=args.overwrite)  # refuses what is wrong before the sensitivity pass
         settings = {}
@@ -132,7 +133,8 @@ def _prepare(args: argparse.Namespace, config: LordConfig, progress: Progress, w
         f"{human_bytes(cost.memory_bytes)} of memory, {human_bytes(job.plan.tensor_bytes)} on disk\n"
     )
     if world.first:
-        sys.stderr.writelines(f"warning: {warning}\n" for warning in job.warnings)
+        changed = [f"the plan's losses were predicted with other settings: {odd}; wanted the same for both"] if odd else []
+        sys.stderr.writelines(f"warning: {warning}\n" for warning in [*job.warnings, *changed])
     sys.stdout.flush()
     return None if args.dry_run else job
 

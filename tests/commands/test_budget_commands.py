@@ -120,7 +120,7 @@ def test_flags_restrict_the_choice(model: Path, statistics: Path, capfd: pytest.
         (["--target-bpw", "3", "--param-ratio", "0.5"], "ConfigError: a budget and --param-ratio are given"),
         (["--target-bpw", "3", "--force-rank"], "ConfigError: a budget and --force-rank are given"),
         (["--target-bpw", "3", "--stack", "naive"], "ConfigError: .*a budget is given for the naive stack"),
-        (["--target-bpw", "3", "--no-sym", "--mse", "0"], "BudgetError: .*other settings: mse 2.0, now 0.0"),
+        (["--target-bpw", "3", "--sym", "--mse", "0"], "BudgetError: .*other settings: mse 2.0, now 0.0"),
         (["--rank-ratio", "0.5"], "ConfigError: --statistics is given without a budget"),
         (["--min-param-ratio", "0.5"], "ConfigError: --min-param-ratio, --statistics is given without a budget; wanted"),
         (["--target-bpw", "3", "--min-param-ratio", "1.5"], "BudgetError: min_param_ratio is 1.5"),
@@ -181,7 +181,7 @@ def test_a_file_may_hold_the_budget_and_flags_win(
     assert "a budget and param_ratio are given" in capfd.readouterr().err
 
 
-def test_statistics_of_other_calibration_tokens_are_told(
+def test_a_plan_of_other_tokens_or_settings_is_told(
     model: Path, data: list[str], statistics: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     budget = ["--model", model, *data, "--statistics", statistics, "--target-bpw", "3", "--dry-run"]
@@ -197,6 +197,9 @@ def test_statistics_of_other_calibration_tokens_are_told(
     assert told not in capfd.readouterr().err
     assert run_command("quantize", *plan, "--seed", "1") == 0
     assert f"warning: {told}" in capfd.readouterr().err
+    assert run_command("quantize", *plan, "--sym", "--mse", "0") == 0
+    settings = "the plan's losses were predicted with other settings: sym False, now True, mse 2.0, now 0.0"
+    assert capfd.readouterr().err == f"warning: {settings}; wanted the same for both\n"
 
 
 @pytest.mark.slow
