@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,18 +18,19 @@ import yaml
 from lord_quant import planner
 from lord_quant.budget_config import BudgetConfig
 from lord_quant.calibration import TokenWindows, windows_at_once
-from lord_quant.checkpoint import atomic_file
+from lord_quant.checkpoint import atomic_file, whole_path
+from lord_quant.claim import sensed_beside
 from lord_quant.config import FLOAT_BITS, LordConfig, read_yaml
-from lord_quant.errors import BudgetError, ConfigError
+from lord_quant.errors import BudgetError, CheckpointError, ConfigError, OutputError
 from lord_quant.headers import weight_files
 from lord_quant.menu import DENSE, Choice, Menu, single
-from lord_quant.pipeline import fisher_windows, in_batches, plan_model, prepare
+from lord_quant.pipeline import Job, fisher_windows, in_batches, plan_model, prepare
 from lord_quant.planner import Allocation
 from lord_quant.progress import Progress
 from lord_quant.residency import RESIDENT, Residency
 from lord_quant.sensitivity import Sensitivity, Slope
-from lord_quant.source import build_skeleton, inspect_source, load_model, read_config, stream_source
-from lord_quant.statistics import Statistics, load_statistics, measure_statistics, model_digest
+from lord_quant.source import build_skeleton, commit_of, inspect_source, load_model, read_config, stream_source
+from lord_quant.statistics import Statistics, load_statistics, measure_statistics, model_digest, save_statistics
 from lord_quant.targets import find_linears, select
 from lord_quant.version import __version__
 
@@ -44,28 +48,58 @@ def unplanned(config: LordConfig) -> LordConfig:
     return dataclasses.replace(config, lowrank=lowrank, gptq=gptq, budget=None)
 
 
-def statistics_of(config: LordConfig, progress: Progress | None = None) -> Statistics:
+def statistics_of(config: LordConfig, progress: Progress | None = None, *, again: bool = False) -> Statistics:
     """Reads the statistics that a run's budget names; measures them where it names none.
+
+    A run that writes keeps them beside its output until it is finished, and uses them when it was cut off.
+
+    Args:
+        config: The run.
+        progress: Where it is told how far the pass is.
+        again: Measure them whatever is kept.
 
     Raises:
         LordError: Whatever is wrong with the file, the model or the calibration.
     """
     if config.budget is not None and config.budget.statistics:
         return load_statistics(config.budget.statistics)
-    return sense(config, progress)
+    job = _dense_job(config)
+    if config.output is None:
+        return sense(config, progress, job)
+    kept = sensed_beside(whole_path(config.output), _told_apart(config, job))
+    if not again:
+        with contextlib.suppress(CheckpointError):  # there is none, or it is spoilt
+            return load_statistics(kept)
+    statistics = sense(config, progress, job)
+    with contextlib.suppress(OSError, OutputError):  # it serves a run that is cut off; this one has what it needs
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        save_statistics(statistics, kept)
+    return statistics
 
 
-def sense(config: LordConfig, progress: Progress | None = None) -> Statistics:
+def _dense_job(config: LordConfig) -> Job:
+    return prepare(dataclasses.replace(unplanned(config), output=None))
+
+
+def _told_apart(config: LordConfig, job: Job) -> str:
+    """Returns a SHA-256 of all that statistics depend on, and of what they do not but for the budget."""
+    settings = {name: value for name, value in config.to_dict().items() if name not in ("output", "model", "budget")}
+    made_of = [settings, digest_of(config.model), job.windows.sha256, __version__]
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+
+
+def sense(config: LordConfig, progress: Progress | None = None, job: Job | None = None) -> Statistics:
     """Runs the sensitivity pass of a model.
 
     Args:
         config: Model, calibration and solver; ranks and bits in it do not matter.
         progress: Where it is told how far the pass is.
+        job: The run prepared for dense layers, where it is already.
 
     Raises:
         LordError: Whatever is wrong with model or calibration.
     """
-    job = prepare(dataclasses.replace(unplanned(config), output=None))
+    job = job or _dense_job(config)
     streamed = stream_source(job.source, job.device)
     model, residency = streamed or (load_model(job.source, job.device), RESIDENT)
     return sense_model(model, job.windows, config, residency, progress)
@@ -107,7 +141,7 @@ def sense_model(
         slopes,
         gptq=unplanned(config).gptq,
         options=config.joint,
-        origin=_origin(config, windows),
+        origin=_origin(config, windows, commit_of(model.config)),
         mean_correction=config.lowrank.mean_correction,
         seed=seed,
         dtype=torch.float64 if config.lowrank.float64 else torch.float32,
@@ -121,18 +155,26 @@ def sensed_samples(seq_len: int) -> int:
     return -(-SENSED_TOKENS // seq_len)
 
 
-def digest_of(model: str) -> str:
-    """Returns what tells a model apart from others: see `model_digest`; a hub model is told by name and commit."""
-    path, config = read_config(model)
+def digest_of(model: str, commit: str | None = None) -> str:
+    """Returns what tells a model apart from others: see `model_digest`; a hub model is told by name and commit.
+
+    Args:
+        model: Folder or hub name.
+        commit: Of a hub model; None is that which its name stands for now.
+
+    Raises:
+        ModelError: There is no such model, or its configuration cannot be read.
+    """
+    path, config = read_config(model, commit)
     if Path(path).is_dir():
         return model_digest(config.to_dict(), weight_files(path))
-    named = {"hub": path, "commit": getattr(config, "_commit_hash", None)}
+    named = {"hub": path, "commit": commit_of(config)}
     return model_digest(config.to_dict() | named, [])
 
 
-def _origin(config: LordConfig, windows: TokenWindows) -> dict[str, Any]:
+def _origin(config: LordConfig, windows: TokenWindows, commit: str | None) -> dict[str, Any]:
     return {
-        "model_sha256": digest_of(config.model),
+        "model_sha256": digest_of(config.model, commit),
         "calibration_sha256": windows.sha256,
         "num_tokens": windows.num_tokens,
         "fisher_samples": config.joint.fisher_samples if config.joint.fisher else 0,
@@ -182,14 +224,15 @@ class Planner:
         if model is None:
             source = inspect_source(config.model, config.dtype)
             model, itemsize = build_skeleton(source), source.dtype.itemsize
+            commit = commit_of(source.config)
         else:
-            itemsize = next(model.parameters()).element_size()
+            itemsize, commit = next(model.parameters()).element_size(), commit_of(model.config)
         dense = unplanned(config)
         if FLOAT_BITS in menu.bits:  # biases of float layers are stored like all floats, of packed ones in 2 bytes
             dense = dataclasses.replace(dense, gptq=dataclasses.replace(dense.gptq, bits=FLOAT_BITS))
         plan = plan_model(model, dense, itemsize)
         origin = statistics.origin
-        _require_same(digest_of(config.model), origin.get("model_sha256"), "statistics were", config.model)
+        _require_same(digest_of(config.model, commit), origin.get("model_sha256"), "statistics were", config.model)
         if list(statistics.sites.values()) != find_linears(model):
             raise BudgetError(f"the statistics do not have the layers of {config.model!r}; wanted those it was measured on")
         odd = other_settings(origin, config)

@@ -109,3 +109,20 @@ def as_windows(input_ids: torch.Tensor, source: str) -> TokenWindows:
     """Wraps tokens with shape (num_samples, seq_len) and computes their digest."""
     digest = hashlib.sha256(str(tuple(input_ids.shape)).encode() + input_ids.to("cpu", torch.int64).numpy().tobytes())
     return TokenWindows(input_ids, source, digest.hexdigest())
+
+
+def require_known(input_ids: torch.Tensor, vocabulary: int, what: str) -> None:
+    """Refuses tokens that a model has no embedding for.
+
+    Args:
+        input_ids: Of any shape.
+        vocabulary: How many tokens the model knows.
+        what: What holds them, for the message.
+
+    Raises:
+        CalibrationError: There are such.
+    """
+    smallest, largest = int(input_ids.min()), int(input_ids.max())
+    if smallest < 0 or largest >= vocabulary:
+        odd = largest if smallest >= 0 else smallest
+        raise CalibrationError(f"{what} hold token {odd}; the model knows 0 to {vocabulary - 1}: is it its own tokenizer?")

@@ -26,6 +26,17 @@ def folder_of(output: Path) -> Path:
     return output.parent / f".{output.name}.unfinished"
 
 
+def sensed_beside(output: Path, run_sha256: str) -> Path:
+    """Returns where a run keeps what its sensitivity pass found, for when it is cut off and started again."""
+    return output.parent / f".{output.name}.sensed-{run_sha256[:16]}"
+
+
+def forget_sensed(output: Path) -> None:
+    """Removes what runs into an output kept of their sensitivity passes."""
+    for path in output.parent.glob(f".{glob.escape(output.name)}.sensed-*"):
+        path.unlink(missing_ok=True)
+
+
 class Claim:
     """The right to write an output, held until it is released.
 

@@ -24,7 +24,7 @@ from lord_quant.checkpoint import (
     quantization_config,
     write_model,
 )
-from lord_quant.claim import claimed, folder_of
+from lord_quant.claim import claimed, folder_of, forget_sensed
 from lord_quant.config import FLOAT_BITS, LordConfig
 from lord_quant.distributed import ALONE, World
 from lord_quant.errors import CheckpointError, ConfigError, ModelError, OutputError, reason_of
@@ -106,7 +106,10 @@ def execute(job: Job, progress: Progress | None = None, world: World = ALONE, *,
                     "to load all of it; wanted a start without torchrun, or the model as save_pretrained writes it"
                 )
         if streamed is not None:
-            return _execute_streamed(_Streaming(job, job.output, *streamed, phases, progress, world, verify))
+            report = _execute_streamed(_Streaming(job, job.output, *streamed, phases, progress, world, verify))
+            if world.first:
+                forget_sensed(job.output)
+            return report
     with contextlib.nullcontext() if job.output is None else claimed(job.output):
         return _execute_whole(job, phases, progress, verify)
 
@@ -123,7 +126,9 @@ def _execute_whole(job: Job, phases: Phases, progress: Progress, verify: bool) -
         return report
     with progress.phase("write"):
         told: dict[str, Any] = {"fingerprint": done.fingerprint, "verify": verify, "overwrite": job.overwrite}
-        return write_checkpoint(model, job.source.tokenizer, job.output, report, **told)
+        report = write_checkpoint(model, job.source.tokenizer, job.output, report, **told)
+    forget_sensed(job.output)
+    return report
 
 
 def refuse_several(config: LordConfig, world: World) -> None:

@@ -22,7 +22,7 @@ Header = tuple[tuple[int, ...], str, int]
 """Shape, dtype as safetensors spells it, bytes."""
 INDEX = "model.safetensors.index.json"
 SUFFIX = ".safetensors"
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INTEGERS = {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"}
 
 
@@ -114,7 +114,7 @@ def check_tensors(expected: Mapping[str, torch.Tensor], files: Sequence[str], un
             problems.append(f"missing: {name} {tuple(tensor.shape)}")
             continue
         shape, dtype, _ = headers[name]
-        wanted = FLOATS if tensor.is_floating_point() else (INTEGERS.get(tensor.dtype, ""),)
+        wanted = tuple(FLOATS) if tensor.is_floating_point() else (INTEGERS.get(tensor.dtype, ""),)
         if shape != tuple(tensor.shape):
             problems.append(f"wrong shape: {name} is {shape}, the plan wants {tuple(tensor.shape)}")
         elif dtype not in wanted:

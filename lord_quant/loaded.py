@@ -6,15 +6,15 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-from lord_quant.budget import Planner, apply_plan, sense_model, unplanned
+from lord_quant.budget import Planner, apply_plan, digest_of, sense_model, unplanned
 from lord_quant.budget_config import BudgetConfig
 from lord_quant.calibration import TokenWindows
 from lord_quant.cautions import log_cautions
 from lord_quant.config import LordConfig
 from lord_quant.errors import ModelError
 from lord_quant.menu import Menu
-from lord_quant.pipeline import DEFAULT_SEQ_LEN, Compressed, calibrate, compress_model, plan_model
-from lord_quant.source import own_memory, refuse_unfit
+from lord_quant.pipeline import DEFAULT_SEQ_LEN, Compressed, calibrate, compress_model, plan_model, vocabulary_of
+from lord_quant.source import commit_of, own_memory, refuse_unfit, refuse_unready
 from lord_quant.statistics import load_statistics
 
 
@@ -37,15 +37,17 @@ def compress_loaded(model: PreTrainedModel, tokenizer: Any, config: LordConfig) 
     from transformers import AutoTokenizer
 
     refuse_unfit(config.model, _dense_config(model))
+    refuse_unready(config.model, model)
     itemsize, measured_on = next(model.parameters()).element_size(), None
     plan = plan_model(model, config if config.budget is None else unplanned(config), itemsize)
     if tokenizer is None or isinstance(tokenizer, str):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer or config.model)
+            revision = None if tokenizer else commit_of(model.config)
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer or config.model, revision=revision)
         except Exception as error:  # tokenizer backends raise whatever they like
             raise ModelError(f"no tokenizer at {tokenizer or config.model!r}: {error}; pass tokenizer=…") from error
     context = getattr(model.config, "max_position_embeddings", None) or DEFAULT_SEQ_LEN
-    windows = calibrate(config, tokenizer, context)
+    windows = calibrate(config, tokenizer, context, vocabulary_of(model))
     if config.budget is not None:
         own_memory(model)
         config, measured_on = _choose(model, windows, config, config.budget)
@@ -58,6 +60,7 @@ def _choose(
     model: PreTrainedModel, windows: TokenWindows, config: LordConfig, budget: BudgetConfig
 ) -> tuple[LordConfig, str]:
     """Returns the run that a run's budget chooses, and the digest of the tokens that this rests on."""
+    digest_of(config.model, commit_of(model.config))  # or it is refused only after the sensitivity pass
     statistics = load_statistics(budget.statistics) if budget.statistics else sense_model(model, windows, config)
     menu = Menu(mean_correction=config.lowrank.mean_correction, min_param_ratio=budget.min_param_ratio or 0)
     planner = Planner(config, statistics, menu, model)

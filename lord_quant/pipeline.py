@@ -13,12 +13,12 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from lord_quant.backends import gptq as backend
-from lord_quant.calibration import PASS_TOKENS, TokenWindows, sample_windows
+from lord_quant.calibration import PASS_TOKENS, TokenWindows, require_known, sample_windows
 from lord_quant.cautions import run_cautions
 from lord_quant.checkpoint import (
     check_output,
@@ -168,7 +168,7 @@ def prepare(config: LordConfig, *, overwrite: bool = False, measured_on: str | N
     source = inspect_source(config.model, config.dtype)
     skeleton = build_skeleton(source)
     plan = plan_model(skeleton, config, source.dtype.itemsize)
-    windows = calibrate(config, source.tokenizer, source.context)
+    windows = calibrate(config, source.tokenizer, source.context, vocabulary_of(skeleton))
     joint = config.stack == "joint"
     backward = joint and any(minds(layer, config.joint) for layer in plan.layers)
     head = skeleton.get_output_embeddings()
@@ -185,13 +185,23 @@ def prepare(config: LordConfig, *, overwrite: bool = False, measured_on: str | N
     return Job(config, source, plan, windows, device, output, overwrite, guess, cautions)
 
 
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """Returns how many tokens a model has embeddings for, perhaps more than its tokenizer has names."""
+    return len(cast(Any, model.get_input_embeddings()).weight)
+
+
 def calibrate(
-    config: LordConfig, tokenizer: PreTrainedTokenizerBase, context: int, corpus: Corpus | None = None, fewer: bool = False
+    config: LordConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    vocabulary: int,
+    corpus: Corpus | None = None,
+    fewer: bool = False,
 ) -> TokenWindows:
     """Reads (unless a corpus is given) and tokenizes the calibration text of a run.
 
     Raises:
-        CalibrationError: No text, or too little of it.
+        CalibrationError: No text, or too little of it, or the model does not know the tokenizer's tokens.
         ConfigError: Windows are to be longer than the model's context.
     """
     settings = config.calibration
@@ -199,9 +209,11 @@ def calibrate(
     if seq_len > context:
         raise ConfigError(f"seq_len is {seq_len}; the model's context is {context}: nearest legal value {context}")
     corpus = corpus or load_corpus(settings.dataset, text_key=settings.text_key)
-    return sample_windows(
+    windows = sample_windows(
         corpus, tokenizer, num_samples=settings.num_samples, seq_len=seq_len, seed=settings.seed, fewer=fewer
     )
+    require_known(windows.input_ids, vocabulary, "calibration windows")
+    return windows
 
 
 def compress_model(

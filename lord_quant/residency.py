@@ -22,14 +22,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from lord_quant.errors import LayoutError, ModelError
+from lord_quant.errors import ModelError
 from lord_quant.kept import Kept, KeptInFile, KeptOnHost
 from lord_quant.linalg import require_finite
+from lord_quant.places import places_of
 from lord_quant.reading import open_tensors
 from lord_quant.scratch import Scratch
 from lord_quant.targets import find_blocks
@@ -107,13 +107,6 @@ class Residency:
 
 
 RESIDENT = Residency()
-
-
-class Place(NamedTuple):
-    """Where a tensor is stored: in which file, under which name."""
-
-    file: str
-    key: str
 
 
 class Streamed(Residency):
@@ -274,53 +267,6 @@ class Streamed(Residency):
 
         for name, value in values.items():
             set_module_tensor_to_device(self.model, name, self.device, value, dtype=value.dtype)
-
-
-def places_of(model: nn.Module, files: Sequence[str]) -> dict[str, Place]:
-    """Finds every tensor of a model in safetensors files, tied ones once, by its name with or without the base model's.
-
-    Args:
-        model: The model, possibly on the meta device.
-        files: The files.
-
-    Raises:
-        LayoutError: Tensors are missing, or have other shapes.
-        ModelError: A file cannot be read.
-    """
-    from safetensors import SafetensorError
-
-    stored: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for file in files:
-        try:
-            with open_tensors(file) as handle:
-                stored |= {key: (file, tuple(handle.get_slice(key).get_shape())) for key in handle.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"the model's file {file!r} cannot be read: {error}") from error
-    base = f"{getattr(model, 'base_model_prefix', '')}."
-    places: dict[str, Place] = {}
-    problems: list[str] = []
-    for names, tensor in _tied(model):
-        keys = [(name, key) for name in names for key in (name, name.removeprefix(base)) if key in stored]
-        if not keys:
-            problems.append(f"missing: {names[0]}")
-            continue
-        name, key = keys[0]
-        file, shape = stored[key]
-        if shape != tuple(tensor.shape):
-            problems.append(f"{key} is {shape}, config.json says {tuple(tensor.shape)}")
-        places[name] = Place(file, key)
-    if problems:
-        more = [f"… and {len(problems) - 10} more"] if len(problems) > 10 else []
-        raise LayoutError("\n  ".join(["the files do not hold the model's tensors:", *problems[:10], *more]))
-    return places
-
-
-def _tied(model: nn.Module) -> list[tuple[list[str], torch.Tensor]]:
-    """Returns what a checkpoint of the model holds: the names of each tensor, several where it is tied."""
-    found: dict[int, tuple[list[str], torch.Tensor]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        found.setdefault(id(tensor), ([], tensor))[0].append(name)
-    return list(found.values())
 
 
 def _empty(block: nn.Module) -> None:

@@ -6,16 +6,19 @@ Everything but `load_model` reads only JSON and safetensors headers, so a bad mo
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from lord_quant.errors import CheckpointError, ConfigError, LayoutError, ModelError
-from lord_quant.headers import weight_files
+from lord_quant.headers import FLOATS, read_headers, weight_files
 from lord_quant.linalg import require_finite
+from lord_quant.places import stored_apart
 from lord_quant.reading import denied
 from lord_quant.residency import Streamed
 from lord_quant.silence import hush
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 
 CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel")
 MULTIMODAL_KEYS = ("vision_config", "audio_config", "text_config", "speech_config")
+logger = logging.getLogger(__name__)
+
 ALIGNMENT = 64
 """Bytes to a multiple of which torch aligns what it allocates."""
 MOST_BLOCKS = 2**12
@@ -65,7 +70,7 @@ def inspect_source(path: str, dtype: str = "auto") -> Source:
     folder = Path(path)
     if folder.is_dir() and any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
         raise ModelError(f"model {path!r} holds *.bin weights only; wanted *.safetensors: pickled weights are not read")
-    stored = getattr(config, "dtype", None) or torch.float32
+    stored = getattr(config, "dtype", None) or _stored_dtype(path)
     chosen = stored if dtype == "auto" else getattr(torch, dtype)
     if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
         raise ModelError(f"model {path!r}: config.json says dtype {chosen}; wanted floats")
@@ -75,8 +80,21 @@ def inspect_source(path: str, dtype: str = "auto") -> Source:
     return Source(path, config, _load_tokenizer(path), chosen, context)
 
 
-def read_config(path: str) -> tuple[str, PretrainedConfig]:
-    """Reads a model's configuration; returns it behind the path with ``~`` expanded.
+def _stored_dtype(path: str) -> torch.dtype:
+    """Returns the dtype of a model whose configuration names none: that of the first floats in its files, as transformers.
+
+    Where there are no files, which a plan does not need, it is float32.
+    """
+    with suppress(ModelError, CheckpointError):
+        for file in local_files(path):
+            for _, dtype, _ in read_headers([file]).values():
+                if dtype in FLOATS:
+                    return FLOATS[dtype]
+    return torch.float32
+
+
+def read_config(path: str, revision: str | None = None) -> tuple[str, PretrainedConfig]:
+    """Reads a model's configuration, of a hub model perhaps at a commit; returns it behind the path with ``~`` expanded.
 
     Raises:
         ModelError: There is no such model, or its configuration cannot be read.
@@ -92,7 +110,7 @@ def read_config(path: str) -> tuple[str, PretrainedConfig]:
     if os.path.exists(expanded):
         path = expanded
     try:
-        return path, AutoConfig.from_pretrained(path)
+        return path, AutoConfig.from_pretrained(path, revision=revision)
     except Exception as error:  # configurations check themselves, or stumble over values nobody thought of
         what = "config.json " if os.path.isdir(path) else "there is no such folder, and as a hub name it "
         raise ModelError(f"model {path!r}: {what}cannot be read: {_first_line(error)}") from error
@@ -106,10 +124,31 @@ def looks_like_path(name: str) -> bool:
 def build_skeleton(source: Source) -> PreTrainedModel:
     """Builds the model on the meta device: shapes and names without weights.
 
+    Embedding and head are not tied where the files hold different ones, as in transformers: the configuration is wrong
+    then, and the skeleton's says so.
+
     Raises:
-        ModelError: The configuration makes no model.
+        ModelError: The configuration makes no model, or other tensors are tied than the files know of.
     """
-    model = skeleton_of(source.config, source.path, dtype=source.dtype)
+    model = _tied_skeleton(source, source.config)
+    try:
+        files = local_files(source.path, fetch=False)
+    except ModelError:
+        return model  # a plan needs no weights
+    if stored_apart(model, files) is None:
+        return model
+    config = copy.deepcopy(source.config)
+    config.get_text_config().tie_word_embeddings = False
+    model = _tied_skeleton(source, config)
+    apart = stored_apart(model, files)
+    if apart is not None:
+        raise ModelError(f"model {source.path!r}: its files hold {' and '.join(apart)} apart; the architecture ties them")
+    logger.info("config.json of %r ties embedding and head, but its files hold two: they stay two", source.path)
+    return model
+
+
+def _tied_skeleton(source: Source, config: PretrainedConfig) -> PreTrainedModel:
+    model = skeleton_of(config, source.path, dtype=source.dtype)
     model.tie_weights()
     return model
 
@@ -163,6 +202,9 @@ def load_model(source: Source, device: torch.device) -> PreTrainedModel:
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ModelError(f"model {source.path!r}: {len(missing)} tensors are missing, such as {missing[0]!r}")
+    head = model.get_output_embeddings()
+    if getattr(head, "weight", None) is not model.get_input_embeddings().weight:  # whatever config.json says
+        model.config.get_text_config().tie_word_embeddings = False
     own_memory(model)
     for name, parameter in model.named_parameters():
         require_finite(parameter.detach(), f"weight {name!r} of {source.path!r}")
@@ -188,16 +230,20 @@ def stream_source(source: Source, device: torch.device) -> tuple[PreTrainedModel
         ModelError: There are no files, or one cannot be read.
         NumericsError: A weight outside the blocks holds NaN or inf.
     """
+    from transformers import GenerationConfig
+
     files, model = local_files(source.path), build_skeleton(source).eval()
+    with suppress(OSError):  # there is none: that which the configuration implies
+        model.generation_config = GenerationConfig.from_pretrained(source.path)
     try:
         return model, Streamed(model, files, torch.float32 if device.type == "cpu" else source.dtype, device)
     except LayoutError as error:
-        logging.getLogger(__name__).info("the whole model will be loaded: %s", error)
+        logger.info("the whole model will be loaded: %s", error)
         return None
 
 
-def local_files(path: str) -> list[str]:
-    """Returns the safetensors files of a folder or of a hub name, which is fetched if it is not there yet.
+def local_files(path: str, *, fetch: bool = True) -> list[str]:
+    """Returns the safetensors files of a folder or of a hub name, fetched if they are not there yet and may be.
 
     Raises:
         ModelError: There is none, or the hub cannot be reached.
@@ -208,7 +254,12 @@ def local_files(path: str) -> list[str]:
         from huggingface_hub import snapshot_download
 
         try:
-            folder = snapshot_download(path, allow_patterns=["*.safetensors", "*.safetensors.index.json"])
+            folder = snapshot_download(
+                path,
+                allow_patterns=["*.safetensors", "*.safetensors.index.json"],
+                ignore_patterns=["*/*", "consolidated*"],  # the same weights once more, in another library's names
+                local_files_only=not fetch,
+            )
         except (OSError, ValueError) as error:
             raise ModelError(f"model {path!r} cannot be loaded: {_first_line(error)}") from error
     try:
@@ -274,6 +325,29 @@ def refuse_unfit(path: str, config: Any) -> None:
             f"model {path!r} is {architecture}; wanted a causal language model (…ForCausalLM): encoder-only models "
             "and classifiers cannot be compressed"
         )
+
+
+def refuse_unready(path: str, model: torch.nn.Module) -> None:
+    """Refuses a loaded model whose weights are not all in memory, or not its own alone.
+
+    Args:
+        path: Folder or hub name, for the message.
+        model: The model.
+
+    Raises:
+        ModelError: Weights are offloaded, or it has adapters.
+    """
+    away = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
+    if away:
+        raise ModelError(f"model {path!r}: {len(away)} weights are offloaded, such as {away[0]!r}; wanted all in memory")
+    adapted = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]  # peft's word for it
+    if adapted:
+        raise ModelError(f"model {path!r} has adapters, such as at {adapted[0]!r}; wanted it after merge_and_unload()")
+
+
+def commit_of(config: Any) -> str | None:
+    """Returns the commit of a hub model that a configuration was read from; None for a folder."""
+    return getattr(config, "_commit_hash", None)
 
 
 def _architecture(config: Any) -> str:

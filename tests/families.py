@@ -53,6 +53,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", {**_LLAMA, "head_dim": 32}),
     "starcoder2": ("Starcoder2Config", _LLAMA),
     "mistral": ("MistralConfig", {**_LLAMA, "sliding_window": 16}),
+    "gpt_neox": ("GPTNeoXConfig", {**_LLAMA, "tie_word_embeddings": False}),
+    "mixtral": ("MixtralConfig", {**_LLAMA, "num_local_experts": 2}),
 }
 
 

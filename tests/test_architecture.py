@@ -35,7 +35,7 @@ LAYERS = [
         "distributed",
     },
     {"config", "moments", "decompose", "truncation", "refine", "corpus"},
-    {"calibration", "targets", "residency", "layer_bytes", "ranks", "plan", "solver", "two_sided", "operations"},
+    {"calibration", "targets", "places", "residency", "layer_bytes", "ranks", "plan", "solver", "two_sided", "operations"},
     {
         "gradients",
         "sensitivity",

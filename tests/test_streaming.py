@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import build, save
+from families import build, probe_logits, save
 from safetensors.torch import load_file
 
 from lord_quant import execution, joint, residency
@@ -24,7 +24,7 @@ from lord_quant.pipeline import prepare
 from lord_quant.shards import SINGLE_FILE
 
 
-FAMILIES = ["gpt_bigcode", "codegen", "gpt2", "llama", "starcoder2"]
+FAMILIES = ["gpt_bigcode", "codegen", "gpt2", "llama", "starcoder2", "gpt_neox"]
 SCHEMES: dict[str, dict[str, Any]] = {
     "4 bits": {"gptq": {"bits": 4, "group_size": 32}, "lowrank": {"rank_ratio": 0.5}},
     "float": {"gptq": {"bits": 16, "group_size": 32}, "lowrank": {"rank_ratio": 0.5, "targets": ["mlp"]}},
@@ -95,6 +95,23 @@ def test_a_streamed_run_makes_the_bytes_of_one_in_memory(
     run(LordConfig.from_dict(config.to_dict() | {"output": str(tmp_path / "whole")}))
     require_same(tmp_path / "streamed", tmp_path / "whole")
     assert {path.name for path in tmp_path.iterdir()} == {"streamed", "whole"}
+
+
+@pytest.mark.slow
+def test_how_a_model_generates_and_what_it_does_not_tie_are_kept(corpus_file: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    dense = build("llama", tie_word_embeddings=False)
+    folder = save(dense, tmp_path / "dense")
+    own = {"eos_token_id": [0, 7], "do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    for file, values in (("generation_config.json", own), ("config.json", {"tie_word_embeddings": True})):
+        (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | values))
+    config = config_of(folder, tmp_path / "out", corpus_file, "dense", gptq={"bits": 8, "group_size": 32})
+    assert run(config)["totals"]["tensor_bytes_on_disk"] == prepare(config, overwrite=True).plan.tensor_bytes
+    assert own.items() <= json.loads((tmp_path / "out" / "generation_config.json").read_text()).items()
+    logits = probe_logits(dense)
+    ours = probe_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32))
+    assert (ours - logits).norm() < 0.03 * logits.norm()  # 8 bits; 1.4 with the head tied
 
 
 @pytest.mark.slow

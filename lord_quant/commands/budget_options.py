@@ -95,7 +95,8 @@ def planner_from(args: argparse.Namespace, config: LordConfig, progress: Progres
     """Makes a planner from statistics in a file, or measured now."""
     from lord_quant.budget import Planner, statistics_of
 
-    return Planner(config, statistics_of(config, progress), menu_from(args))
+    again = getattr(args, "overwrite", False)
+    return Planner(config, statistics_of(config, progress, again=again), menu_from(args))
 
 
 def frontier_of(planner: Planner) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lord_quant.backends import gptq as backend
-from lord_quant.calibration import TokenWindows, as_windows
+from lord_quant.calibration import TokenWindows, as_windows, require_known
 from lord_quant.cautions import log_cautions
 from lord_quant.checkpoint import check_output
 from lord_quant.claim import claimed
@@ -32,9 +32,10 @@ from lord_quant.pipeline import (
     compress_model,
     host_arguments,
     plan_model,
+    vocabulary_of,
 )
 from lord_quant.report import build_report
-from lord_quant.source import refuse_unfit
+from lord_quant.source import refuse_unfit, refuse_unready
 
 
 if TYPE_CHECKING:
@@ -170,6 +171,7 @@ class LordGPTQQuantizer(_GPTQQuantizer):
             tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         config = dataclasses.replace(self.lord_config, model=str(model.name_or_path) or type(model).__name__)
         refuse_unfit(config.model, model.config)
+        refuse_unready(config.model, model)
         dataset = self.dataset
         plan = plan_model(model, config, next(model.parameters()).element_size())
         windows = self._windows(model, tokenizer)
@@ -233,7 +235,7 @@ class LordGPTQQuantizer(_GPTQQuantizer):
             raise CalibrationError("the dataset is text, and no tokenizer was given")
         context = getattr(model.config, "max_position_embeddings", None) or DEFAULT_SEQ_LEN
         if isinstance(dataset, str):
-            return calibrate(self.lord_config, tokenizer, context)
+            return calibrate(self.lord_config, tokenizer, context, vocabulary_of(model))
         odd = [text for text in dataset or () if not isinstance(text, str)]
         if odd:
             raise CalibrationError(f"dataset holds {type(odd[0]).__name__}; wanted texts, or samples with input_ids")
@@ -241,7 +243,7 @@ class LordGPTQQuantizer(_GPTQQuantizer):
         if not texts:
             raise CalibrationError("dataset is empty; wanted texts or tokenized samples")
         corpus = Corpus(texts, "texts given by the caller", "")
-        return calibrate(self.lord_config, tokenizer, context, corpus=corpus, fewer=True)
+        return calibrate(self.lord_config, tokenizer, context, vocabulary_of(model), corpus=corpus, fewer=True)
 
 
 def _listed(patterns: Any) -> Any:
@@ -273,11 +275,7 @@ def _check_tokens(input_ids: torch.Tensor, config: Any) -> None:
     context = getattr(config, "max_position_embeddings", None)
     if context is not None and input_ids.shape[1] > context:
         raise CalibrationError(f"tokenized samples hold {input_ids.shape[1]} tokens; the model's context is {context}")
-    largest, smallest = int(input_ids.max()), int(input_ids.min())
-    if smallest < 0 or largest >= config.vocab_size:
-        raise CalibrationError(
-            f"tokenized samples hold token {largest if smallest >= 0 else smallest}; wanted 0 to below {config.vocab_size}"
-        )
+    require_known(input_ids, config.vocab_size, "tokenized samples")
 
 
 def _host_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -80,6 +80,8 @@ def check_files(model: torch.nn.Module, block_path: str, files: list[str] | None
     Raises:
         CheckpointError: They do not fit; or the files are pickled, or do not all lie where the checkpoint does.
     """
+    from transformers.core_model_loading import revert_weight_conversion
+
     if not files:
         return
     names = [str(file) for file in files]
@@ -92,7 +94,8 @@ def check_files(model: torch.nn.Module, block_path: str, files: list[str] | None
         raise CheckpointError(f"the index of {home!r} names {elsewhere[0]!r}; wanted files in that folder")
     ours = _stored_names(model, block_path)
     expected = {name: tensor for name, tensor in model.state_dict().items() if name in ours}
-    check_tensors(expected, names, block_path)
+    # What transformers merges or renames when it loads a model is stored as it was before.
+    check_tensors(revert_weight_conversion(cast(Any, model), expected), names, block_path)
 
 
 def _stored_names(model: Any, block_path: str) -> set[str]:

@@ -146,7 +146,7 @@ DROP_IN = {
     "tokens as fractions": calibrated([{"input_ids": [0.5, 1.5]}], "torch.float32 (2,); wanted one row of integers"),
     "tokens in two rows": calibrated([{"input_ids": [ROW, ROW]}], "torch.int64 (2, 4); wanted one row of integers"),
     "no tokens": calibrated([{"input_ids": []}], "wanted one row of integers"),
-    "tokens below nothing": calibrated([{"input_ids": [-1, 2]}], "hold token -1; wanted 0 to below 97"),
+    "tokens below nothing": calibrated([{"input_ids": [-1, 2]}], "hold token -1; the model knows 0 to 96"),
     "mask of another kind": calibrated(
         [{"input_ids": ROW, "attention_mask": "yes"}], "'attention_mask' of tokenized sample 0"
     ),
