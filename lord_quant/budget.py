@@ -111,6 +111,7 @@ def sense_model(
     config: LordConfig,
     residency: Residency = RESIDENT,
     progress: Progress | None = None,
+    commit: str | None = None,
 ) -> Statistics:
     """Runs the sensitivity pass of a dense model, which is left as it was.
 
@@ -120,6 +121,7 @@ def sense_model(
         config: Where the model came from, and the solver; ranks and bits in it do not matter.
         residency: Which blocks have their weights.
         progress: Where it is told how far the pass is.
+        commit: That of a hub model; None is the one its name stands for.
     """
     samples = min(config.joint.fisher_samples or sensed_samples(windows.input_ids.shape[1]), len(windows.input_ids))
     config = dataclasses.replace(config, joint=dataclasses.replace(config.joint, fisher_samples=samples))
@@ -141,7 +143,7 @@ def sense_model(
         slopes,
         gptq=unplanned(config).gptq,
         options=config.joint,
-        origin=_origin(config, windows, commit_of(model.config)),
+        origin=_origin(config, windows, commit),
         mean_correction=config.lowrank.mean_correction,
         seed=seed,
         dtype=torch.float64 if config.lowrank.float64 else torch.float32,
@@ -168,7 +170,7 @@ def digest_of(model: str, commit: str | None = None) -> str:
     path, config = read_config(model, commit)
     if Path(path).is_dir():
         return model_digest(config.to_dict(), weight_files(path))
-    named = {"hub": path, "commit": commit_of(config)}
+    named = {"hub": path, "commit": commit or commit_of(path)}
     return model_digest(config.to_dict() | named, [])
 
 
@@ -212,6 +214,7 @@ class Planner:
         statistics: What the model's layers would lose.
         menu: What candidates there are for the layers among the targets; others stay dense.
         model: The model where it is loaded already; None reads shapes from its folder.
+        commit: That of a hub model; None is the one its name stands for.
 
     Raises:
         BudgetError: The statistics are another model's, or were measured with other settings of the solver.
@@ -219,14 +222,18 @@ class Planner:
     """
 
     def __init__(
-        self, config: LordConfig, statistics: Statistics, menu: Menu, model: torch.nn.Module | None = None
+        self,
+        config: LordConfig,
+        statistics: Statistics,
+        menu: Menu,
+        model: torch.nn.Module | None = None,
+        commit: str | None = None,
     ) -> None:
         if model is None:
             source = inspect_source(config.model, config.dtype)
             model, itemsize = build_skeleton(source), source.dtype.itemsize
-            commit = commit_of(source.config)
         else:
-            itemsize, commit = next(model.parameters()).element_size(), commit_of(model.config)
+            itemsize = next(model.parameters()).element_size()
         dense = unplanned(config)
         if FLOAT_BITS in menu.bits:  # biases of float layers are stored like all floats, of packed ones in 2 bytes
             dense = dataclasses.replace(dense, gptq=dataclasses.replace(dense.gptq, bits=FLOAT_BITS))

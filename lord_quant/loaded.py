@@ -14,7 +14,7 @@ from lord_quant.config import LordConfig
 from lord_quant.errors import ModelError
 from lord_quant.menu import Menu
 from lord_quant.pipeline import DEFAULT_SEQ_LEN, Compressed, calibrate, compress_model, plan_model, vocabulary_of
-from lord_quant.source import commit_of, own_memory, refuse_unfit, refuse_unready
+from lord_quant.source import own_memory, refuse_unfit, refuse_unready
 from lord_quant.statistics import load_statistics
 
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def compress_loaded(model: PreTrainedModel, tokenizer: Any, config: LordConfig) -> Compressed:
+def compress_loaded(model: PreTrainedModel, tokenizer: Any, config: LordConfig, commit: str | None = None) -> Compressed:
     """Plans, calibrates and compresses a loaded dense model in place.
 
     Args:
@@ -30,6 +30,7 @@ def compress_loaded(model: PreTrainedModel, tokenizer: Any, config: LordConfig) 
         tokenizer: A tokenizer, a path to one, or None for the model's own.
         config: The run, perhaps with a budget; its `model` says where the model came from, and where the tokenizer is when
             none is given.
+        commit: That of a hub model; None is the one its name stands for.
 
     Raises:
         LordError: Whatever is wrong with the model, the plan, the calibration or the budget.
@@ -42,28 +43,30 @@ def compress_loaded(model: PreTrainedModel, tokenizer: Any, config: LordConfig) 
     plan = plan_model(model, config if config.budget is None else unplanned(config), itemsize)
     if tokenizer is None or isinstance(tokenizer, str):
         try:
-            revision = None if tokenizer else commit_of(model.config)
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer or config.model, revision=revision)
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer or config.model, revision=None if tokenizer else commit)
         except Exception as error:  # tokenizer backends raise whatever they like
             raise ModelError(f"no tokenizer at {tokenizer or config.model!r}: {error}; pass tokenizer=…") from error
     context = getattr(model.config, "max_position_embeddings", None) or DEFAULT_SEQ_LEN
     windows = calibrate(config, tokenizer, context, vocabulary_of(model))
     if config.budget is not None:
         own_memory(model)
-        config, measured_on = _choose(model, windows, config, config.budget)
+        config, measured_on = _choose(model, windows, config, config.budget, commit)
         plan = plan_model(model, config, itemsize)
     log_cautions(model, plan, windows, config.stack, measured_on)
     return compress_model(model, plan, windows, config)
 
 
 def _choose(
-    model: PreTrainedModel, windows: TokenWindows, config: LordConfig, budget: BudgetConfig
+    model: PreTrainedModel, windows: TokenWindows, config: LordConfig, budget: BudgetConfig, commit: str | None
 ) -> tuple[LordConfig, str]:
     """Returns the run that a run's budget chooses, and the digest of the tokens that this rests on."""
-    digest_of(config.model, commit_of(model.config))  # or it is refused only after the sensitivity pass
-    statistics = load_statistics(budget.statistics) if budget.statistics else sense_model(model, windows, config)
+    digest_of(config.model, commit)  # or it is refused only after the sensitivity pass
+    if budget.statistics:
+        statistics = load_statistics(budget.statistics)
+    else:
+        statistics = sense_model(model, windows, config, commit=commit)
     menu = Menu(mean_correction=config.lowrank.mean_correction, min_param_ratio=budget.min_param_ratio or 0)
-    planner = Planner(config, statistics, menu, model)
+    planner = Planner(config, statistics, menu, model, commit)
     chosen = apply_plan(config, planner.settings(planner.choose(budget)))
     return chosen, str(statistics.origin.get("calibration_sha256"))
 

@@ -345,9 +345,12 @@ def refuse_unready(path: str, model: torch.nn.Module) -> None:
         raise ModelError(f"model {path!r} has adapters, such as at {adapted[0]!r}; wanted it after merge_and_unload()")
 
 
-def commit_of(config: Any) -> str | None:
-    """Returns the commit of a hub model that a configuration was read from; None for a folder."""
-    return getattr(config, "_commit_hash", None)
+def commit_of(name: str, revision: str | None = None) -> str | None:
+    """Returns the commit of a hub model whose configuration is cached, at a revision; None if none is."""
+    from huggingface_hub import try_to_load_from_cache
+
+    file = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(file).parent.name if isinstance(file, str) else None
 
 
 def _architecture(config: Any) -> str:

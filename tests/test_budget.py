@@ -8,12 +8,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from lord_quant.budget import Planner, _rounded_up, apply_plan, read_plan, sense, sensed_samples, unplanned, write_plan
+from lord_quant.budget import (
+    Planner,
+    _rounded_up,
+    apply_plan,
+    read_plan,
+    sense,
+    sensed_samples,
+    statistics_of,
+    unplanned,
+    write_plan,
+)
 from lord_quant.budget_config import BudgetConfig
 from lord_quant.config import CalibrationConfig, JointConfig, LordConfig, LowrankConfig, merge
 from lord_quant.errors import BudgetError, ConfigError, LordError, RankError
@@ -49,6 +60,30 @@ def test_the_pass_says_what_it_was_made_from(config: LordConfig, statistics: Sta
     assert origin["calibration_sha256"] == prepare(config).windows.sha256
     assert origin["num_tokens"] == 256 and origin["fisher_samples"] == 2 and len(origin["model_sha256"]) == 64
     assert not any("/" in str(value) for value in origin.values())
+
+
+def test_a_run_that_is_cut_off_does_not_measure_again(config: LordConfig, statistics: Statistics, tmp_path: Path) -> None:
+    asked = LordConfig.from_dict(
+        config.to_dict() | {"output": str(tmp_path / "new" / "out"), "lowrank": {}, "budget": {"target_bpw": 3.0}}
+    )
+    first = statistics_of(asked)
+    assert first.origin == statistics.origin
+    (kept,) = (tmp_path / "new").iterdir()
+    made = kept.stat().st_mtime_ns
+    again = statistics_of(LordConfig.from_dict(merge(asked.to_dict(), {"budget": {"target_bpw": 4.0}})))
+    assert kept.stat().st_mtime_ns == made
+    assert all(torch.equal(again.losses[name].cut, loss.cut) for name, loss in first.losses.items())
+    statistics_of(asked, again=True)
+    remade = kept.stat().st_mtime_ns
+    assert remade > made
+    kept.write_bytes(b"spoilt")
+    statistics_of(asked)
+    assert kept.stat().st_size > 1000
+    statistics_of(LordConfig.from_dict(merge(asked.to_dict(), {"calibration": {"seed": 1}})))  # another run's
+    assert len(list((tmp_path / "new").iterdir())) == 2
+    planned = apply_plan(asked, Planner(asked, first, Menu()).settings(Planner(asked, first, Menu()).choose(asked.budget)))
+    execute(prepare(planned), verify=False)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
 
 
 @given(st.integers(2, 2**18))

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lord_quant.calibration import TokenWindows, as_windows, sample_windows, windows_at_once
+from lord_quant.calibration import TokenWindows, as_windows, require_known, sample_windows, windows_at_once
 from lord_quant.corpus import Corpus
 from lord_quant.errors import CalibrationError
 
@@ -125,3 +125,12 @@ def test_batches_and_samples_hold_the_same_tokens() -> None:
 @pytest.mark.parametrize(("seq_len", "windows"), [(32, 4), (512, 4), (513, 3), (1024, 2), (1025, 1), (2048, 1), (8192, 1)])
 def test_a_pass_takes_few_windows_where_they_are_long(seq_len: int, windows: int) -> None:
     assert windows_at_once(seq_len) == windows
+
+
+def test_tokens_that_a_model_does_not_know_are_refused() -> None:
+    tokens = torch.tensor([[0, 3, 7]])
+    require_known(tokens, 8, "windows")
+    with pytest.raises(CalibrationError, match="windows hold token 7; the model knows 0 to 6: is it its own tokenizer"):
+        require_known(tokens, 7, "windows")
+    with pytest.raises(CalibrationError, match="windows hold token -1"):
+        require_known(tokens - 1, 8, "windows")

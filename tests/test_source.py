@@ -6,11 +6,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import families
 import pytest
 import torch
 
 from lord_quant.errors import ModelError
-from lord_quant.source import inspect_source, load_model, refuse_unfit
+from lord_quant.source import inspect_source, load_model, refuse_unfit, refuse_unready
 
 
 def edit_config(folder: Path, **values: object) -> None:
@@ -75,3 +76,29 @@ def test_a_bert_that_decodes_is_a_causal_language_model(values: dict[str, object
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "gpt_bigcode", "codegen", "qwen3", "starcoder2", "mistral"])
 def test_causal_language_models_pass(model_type: str) -> None:
     refuse_unfit("m", config_of(model_type))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_config_without_dtype_has_that_of_the_files(dtype: str, tmp_path: Path) -> None:
+    folder = families.save(families.build("llama").to(getattr(torch, dtype)), tmp_path / "model")
+    edit_config(folder, dtype=None)
+    assert inspect_source(str(folder)).dtype == getattr(torch, dtype)
+    assert inspect_source(str(folder), "float16").dtype == torch.float16
+    (folder / "model.safetensors").unlink()
+    assert inspect_source(str(folder)).dtype == torch.float32  # enough for a plan
+
+
+def test_models_with_weights_elsewhere_or_adapters_are_refused() -> None:
+    import peft
+
+    model = families.build("llama")
+    refuse_unready("m", model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    with pytest.raises(
+        ModelError, match=r"model 'm' has adapters, such as at '.*layers\.0\.self_attn\.q_proj'; wanted it after"
+    ):
+        refuse_unready("m", adapted)
+    refuse_unready("m", adapted.merge_and_unload())
+    model.model.layers[1].mlp.to("meta")
+    with pytest.raises(ModelError, match=r"3 weights are offloaded, such as 'model\.layers\.1\.mlp\.gate_proj\.weight'"):
+        refuse_unready("m", model)

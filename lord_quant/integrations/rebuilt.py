@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -72,6 +72,19 @@ def packings_of(model: torch.nn.Module, wanted: Any) -> dict[str, Packing]:
     )
     packed = [name for name in owners if own_bits[name] != FLOAT_BITS]
     return {name: Packing(own_bits[name], own_sizes[name]) for name in packed}
+
+
+def home_of(model: Any, files: Sequence[str]) -> tuple[str, str | None]:
+    """Returns the folder or hub name that a model was loaded from, and of a hub name the commit.
+
+    The model itself names neither the revision nor the subfolder that was asked for.
+    """
+    folder = Path(files[0]).parent if files else None
+    if folder is None:
+        return str(model.name_or_path), None
+    if folder.parent.name == "snapshots":  # of a hub model's cache
+        return str(model.name_or_path), folder.name
+    return str(folder), None
 
 
 def check_files(model: torch.nn.Module, block_path: str, files: list[str] | None) -> None:

@@ -27,6 +27,7 @@ from lord_quant.errors import CheckpointError, ConfigError, unknown_keys
 from lord_quant.integrations.rebuilt import (
     PACKING_PATTERNS,
     check_files,
+    home_of,
     packings_of,
     protect_from_initialization,
     told_by_host,
@@ -328,6 +329,7 @@ class LordGptqHfQuantizer(GptqHfQuantizer):
                 raise CheckpointError(f"{named}; wanted {path!r}, where {type(model).__name__} has its blocks")
             patterns = ours.form_pattern, ours.group_pattern
             apply_rank_pattern(model, ours.rank_pattern or {}, ours.mean_correction, *patterns)
+        self._dense_files = kwargs.get("checkpoint_files") or ()
         mixed = self.pre_quantized and (ours.bits_pattern or ours.group_size_pattern)
         packings = packings_of(model, ours) if mixed else {}
         with told_by_host(), hush("transformers"):  # the host reads every attribute of every module
@@ -347,8 +349,8 @@ class LordGptqHfQuantizer(GptqHfQuantizer):
         else:
             from lord_quant.loaded import compress_loaded
 
-            wanted = self.quantization_config
-            compress_loaded(model, wanted.tokenizer, wanted.to_lord_config(str(model.name_or_path)))
+            wanted, (path, commit) = self.quantization_config, home_of(model, self._dense_files)
+            compress_loaded(model, wanted.tokenizer, wanted.to_lord_config(path), commit)
             self.quantization_config = LordGPTQConfig.from_dict(model.config.quantization_config)
             model.config.quantization_config = self.quantization_config
         # peft recognises packed layers by this name

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import families
 import pytest
 
 from lord_quant.budget import Planner, apply_plan, sense, statistics_of
-from lord_quant.config import LordConfig
+from lord_quant.config import JointConfig, LordConfig
 from lord_quant.errors import BudgetError, ConfigError
 from lord_quant.execution import execute
 from lord_quant.menu import Menu
@@ -93,3 +94,34 @@ def test_what_is_wrong_with_a_budget_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         load(run, **changes)
+
+
+def test_a_revision_has_its_own_statistics_and_tokenizer(
+    run: LordConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+    from transformers import AutoModelForCausalLM
+
+    from lord_quant import LordGPTQConfig
+
+    cached = tmp_path / "models--acme--m"
+    (cached / "refs").mkdir(parents=True)
+    for name, letter, seed in (("main", "a", 0), ("v1", "b", 5)):
+        families.save(families.build("llama", seed=seed), cached / "snapshots" / (letter * 40))
+        (cached / "refs" / name).write_text(letter * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    shared = {"dataset": run.calibration.dataset, "num_samples": 4, "seq_len": 64}
+    of_main = dataclasses.replace(run, model="acme/m", budget=None, joint=JointConfig(fisher=False, refine=0))
+    save_statistics(sense(of_main), tmp_path / "main.stats")
+
+    def load_revision(revision: str, **settings: Any) -> Any:
+        config = LordGPTQConfig(**shared, **settings)
+        return AutoModelForCausalLM.from_pretrained("acme/m", revision=revision, quantization_config=config)
+
+    budget = {"target_bpw": 4.0, "statistics": str(tmp_path / "main.stats"), "fisher": False, "refine": 0}
+    assert load_revision("main", **budget).config.quantization_config.bits in (2, 3, 4, 8)
+    with pytest.raises(BudgetError, match="the statistics were made for another model than 'acme/m'"):
+        load_revision("v1", **budget)
+    (cached / "refs" / "main").unlink()  # as if never fetched
+    assert load_revision("v1", bits=8, rank_ratio=1, group_size=32).config.quantization_config.bits == 8
