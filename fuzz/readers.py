@@ -37,8 +37,8 @@ def read_config(data: bytes, scene: Scene) -> None:
 
 def read_plan(data: bytes, scene: Scene) -> None:
     """A plan file, up to what would become of every layer."""
-    from lord_quant.budget import read_plan
     from lord_quant.pipeline import make_plan
+    from lord_quant.plan_file import read_plan
 
     path = scene.root / "fuzzed-plan.yaml"
     path.write_bytes(data.replace(DIGEST, scene.digest.encode()))

@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from lord_quant import planner
 from lord_quant.budget_config import BudgetConfig
 from lord_quant.calibration import TokenWindows, windows_at_once
-from lord_quant.checkpoint import atomic_file, whole_path
+from lord_quant.checkpoint import whole_path
 from lord_quant.claim import sensed_beside
-from lord_quant.config import FLOAT_BITS, LordConfig, read_yaml
-from lord_quant.errors import BudgetError, CheckpointError, ConfigError, OutputError
+from lord_quant.config import FLOAT_BITS, LordConfig
+from lord_quant.errors import BudgetError, CheckpointError, OutputError
 from lord_quant.headers import weight_files
 from lord_quant.menu import DENSE, Choice, Menu, single
 from lord_quant.pipeline import Job, fisher_windows, in_batches, plan_model, prepare
@@ -239,7 +238,7 @@ class Planner:
             dense = dataclasses.replace(dense, gptq=dataclasses.replace(dense.gptq, bits=FLOAT_BITS))
         plan = plan_model(model, dense, itemsize)
         origin = statistics.origin
-        _require_same(digest_of(config.model, commit), origin.get("model_sha256"), "statistics were", config.model)
+        require_same(digest_of(config.model, commit), origin.get("model_sha256"), "statistics were", config.model)
         if list(statistics.sites.values()) != find_linears(model):
             raise BudgetError(f"the statistics do not have the layers of {config.model!r}; wanted those it was measured on")
         odd = other_settings(origin, config)
@@ -338,53 +337,11 @@ def _menus(statistics: Statistics, menu: Menu, targeted: frozenset[str]) -> list
     return [*units, *(single(name, candidates) for name, candidates in menus.items())]
 
 
-def write_plan(settings: Mapping[str, Any], path: str | Path) -> None:
-    """Writes a plan as YAML; it appears by one rename.
+def require_same(found: str, wanted: Any, what: str, model: str, way: str = "") -> None:
+    """Refuses what was made for another model, by digests.
 
     Raises:
-        OutputError: It cannot be written.
+        BudgetError: It was; `way` says what can be done about it.
     """
-    head = "# A plan: run it with `optimum-cli lord quantize --plan`, edit it as you like.\n"
-    with atomic_file(path) as staging:
-        staging.write_text(head + yaml.safe_dump(dict(settings), sort_keys=False), encoding="utf-8")
-
-
-def apply_plan(config: LordConfig, settings: Mapping[str, Any]) -> LordConfig:
-    """Returns a run with the ranks, bits and group sizes of a plan instead of a budget; everything else stays.
-
-    The windows of its backward pass are the plan's too, unless the run has its own.
-    """
-    lowrank = {"rank_ratio": None, "param_ratio": None, "rank_pattern": None, "form_pattern": None} | settings["lowrank"]
-    joint = {} if config.joint.fisher_samples else settings.get("joint", {})
-    return dataclasses.replace(
-        config,
-        lowrank=dataclasses.replace(config.lowrank, **lowrank),
-        gptq=dataclasses.replace(config.gptq, **settings["gptq"]),
-        joint=dataclasses.replace(config.joint, **joint),
-        budget=None,
-    )
-
-
-def read_plan(path: str | Path, model: str) -> dict[str, Any]:
-    """Reads a plan file and returns its sections of a configuration.
-
-    Raises:
-        ConfigError: It cannot be read or is no plan.
-        BudgetError: It was made for another model.
-    """
-    values = read_yaml(path)
-    about = values.pop(PLANNED, None)
-    if not isinstance(about, Mapping) or not set(values) <= {"lowrank", "gptq", "joint"}:
-        raise ConfigError(f"{str(path)!r} is no plan; wanted the sections {PLANNED}, lowrank, gptq and joint")
-    _require_same(digest_of(model), about.get("model_sha256"), f"plan {str(path)!r} was", model)
-    return values
-
-
-def origin_of_plan(path: str | Path) -> Mapping[str, Any]:
-    """Returns what a plan file says of where it comes from: the `origin` of its statistics, and what it predicts."""
-    return read_yaml(path).get(PLANNED) or {}
-
-
-def _require_same(found: str, wanted: Any, what: str, model: str) -> None:
     if found != wanted:
-        raise BudgetError(f"the {what} made for another model than {model!r}; wanted this one's")
+        raise BudgetError(f"the {what} made for another model than {model!r}; wanted this one's{way}")

@@ -64,7 +64,8 @@ def _plan_warnings(plan: Plan, windows: TokenWindows) -> Iterator[str]:
         )
     dense = [layer for layer in plan.layers if layer.note]
     if dense:
-        yield f"{len(dense)} of {len(dense) + len(plan.rank_pattern)} targeted layers stay dense (see the plan's notes)"
+        targeted = len(dense) + len(plan.rank_pattern)
+        yield f"{len(dense)} of {targeted} targeted layers stay dense (`optimum-cli lord plan` says why)"
     grown: Counter[str] = Counter()  # weights, by layer or by group, whose leader holds what all share
     for layer in plan.layers:
         grown[layer.leader or layer.name] += layer.weights - layer.dense_weights

@@ -188,9 +188,18 @@ class Journal(Unfinished):
             os.fsync(handle.fileno())
 
     def _differs(self, other: Mapping[str, Any]) -> str:
-        names = [name for name in {**self.made_of, **other} if self.made_of.get(name) != other.get(name)]
-        shown = "; ".join(f"{name} was {other.get(name)!r}, now {self.made_of.get(name)!r}" for name in names)
+        was, now = _flat(other), _flat(self.made_of)
+        names = [name for name in {**now, **was} if now.get(name) != was.get(name)]
+        shown = "; ".join(f"{name} was {was.get(name)!r}, now {now.get(name)!r}" for name in names)
         return (
             f"an unfinished run in {str(self.folder)!r} differs: {shown}. Run the same command to continue it, or "
             "--overwrite to start again"
         )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns settings by their path, such as `gptq.bits`."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {prefix + name: value}
+    return flat

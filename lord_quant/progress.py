@@ -2,8 +2,8 @@
 """How far a run is: bars on a terminal, lines of JSON in a log.
 
 One object per run, handed to whatever has steps to tell of. A run consists of phases, some of which go through blocks.
-Bars are shown where standard error is a terminal, and nothing elsewhere. A log is added to, so that a run that was cut off
-and continued tells all of its story in one file; every line stands on disk before the run goes on:
+Bars are shown where standard error is a terminal, a line now and then elsewhere. A log is added to, so that a run that was
+cut off and continued tells all of its story in one file; every line stands on disk before the run goes on:
 
     {"event": "block", "name": "model.layers.3", "phase": "stack", "blocks_done": 4, "blocks_total": 40,
      "eta_seconds": 810.2, "time": "2025-01-31T12:00:00+00:00", "seconds": 97.3, "rss_bytes": 7516192768}
@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ from lord_quant.errors import OutputError
 from lord_quant.reading import parse_json
 
 
+SAY_EVERY = 20.0
+"""Seconds between lines where there is no bar."""
 LONGEST = 2**16
 """Bytes of a line."""
 
@@ -94,6 +97,7 @@ class Progress:
         self._about, self._began = dict(about or {}), time.perf_counter()
         self._handle: BinaryIO | None = None
         self._phase: Phase | None = None
+        self._spoke = self._began
 
     def __enter__(self) -> Progress:
         if self._log is not None:
@@ -150,7 +154,19 @@ class Progress:
         if self._phase is not None:
             self._phase.done += 1
             self._phase.bar.update()
+            self._say(self._phase)
         self._tell("block", name=name)
+
+    def _say(self, phase: Phase) -> None:
+        """Writes a line now and then where standard error is no terminal, and a bar would be none."""
+        now = time.perf_counter()
+        if self._quiet or sys.stderr.isatty() or now - self._spoke < SAY_EVERY:
+            return
+        self._spoke = now
+        told = phase.told()
+        eta = "" if told.get("eta_seconds") is None else f", about {told['eta_seconds'] / 60:.1f} min left"
+        sys.stderr.write(f"{phase.name}: {phase.done} of {phase.total} blocks{eta}, {_shown()}\n")
+        sys.stderr.flush()
 
     def _tell(self, event: str, **values: Any) -> None:
         if self._handle is None:

@@ -249,7 +249,7 @@ def model_card(report: dict[str, Any]) -> str:
         ["seconds to compress", f"{report['seconds']['total']:.0f}"],
     ]
     if errors:
-        label = "relative output error of the decomposition, mean (worst) over layers"
+        label = "share of output energy (of what counts for the loss, with fisher) lost to truncation, mean (worst layer)"
         rows.append([label, f"{sum(errors) / len(errors):.4f} ({max(errors):.4f})"])
     kept = sum(layer["note"] == KEPT for layer in report["layers"])
     if kept:

@@ -17,13 +17,10 @@ from safetensors.torch import load_file, save_file
 from lord_quant.budget import (
     Planner,
     _rounded_up,
-    apply_plan,
-    read_plan,
     sense,
     sensed_samples,
     statistics_of,
     unplanned,
-    write_plan,
 )
 from lord_quant.budget_config import BudgetConfig
 from lord_quant.config import CalibrationConfig, JointConfig, LordConfig, LowrankConfig, merge
@@ -31,6 +28,7 @@ from lord_quant.errors import BudgetError, ConfigError, LordError, RankError
 from lord_quant.execution import execute
 from lord_quant.menu import Menu
 from lord_quant.pipeline import make_plan, prepare
+from lord_quant.plan_file import apply_plan, read_plan, write_plan
 from lord_quant.statistics import Statistics
 from lord_quant.stored import measure
 

@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def format_table(result: EvalResult) -> str:
-    """One row for each metric; with a baseline also its value and recovery, the model's value over the baseline's."""
+    """One row for each metric; with a baseline also its value, and the model's over it."""
     from tabulate import tabulate
 
     base = result.baseline
@@ -149,7 +149,7 @@ def format_table(result: EvalResult) -> str:
     if base is None:
         return tabulate([row[:4] for row in rows], headers, floatfmt=".4f")
     table = [[*row, _ratio(row[3], row[4])] for row in rows]
-    return tabulate(table, [*headers, "baseline", "recovery"], floatfmt=".4f", missingval="-")
+    return tabulate(table, [*headers, "baseline", "ratio"], floatfmt=".4f", missingval="-")
 
 
 def _ratio(value: object, base: object) -> float | None:

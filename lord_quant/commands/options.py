@@ -215,9 +215,9 @@ def config_from(args: argparse.Namespace) -> LordConfig:
 
 def _with_plan(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """Lays a plan file's sections over a configuration's; its ranks, bits and group sizes replace them."""
-    from lord_quant.budget import read_plan
     from lord_quant.config import merge
     from lord_quant.errors import ConfigError
+    from lord_quant.plan_file import read_plan
 
     beside = [name for name in (*RANK_CHOICES, "bits", "group_size", "form") if name in given]
     if beside:
@@ -226,6 +226,8 @@ def _with_plan(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     if not model:
         raise ConfigError("model is not given; wanted a folder or a hub name")
     plan = read_plan(given["plan"], model)
+    if (values.get("joint") or {}).get("fisher_samples"):
+        plan = without(plan, joint=("fisher_samples",))  # the run's own
     return merge(without(values, lowrank=(*RANK_CHOICES, "form", "form_pattern"), gptq=PACKING), plan)
 
 

@@ -77,8 +77,6 @@ def _checked(args: argparse.Namespace, world: World) -> tuple[LordConfig, Progre
     from lord_quant.errors import ConfigError
 
     config = run_of(args)
-    if config.budget is not None and args.dry_run and not config.budget.statistics:
-        raise ConfigError("--dry-run reads no weights, a budget needs statistics; wanted --statistics FILE beside it")
     if config.output is None and not args.dry_run:
         raise ConfigError("output is not given; wanted a folder to write (--output DIR), or --dry-run")
     from lord_quant.execution import refuse_several
@@ -94,17 +92,22 @@ def _checked(args: argparse.Namespace, world: World) -> tuple[LordConfig, Progre
 
 def _prepare(args: argparse.Namespace, config: LordConfig, progress: Progress, world: World) -> Job | None:
     """Plans the job and prints what is to be done; returns None if that is nothing."""
-    from lord_quant.budget import apply_plan, origin_of_plan, other_settings, unplanned
+    from lord_quant.budget import other_settings, unplanned
     from lord_quant.checkpoint import REPORT_NAME, whole_path
     from lord_quant.execution import clear_away, is_finished
     from lord_quant.pipeline import prepare
+    from lord_quant.plan_file import apply_plan, origin_of_plan
     from lord_quant.report import human_bytes, human_seconds, plan_summary, plan_table
 
     say, budget = sys.stdout.write if world.first else str, config.budget
     origin = origin_of_plan(args.plan) if args.plan else {}
     measured_on, odd = origin.get("calibration_sha256"), other_settings(origin, config) if origin else ""
     if budget is not None:
-        prepare(unplanned(config), overwrite=args.overwrite)  # refuses what is wrong before the sensitivity pass
+        job = prepare(unplanned(config), overwrite=args.overwrite)  # refuses what is wrong before the sensitivity pass
+        if args.dry_run and not budget.statistics:
+            say(_calibration(job))
+            say("planned       nothing: that takes statistics, and --dry-run reads no weights; all else is in order\n")
+            return None
         settings = {}
         if world.first:  # one process measures and chooses, so that all run the same plan
             planner = planner_from(args, config, progress)
@@ -123,8 +126,7 @@ def _prepare(args: argparse.Namespace, config: LordConfig, progress: Progress, w
             return None
     job = prepare(config, overwrite=args.overwrite, measured_on=measured_on)
     say((plan_table(job.plan) if args.dry_run else plan_summary(job.plan)) + "\n")
-    windows = job.windows.input_ids.shape
-    say(f"calibration   {windows[0]} x {windows[1]} tokens of {job.windows.source}, sha256 {job.windows.sha256[:12]}\n")
+    say(_calibration(job))
     if world.size > 1:
         say(f"processes     {world.size}, each with its share of the windows; the estimate is for one that has them all\n")
     cost = job.estimate
@@ -137,6 +139,11 @@ def _prepare(args: argparse.Namespace, config: LordConfig, progress: Progress, w
         sys.stderr.writelines(f"warning: {warning}\n" for warning in [*job.warnings, *changed])
     sys.stdout.flush()
     return None if args.dry_run else job
+
+
+def _calibration(job: Job) -> str:
+    samples, seq_len = job.windows.input_ids.shape
+    return f"calibration   {samples} x {seq_len} tokens of {job.windows.source}, sha256 {job.windows.sha256[:12]}\n"
 
 
 def _execute(job: Job, progress: Progress, world: World, verify: bool) -> None:

@@ -120,7 +120,7 @@ def evaluate(
         gen_kwargs: Generation settings that replace those of the tasks.
 
     Raises:
-        EvaluationError: Nothing to do, an unknown task, or an illegal setting.
+        EvaluationError: Nothing to do, an unknown task, an illegal setting, or a task's data set is not to be had.
         ConfigError: The device is unknown or not there.
         ConsentError: A task runs generated code and nobody consented. Raised before any model is loaded.
         HostError: The sandbox for generated code does not work here. Likewise, if it does not from the start.
@@ -228,22 +228,25 @@ def _run_tasks(lm: Any, manager: Any, settings: dict[str, Any]) -> dict[str, Any
     from lm_eval import simple_evaluate
 
     seed = settings["seed"]
-    results = simple_evaluate(
-        model=lm,
-        tasks=settings["tasks"],
-        task_manager=manager,
-        num_fewshot=settings["num_fewshot"],
-        batch_size=settings["batch_size"],
-        device=settings["device"],
-        limit=settings["limit"],
-        gen_kwargs=settings["gen_kwargs"] or None,
-        log_samples=False,
-        confirm_run_unsafe_code=settings["confirm_run_unsafe_code"],
-        random_seed=seed,
-        numpy_random_seed=seed,
-        torch_random_seed=seed,
-        fewshot_random_seed=seed,
-    )
+    try:
+        results = simple_evaluate(
+            model=lm,
+            tasks=settings["tasks"],
+            task_manager=manager,
+            num_fewshot=settings["num_fewshot"],
+            batch_size=settings["batch_size"],
+            device=settings["device"],
+            limit=settings["limit"],
+            gen_kwargs=settings["gen_kwargs"] or None,
+            log_samples=False,
+            confirm_run_unsafe_code=settings["confirm_run_unsafe_code"],
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+    except OSError as error:  # a data set that is not there, or cannot be fetched
+        raise EvaluationError(f"{', '.join(settings['tasks'])} cannot be evaluated: {error}") from error
     return results or {}  # None on all ranks but the first
 
 

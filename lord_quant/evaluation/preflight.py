@@ -163,12 +163,15 @@ def check_model(model: str) -> None:
     A leading ``~`` is not expanded here: the caller has done it, for what is checked must be what is loaded.
 
     Raises:
-        ModelError: No such folder, or no `config.json` or no weights in it.
+        ModelError: No such folder or hub model, or no `config.json` or no weights in it.
     """
     path = Path(model)
     if not path.exists():
         if model.startswith((".", "/", "~")) or model.count("/") > 1 or not model:
             raise ModelError(f"model {model!r}: no such folder")
+        from lord_quant.source import read_config  # late: `--print-include-path` is asked for by scripts
+
+        read_config(model)
         return
     if not path.is_dir():
         raise ModelError(f"model {model!r} is a file; wanted the folder that holds config.json and the weights")

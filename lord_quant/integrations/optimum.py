@@ -25,6 +25,7 @@ from lord_quant.engine import DecompositionRecord
 from lord_quant.errors import CalibrationError, ConfigError, unknown_keys
 from lord_quant.execution import write_checkpoint
 from lord_quant.fingerprint import Fingerprint
+from lord_quant.integrations.rebuilt import packed
 from lord_quant.outcomes import StackRecord
 from lord_quant.pipeline import (
     DEFAULT_SEQ_LEN,
@@ -144,7 +145,7 @@ class LordGPTQQuantizer(_GPTQQuantizer):
         )
         if kwargs.get("desc_act"):
             kwargs["act_group_aware"] = False  # the host refuses both at once
-        super().__init__(bits, dataset=dataset, group_size=group_size or -1, **kwargs)
+        super().__init__(packed(bits), dataset=dataset, group_size=group_size or -1, **kwargs)
         self.dataset: Any = dataset
         self.decomposed: list[DecompositionRecord] | list[StackRecord] = []
         self.quantized: list[backend.GptqRecord] = []

@@ -37,6 +37,20 @@ def told_by_host() -> Iterator[None]:
         raise ConfigError(f"quantization_config holds a value that GPTQ cannot have: {error}") from error
 
 
+def packed(bits: Any) -> Any:
+    """Returns the bits of packed weights.
+
+    Raises:
+        ConfigError: They are those of floats, which GPTQ does not make.
+    """
+    if bits == FLOAT_BITS:
+        raise ConfigError(
+            f"bits is {bits}, and GPTQ makes 8, 4, 3 or 2; for float factors `optimum-cli lord quantize --bits {bits}`, or "
+            f"execute(prepare(LordConfig(..., gptq=GptqConfig(bits={bits}))))"
+        )
+    return bits
+
+
 def packings_of(model: torch.nn.Module, wanted: Any) -> dict[str, Packing]:
     """Returns how a mixed checkpoint packs every linear layer of the rebuilt skeleton, factors included, by full path.
 

@@ -24,14 +24,7 @@ from lord_quant.backends import gptq as backend
 from lord_quant.budget_config import BudgetConfig
 from lord_quant.checkpoint import METHOD_FLOAT, METHOD_GPTQ, check_version
 from lord_quant.errors import CheckpointError, ConfigError, unknown_keys
-from lord_quant.integrations.rebuilt import (
-    PACKING_PATTERNS,
-    check_files,
-    home_of,
-    packings_of,
-    protect_from_initialization,
-    told_by_host,
-)
+from lord_quant.integrations import rebuilt
 from lord_quant.silence import hush
 from lord_quant.surgery import apply_rank_pattern
 from lord_quant.targets import find_blocks
@@ -162,9 +155,14 @@ class LordGPTQConfig(GPTQConfig):
         if unknown:
             raise unknown
         _require_kinds({"mean_correction": mean_correction, "sym": sym, **kwargs}, {"targets": targets, "ignore": ignore})
-        with told_by_host():
+        with rebuilt.told_by_host():
             super().__init__(
-                bits, tokenizer=tokenizer, group_size=group_size or -1, sym=sym, damp_percent=damp_percent, **kwargs
+                rebuilt.packed(bits),
+                tokenizer=tokenizer,
+                group_size=group_size or -1,
+                sym=sym,
+                damp_percent=damp_percent,
+                **kwargs,
             )
         self.quant_method: Any = METHOD_GPTQ
         vars(self)["group_size"] = group_size  # the host's annotation does not allow None
@@ -207,7 +205,7 @@ class LordGPTQConfig(GPTQConfig):
             "stack": self.stack,
             "lowrank": lowrank,
             "calibration": section(_RUN_KEYS["calibration"]),
-            "gptq": section((*_HOST_KEYS, *PACKING_PATTERNS, "mse")),
+            "gptq": section((*_HOST_KEYS, *rebuilt.PACKING_PATTERNS, "mse")),
             "joint": section(_JOINT_KEYS),
         }
         budget = {key: value for key, value in section(_BUDGET_KEYS).items() if value is not None}
@@ -312,7 +310,7 @@ class LordGptqHfQuantizer(GptqHfQuantizer):
 
     def __init__(self, quantization_config: LordGPTQConfig, **kwargs: Any) -> None:
         backend.host()  # imported quietly, before the base class imports it loudly
-        with told_by_host():
+        with rebuilt.told_by_host():
             super().__init__(quantization_config, **kwargs)
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -331,16 +329,16 @@ class LordGptqHfQuantizer(GptqHfQuantizer):
             apply_rank_pattern(model, ours.rank_pattern or {}, ours.mean_correction, *patterns)
         self._dense_files = kwargs.get("checkpoint_files") or ()
         mixed = self.pre_quantized and (ours.bits_pattern or ours.group_size_pattern)
-        packings = packings_of(model, ours) if mixed else {}
-        with told_by_host(), hush("transformers"):  # the host reads every attribute of every module
+        packings = rebuilt.packings_of(model, ours) if mixed else {}
+        with rebuilt.told_by_host(), hush("transformers"):  # the host reads every attribute of every module
             if mixed:
                 self.optimum_quantizer.block_name_to_quantize = path
                 backend.replace_by_packed(model, self.optimum_quantizer, packings, kwargs.get("device_map"))
             else:
                 super()._process_model_before_weight_loading(model, **kwargs)
         if self.pre_quantized:
-            check_files(model, path, kwargs.get("checkpoint_files"))
-            protect_from_initialization(model)
+            rebuilt.check_files(model, path, kwargs.get("checkpoint_files"))
+            rebuilt.protect_from_initialization(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if self.pre_quantized:
@@ -349,7 +347,7 @@ class LordGptqHfQuantizer(GptqHfQuantizer):
         else:
             from lord_quant.loaded import compress_loaded
 
-            wanted, (path, commit) = self.quantization_config, home_of(model, self._dense_files)
+            wanted, (path, commit) = self.quantization_config, rebuilt.home_of(model, self._dense_files)
             compress_loaded(model, wanted.tokenizer, wanted.to_lord_config(path), commit)
             self.quantization_config = LordGPTQConfig.from_dict(model.config.quantization_config)
             model.config.quantization_config = self.quantization_config
@@ -377,8 +375,8 @@ class LordHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         ours = self.quantization_config
         apply_rank_pattern(model, ours.rank_pattern, ours.mean_correction, ours.form_pattern, ours.group_pattern)
-        check_files(model, find_blocks(model).path, kwargs.get("checkpoint_files"))
-        protect_from_initialization(model)
+        rebuilt.check_files(model, find_blocks(model).path, kwargs.get("checkpoint_files"))
+        rebuilt.protect_from_initialization(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         # Nothing is quantized: `.half()`, `.float()` and full fine-tuning must work as on any float model.

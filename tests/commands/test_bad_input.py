@@ -248,7 +248,7 @@ CASES: dict[str, tuple[Spoil, str, list[str]]] = {
     "truncated weights in the naive stack": (
         lambda box: (truncated(box), box.flags.update({"--stack": "naive"})),
         "ModelError",
-        ["cannot be loaded", "not fully covered"],
+        ["model.safetensors' cannot be read", "not fully covered"],
     ),
     "a log that is something else": (
         lambda box: box.flags.update({"--log": write_file(box.root / "thesis.tex", "mine")}),

@@ -80,22 +80,22 @@ def result(baseline: ModelScores | None) -> EvalResult:
     return EvalResult(**vars(scores(0.6, 2.2, 11.0)), baseline=baseline, higher_is_better=directions)
 
 
-def test_table_with_baseline_shows_recovery() -> None:
+def test_table_with_baseline_shows_ratios() -> None:
     lines = [line.split() for line in command.format_table(result(scores(0.8, 2.0, 10.0))).splitlines()]
-    assert lines[0] == ["task", "metric", "value", "baseline", "recovery"]
+    assert lines[0] == ["task", "metric", "value", "baseline", "ratio"]
     assert lines[2] == ["lord_humaneval", "pass@1", "↑", "0.6000", "0.8000", "0.7500"]
     assert lines[3] == ["lord_code_ppl", "bits_per_byte", "↓", "2.2000", "2.0000", "1.1000"]
     assert lines[4] == ["text.py", "token", "perplexity", "↓", "11.0000", "10.0000", "1.1000"]
 
 
-def test_recovery_of_a_baseline_at_zero_is_left_open() -> None:
+def test_ratio_to_a_baseline_at_zero_is_left_open() -> None:
     lines = [line.split() for line in command.format_table(result(scores(0.0, 2.0, 10.0))).splitlines()]
     assert lines[2] == ["lord_humaneval", "pass@1", "↑", "0.6000", "0.0000", "-"]
 
 
 def test_table_without_baseline_has_values_only() -> None:
     table = command.format_table(result(None))
-    assert "recovery" not in table and "baseline" not in table and "0.6000" in table
+    assert "ratio" not in table and "baseline" not in table and "0.6000" in table
 
 
 @pytest.mark.parametrize("working", [None, 2 << 20])

@@ -120,7 +120,7 @@ def test_an_interruption_is_reported_and_leaves_nothing(label: str, code: int, e
     result = ended[label]
     assert result.code == code
     assert (
-        f"optimum-cli lord: {label}; the same command goes on behind the last finished block" in result.stderr
+        f"optimum-cli lord: {label}; finished blocks are kept, the same command goes on" in result.stderr
         and "Traceback" not in result.stderr
     )
     assert sorted(path.name for path in result.root.iterdir()) == ["output", "stderr.txt"]

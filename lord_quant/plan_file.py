@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plan as a file: YAML that a person can edit, holding sections of a configuration and where they come from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lord_quant.budget import PLANNED, digest_of, require_same
+from lord_quant.checkpoint import atomic_file
+from lord_quant.config import LordConfig, read_yaml
+from lord_quant.errors import ConfigError
+
+
+HEAD = """\
+# A plan: run it with `optimum-cli lord quantize --plan`, edit it as you like; --dry-run says what that gives.
+# lowrank: rank_pattern is rank by layer, a multiple of the group size of `up`; layers that are not named stay dense.
+#   form_pattern is their form: two_factor, pivoted, column_pivoted or grouped.
+# gptq: bits (8, 4, 3, 2) and group_size (32, 64, 128, 256) are those of all layers but those the patterns name;
+#   NAME.down and NAME.up are the factors of a layer.
+# planned: what was predicted before anybody edited; it changes nothing.
+"""
+
+
+def write_plan(settings: Mapping[str, Any], path: str | Path) -> None:
+    """Writes a plan as YAML; it appears by one rename.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    with atomic_file(path) as staging:
+        staging.write_text(HEAD + yaml.safe_dump(dict(settings), sort_keys=False), encoding="utf-8")
+
+
+def apply_plan(config: LordConfig, settings: Mapping[str, Any]) -> LordConfig:
+    """Returns a run with the ranks, bits and group sizes of a plan instead of a budget; everything else stays.
+
+    The windows of its backward pass are the plan's too, unless the run has its own.
+    """
+    lowrank = {"rank_ratio": None, "param_ratio": None, "rank_pattern": None, "form_pattern": None} | settings["lowrank"]
+    joint = {} if config.joint.fisher_samples else settings.get("joint", {})
+    return dataclasses.replace(
+        config,
+        lowrank=dataclasses.replace(config.lowrank, **lowrank),
+        gptq=dataclasses.replace(config.gptq, **settings["gptq"]),
+        joint=dataclasses.replace(config.joint, **joint),
+        budget=None,
+    )
+
+
+def read_plan(path: str | Path, model: str) -> dict[str, Any]:
+    """Reads a plan file and returns its sections of a configuration.
+
+    Raises:
+        ConfigError: It cannot be read or is no plan.
+        BudgetError: It was made for another model.
+    """
+    values = read_yaml(path)
+    about = values.pop(PLANNED, None)
+    if not isinstance(about, Mapping) or not set(values) <= {"lowrank", "gptq", "joint"}:
+        raise ConfigError(f"{str(path)!r} is no plan; wanted the sections {PLANNED}, lowrank, gptq and joint")
+    way = f"; its sections but {PLANNED!r} make a --config for any model"
+    require_same(digest_of(model), about.get("model_sha256"), f"plan {str(path)!r} was", model, way)
+    return values
+
+
+def origin_of_plan(path: str | Path) -> Mapping[str, Any]:
+    """Returns what a plan file says of where it comes from: the `origin` of its statistics, and what it predicts."""
+    return read_yaml(path).get(PLANNED) or {}
