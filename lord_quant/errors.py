@@ -128,7 +128,7 @@ def nearest_name(name: str, known: Iterable[str]) -> str:
 
 def unknown_keys(found: Iterable[object], known: Iterable[str], where: str) -> ConfigError | None:
     """Builds one error naming every key of `found` that is not in `known`, or returns None. YAML keys may be no strings."""
-    known = list(known)
+    known = list(dict.fromkeys(known))
     bad = [key for key in found if key not in known]
     if not bad:
         return None

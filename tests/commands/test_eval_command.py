@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
 from pathlib import Path
 
+import families
 import pytest
+from in_process import run_command
 
 from lord_quant.commands import eval as command
-from lord_quant.errors import ConsentError, EvaluationError, OutputError
+from lord_quant.errors import ConsentError, EvaluationError, ModelError, OutputError
 from lord_quant.evaluation.harness import EvalResult, ModelScores, tasks_path
 from lord_quant.evaluation.perplexity import Perplexity
 from lord_quant.evaluation.speed import ModelSpeed, Speed
@@ -125,3 +128,21 @@ def test_examples_parse() -> None:
     assert len(commands) == 3
     for line in commands:
         assert parse(*shlex.split(line)[3:]).model == "compressed/"
+
+
+def test_a_name_that_is_nowhere_is_refused_before_anything_is_loaded(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert run_command("eval", "--model", "nobody/nothing", "--perplexity") == ModelError.exit_code
+    assert "ModelError: model 'nobody/nothing': there is no such folder, and as a hub name it" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_task_whose_data_cannot_be_had_is_told(tmp_path: Path) -> None:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", "from optimum.commands.optimum_cli import main; main()", "lord", "eval"]
+    command += ["--model", str(families.TOKENIZER), "--tasks", "lambada_openai", "--limit", "2"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == EvaluationError.exit_code and "Traceback" not in done.stderr
+    assert "EvaluationError: lambada_openai cannot be evaluated: " in done.stderr

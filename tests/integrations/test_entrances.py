@@ -329,7 +329,11 @@ BAD_DATA = {
     "ragged": ([{"input_ids": [1, 2, 3]}, {"input_ids": [1, 2]}], None, "differ in length"),
     "padded": ([{"input_ids": [1, 2, 0], "attention_mask": [1, 1, 0]}], None, "padded"),
     "too long": ([{"input_ids": [1] * 300, "attention_mask": [1] * 300}], None, "300.*context.*256"),
-    "outside the vocabulary": ([{"input_ids": [1, 5000], "attention_mask": [1, 1]}], None, "5000.*4096"),
+    "outside the vocabulary": (
+        [{"input_ids": [1, 5000], "attention_mask": [1, 1]}],
+        None,
+        "token 5000; the model knows 0 to 4095",
+    ),
 }
 
 

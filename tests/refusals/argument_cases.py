@@ -62,6 +62,7 @@ def loaded(*parts: str, error: str, **arguments: Any) -> Refusal:
 
 
 FLY = {
+    "floats": on_the_fly("bits is 16, and GPTQ makes 8, 4, 3 or 2", "lord quantize --bits 16", bits=16),
     "bits as text": on_the_fly("Only support quantization to [2,3,4,8] bits", bits="4"),
     "group size as text": on_the_fly("a value that GPTQ cannot have", group_size="32"),
     "group size 0": on_the_fly("group_size is 0", "nearest: 32", group_size=0),
@@ -128,6 +129,7 @@ DROP_IN = {
     "bits as text": quantizer("bits is '4'", bits="4"),
     "group size 0": quantizer("group_size is 0", group_size=0),
     "damping in percent": quantizer("damp_percent is 5", damp_percent=5),
+    "floats from the quantizer": quantizer("bits is 16, and GPTQ makes 8, 4, 3 or 2", "lord quantize --bits 16", bits=16),
     "joint as a number": quantizer("section 'joint' is int", joint=5),
     "joint as names": quantizer("section 'joint' is list", joint=["anchor"]),
     "targets as a number": quantizer("targets is 5", targets=5),
