@@ -86,6 +86,12 @@ def test_another_run_is_refused_by_what_differs_or_starts_again(tmp_path: Path) 
     first.close(keep=True)
     with pytest.raises(OutputError, match=r"differs: seed was 1, now 2; dtype was None, now 'bfloat16'\. .*--overwrite"):
         Journal(tmp_path / "out", MADE_OF | {"seed": 2, "dtype": "bfloat16"})
+    inside = MADE_OF | {"gptq": {"bits": 3, "sym": True}}
+    nested = Journal(tmp_path / "out", inside, restart=True)
+    nested.finish({})
+    nested.close(keep=True)
+    with pytest.raises(OutputError, match=r"differs: gptq\.bits was 3, now 4\. Run"):
+        Journal(tmp_path / "out", MADE_OF | {"gptq": {"bits": 4, "sym": True}})
     again = Journal(tmp_path / "out", MADE_OF | {"seed": 2}, restart=True)
     assert again.blocks == []
     again.close(keep=True)

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import resource
 import struct
 import subprocess
@@ -127,7 +128,24 @@ with progress.phase("load"), progress.phase("stack", 3, 1):
 
 
 @pytest.mark.slow
-def test_bars_are_shown_on_a_terminal_and_nothing_elsewhere() -> None:
+def test_lines_now_and_then_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(every: float, quiet: bool = False) -> list[str]:
+        monkeypatch.setattr("lord_quant.progress.SAY_EVERY", every)
+        with Progress(quiet=quiet) as progress, progress.phase("stack", 4, resumed=1):
+            for index in (1, 2):
+                time.sleep(0.05)
+                progress.block(f"h.{index}")
+        return capsys.readouterr().err.splitlines()
+
+    first, second = run(every=0.01)
+    assert re.fullmatch(r"stack: 2 of 4 blocks, about 0\.0 min left, rss [\d.]+ GB", first) and "3 of 4 blocks" in second
+    assert len(run(every=0.07)) == 1  # the first block is too early
+    assert run(every=0.01, quiet=True) == run(every=20) == []
+
+
+def test_bars_are_shown_on_a_terminal_and_no_bars_elsewhere() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
     piped = subprocess.run([sys.executable, "-c", SHOW], capture_output=True, text=True, env=environment, timeout=120)
     assert (piped.returncode, piped.stdout, piped.stderr) == (0, "", "")
