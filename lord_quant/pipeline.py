@@ -34,6 +34,7 @@ from lord_quant.joint import minded_layers, minds, stack_model
 from lord_quant.linalg import require_finite
 from lord_quant.operations import Workload
 from lord_quant.outcomes import StackRecord, plan_as_run
+from lord_quant.places import tensor_bytes
 from lord_quant.plan import LayerPlan, Plan, build_plan
 from lord_quant.progress import Progress
 from lord_quant.sensitivity import Sensitivity
@@ -44,7 +45,6 @@ from lord_quant.source import (
     choose_device,
     inspect_source,
     own_memory,
-    tensor_bytes,
 )
 from lord_quant.surgery import is_compressed
 from lord_quant.targets import find_blocks, find_linears

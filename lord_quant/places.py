@@ -55,6 +55,19 @@ def places_of(model: nn.Module, files: Sequence[str]) -> dict[str, Place]:
     return places
 
 
+def tensor_bytes(model: nn.Module, itemsize: int) -> dict[str, int]:
+    """Returns the bytes of every tensor a checkpoint of `model` holds, tied weights once.
+
+    Args:
+        model: A model, possibly on the meta device.
+        itemsize: Bytes of a stored float value; other dtypes keep their own.
+    """
+    return {
+        names[0]: tensor.numel() * (itemsize if tensor.is_floating_point() else tensor.element_size())
+        for names, tensor in _tied(model)
+    }
+
+
 def stored_apart(model: nn.Module, files: Sequence[str]) -> tuple[str, str] | None:
     """Returns the names of two tensors that differ in the files though the model has them as one; None if none do.
 

@@ -25,7 +25,7 @@ from lord_quant.silence import hush
 
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel")
 MULTIMODAL_KEYS = ("vision_config", "audio_config", "text_config", "speech_config")
@@ -183,6 +183,7 @@ def load_model(source: Source, device: torch.device) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     dtype = torch.float32 if device.type == "cpu" else source.dtype
+    _generation_config(source.path)
     if os.path.isdir(source.path):
         local_files(source.path)  # what an index may name
     try:
@@ -230,16 +231,31 @@ def stream_source(source: Source, device: torch.device) -> tuple[PreTrainedModel
         ModelError: There are no files, or one cannot be read.
         NumericsError: A weight outside the blocks holds NaN or inf.
     """
-    from transformers import GenerationConfig
-
     files, model = local_files(source.path), build_skeleton(source).eval()
-    with suppress(OSError):  # there is none: that which the configuration implies
-        model.generation_config = GenerationConfig.from_pretrained(source.path)
+    own = _generation_config(source.path)
+    if own is not None:
+        model.generation_config = own
     try:
         return model, Streamed(model, files, torch.float32 if device.type == "cpu" else source.dtype, device)
     except LayoutError as error:
         logger.info("the whole model will be loaded: %s", error)
         return None
+
+
+def _generation_config(path: str) -> GenerationConfig | None:
+    """Reads how a model generates; None where it does not say, and its configuration implies it.
+
+    Raises:
+        ModelError: It says something that cannot be read.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except Exception as error:  # a list where names belong, say
+        if isinstance(error, OSError) and not os.path.isfile(os.path.join(path, "generation_config.json")):
+            return None
+        raise ModelError(f"model {path!r}: generation_config.json cannot be read: {_first_line(error)}") from error
 
 
 def local_files(path: str, *, fetch: bool = True) -> list[str]:
@@ -266,21 +282,6 @@ def local_files(path: str, *, fetch: bool = True) -> list[str]:
         return weight_files(folder)
     except CheckpointError as error:
         raise ModelError(f"model {path!r} cannot be loaded: {error}") from error
-
-
-def tensor_bytes(model: torch.nn.Module, itemsize: int) -> dict[str, int]:
-    """Returns the bytes of every tensor a checkpoint of `model` holds, tied weights once.
-
-    Args:
-        model: A model, possibly on the meta device.
-        itemsize: Bytes of a stored float value; other dtypes keep their own.
-    """
-    sizes, seen = {}, set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            sizes[name] = tensor.numel() * (itemsize if tensor.is_floating_point() else tensor.element_size())
-    return sizes
 
 
 def choose_device(name: str) -> torch.device:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lord_quant.errors import ModelError
-from lord_quant.source import inspect_source, load_model, refuse_unfit, refuse_unready
+from lord_quant.source import inspect_source, load_model, refuse_unfit, refuse_unready, stream_source
 
 
 def edit_config(folder: Path, **values: object) -> None:
@@ -102,3 +102,12 @@ def test_models_with_weights_elsewhere_or_adapters_are_refused() -> None:
     model.model.layers[1].mlp.to("meta")
     with pytest.raises(ModelError, match=r"3 weights are offloaded, such as 'model\.layers\.1\.mlp\.gate_proj\.weight'"):
         refuse_unready("m", model)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_generation_settings_that_cannot_be_read_are_refused(text: str, tmp_path: Path) -> None:
+    source = inspect_source(str(families.save(families.build("llama"), tmp_path / "model")))
+    (tmp_path / "model" / "generation_config.json").write_text(text)
+    for read in (load_model, stream_source):
+        with pytest.raises(ModelError, match=r"model '.*': generation_config\.json cannot be read"):
+            read(source, torch.device("cpu"))
