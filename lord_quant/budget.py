@@ -47,14 +47,15 @@ def unplanned(config: LordConfig) -> LordConfig:
     return dataclasses.replace(config, lowrank=lowrank, gptq=gptq, budget=None)
 
 
-def statistics_of(config: LordConfig, progress: Progress | None = None, *, again: bool = False) -> Statistics:
+def statistics_of(
+    config: LordConfig, progress: Progress | None = None, *, keep: bool = False, again: bool = False
+) -> Statistics:
     """Reads the statistics that a run's budget names; measures them where it names none.
-
-    A run that writes keeps them beside its output until it is finished, and uses them when it was cut off.
 
     Args:
         config: The run.
         progress: Where it is told how far the pass is.
+        keep: Keep them beside the run's output until it is finished, and use those of one that was cut off.
         again: Measure them whatever is kept.
 
     Raises:
@@ -62,9 +63,9 @@ def statistics_of(config: LordConfig, progress: Progress | None = None, *, again
     """
     if config.budget is not None and config.budget.statistics:
         return load_statistics(config.budget.statistics)
+    if not keep or config.output is None:
+        return sense(config, progress)
     job = _dense_job(config)
-    if config.output is None:
-        return sense(config, progress, job)
     kept = sensed_beside(whole_path(config.output), _told_apart(config, job))
     if not again:
         with contextlib.suppress(CheckpointError):  # there is none, or it is spoilt

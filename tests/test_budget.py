@@ -64,20 +64,20 @@ def test_a_run_that_is_cut_off_does_not_measure_again(config: LordConfig, statis
     asked = LordConfig.from_dict(
         config.to_dict() | {"output": str(tmp_path / "new" / "out"), "lowrank": {}, "budget": {"target_bpw": 3.0}}
     )
-    first = statistics_of(asked)
+    first = statistics_of(asked, keep=True)
     assert first.origin == statistics.origin
     (kept,) = (tmp_path / "new").iterdir()
     made = kept.stat().st_mtime_ns
-    again = statistics_of(LordConfig.from_dict(merge(asked.to_dict(), {"budget": {"target_bpw": 4.0}})))
+    again = statistics_of(LordConfig.from_dict(merge(asked.to_dict(), {"budget": {"target_bpw": 4.0}})), keep=True)
     assert kept.stat().st_mtime_ns == made
     assert all(torch.equal(again.losses[name].cut, loss.cut) for name, loss in first.losses.items())
-    statistics_of(asked, again=True)
+    statistics_of(asked, keep=True, again=True)
     remade = kept.stat().st_mtime_ns
     assert remade > made
     kept.write_bytes(b"spoilt")
-    statistics_of(asked)
+    statistics_of(asked, keep=True)
     assert kept.stat().st_size > 1000
-    statistics_of(LordConfig.from_dict(merge(asked.to_dict(), {"calibration": {"seed": 1}})))  # another run's
+    statistics_of(LordConfig.from_dict(merge(asked.to_dict(), {"calibration": {"seed": 1}})), keep=True)  # another run's
     assert len(list((tmp_path / "new").iterdir())) == 2
     planned = apply_plan(asked, Planner(asked, first, Menu()).settings(Planner(asked, first, Menu()).choose(asked.budget)))
     execute(prepare(planned), verify=False)

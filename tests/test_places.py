@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import build, edit_tensors, probe_logits, save
+from safetensors.torch import save_file
 
 from lord_quant import places
 from lord_quant.errors import LayoutError
@@ -98,6 +99,14 @@ def test_tied_tensors_that_differ_are_told_apart(
     skeleton: Any = build("llama", tie_word_embeddings=True)
     assert stored_apart(skeleton, [file_of(folder)]) == ((EMBEDDING, HEAD) if change else None)
     assert stored_apart(build("llama", tie_word_embeddings=False), [file_of(folder)]) is None
+
+
+def test_tied_numbers_are_compared_too(tmp_path: Path) -> None:
+    model = torch.nn.ModuleDict({"a": torch.nn.Module(), "b": torch.nn.Module()})
+    model["a"].scale = model["b"].scale = torch.nn.Parameter(torch.tensor(1.0))
+    for other, apart in ((1.0, None), (2.0, ("a.scale", "b.scale"))):
+        save_file({"a.scale": torch.tensor(1.0), "b.scale": torch.tensor(other)}, tmp_path / "model.safetensors")
+        assert stored_apart(model, [file_of(tmp_path)]) == apart
 
 
 @pytest.mark.parametrize("change", [0.0, 1.0])

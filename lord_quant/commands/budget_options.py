@@ -91,12 +91,13 @@ def menu_from(args: argparse.Namespace) -> Menu:
     return Menu(**restricted)
 
 
-def planner_from(args: argparse.Namespace, config: LordConfig, progress: Progress | None = None) -> Planner:
-    """Makes a planner from statistics in a file, or measured now."""
+def planner_from(
+    args: argparse.Namespace, config: LordConfig, progress: Progress | None = None, *, keep: bool = False
+) -> Planner:
+    """Makes a planner from statistics in a file, or measured now, and then kept if a run is to write what is planned."""
     from lord_quant.budget import Planner, statistics_of
 
-    again = getattr(args, "overwrite", False)
-    return Planner(config, statistics_of(config, progress, again=again), menu_from(args))
+    return Planner(config, statistics_of(config, progress, keep=keep, again=args.overwrite), menu_from(args))
 
 
 def frontier_of(planner: Planner) -> str:

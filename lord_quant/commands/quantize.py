@@ -110,7 +110,7 @@ def _prepare(args: argparse.Namespace, config: LordConfig, progress: Progress, w
             return None
         settings = {}
         if world.first:  # one process measures and chooses, so that all run the same plan
-            planner = planner_from(args, config, progress)
+            planner = planner_from(args, config, progress, keep=True)
             allocation = planner.choose(budget)
             settings, measured_on = planner.settings(allocation), planner.statistics.origin.get("calibration_sha256")
             say(f"planned       {planner.bpw(allocation):.3f} bits per weight, {planner.tell(allocation)}\n")

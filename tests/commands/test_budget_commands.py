@@ -18,7 +18,7 @@ import yaml
 from in_process import exit_code_of, run_command
 
 from lord_quant.commands.options import settings_from
-from lord_quant.errors import CheckpointError, ConfigError, OutputError
+from lord_quant.errors import BudgetError, CheckpointError, ConfigError, OutputError
 from lord_quant.stored import measure
 
 
@@ -242,6 +242,28 @@ def test_a_sweep_refuses(
     assert run_command("plan", "--model", model, "--statistics", statistics, "--refine", "1", *flags) == exit_code_of(error)
     printed = capfd.readouterr()
     assert re.search(error, printed.err, re.DOTALL) and not printed.out
+
+
+def test_a_budget_out_of_reach_costs_no_second_measurement(
+    model: Path, data: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = ["--model", model, *data, "--output", tmp_path / "out", "--no-verify", "--target-bpw"]
+    assert run_command("quantize", *run, "0.1") == BudgetError.exit_code
+    (kept,) = tmp_path.iterdir()
+    made = kept.stat().st_mtime_ns
+    assert run_command("quantize", *run, "0.2") == BudgetError.exit_code
+    assert [path.name for path in tmp_path.iterdir()] == [kept.name] and kept.stat().st_mtime_ns == made
+    assert run_command("quantize", *run, "3") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_planning_leaves_nothing_beside_an_output_that_a_file_names(
+    model: Path, data: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.yaml").write_text(f"model: {model}\noutput: {tmp_path / 'new' / 'out'}\nbudget: {{target_bpw: 3}}\n")
+    assert run_command("plan", "--config", tmp_path / "run.yaml", *data) == 0
+    assert "bits per weight" in capfd.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
 
 def test_saving_needs_a_budget_and_a_free_place(
