@@ -4,14 +4,15 @@
 Layers of every type are chosen at random blocks. Each is truncated in float at several ranks, rounded dense at several
 bits and group sizes, and compressed in ways of different form and bits that take the same bytes within 3 %, which is what
 a plan chooses among. Measured is how much the cross entropy of held-out text rises over the dense model's, on the same
-windows; also on calibration text, and the divergence from the dense model's predictions, which has less noise.
+windows, its part of first order on more of them (`first_order.py`); also on calibration text, and the divergence from the
+dense model's predictions, which has less noise.
 Predicted is what `lord_quant/probe.py` says: in the metric of the loss, with and without its slope, and of plain output
 error. Last, all layers of a block, of a type, and of the model are compressed together, to see whether losses add up.
 
     python eval/prediction.py --model DIR --calibration code.jsonl --heldout other.jsonl --output prediction.json
 
 The tables lie beside the JSON as Markdown, the plot as PNG. Sensitivities are of as many calibration windows as for any
-budget; measured is on every fourth.
+budget; a fourth of all are measured on, all for the part of first order.
 """
 
 from __future__ import annotations
@@ -24,14 +25,17 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from agreement import KINDS, draw, summarise, tables
+from agreement import BASES, KINDS, draw, summarise, tables
 from provenance import digests, model_name, revision
 from rows import Settings
 from variants import Clock, write_json
 
 
 if TYPE_CHECKING:
-    from bench import Bench, Layer, Rise
+    import torch
+    from bench import Layer
+    from first_order import Change, Measured
+    from torch import nn
 
     from lord_quant.probe import LayerLoss
 
@@ -89,39 +93,35 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=48, help="calibration windows (default: 48)")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens per window (default: 512)")
     parser.add_argument("--windows", type=int, default=48, help="held-out windows of --seq-len tokens (default: 48)")
+    parser.add_argument("--slope-windows", type=int, help="those for the part of first order (default: as many)")
     parser.add_argument("--seed", type=int, default=0, help="of windows, layers and probes (default: 0)")
     parser.add_argument("--layers", type=int, default=8, help="layers compressed one at a time (default: 8)")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.json", help="results; tables go beside it")
     args = parser.parse_args()
+    args.slope_windows = args.slope_windows or args.windows
     if args.layers < 1:
         raise SystemExit(f"--layers {args.layers}; wanted at least 1")
+    if args.slope_windows < args.windows:
+        raise SystemExit(f"--slope-windows {args.slope_windows}; wanted at least --windows, {args.windows}")
     clock, published = Clock(), digests([args.model])
     text = Settings(args.calibration, args.heldout, args.num_samples, args.seq_len, args.windows, False).published()
     settings = {name: value for name, value in text.items() if name != "humaneval"}
-    settings |= {"seed": args.seed, "layers": args.layers}
+    settings |= {"slope_windows": args.slope_windows, "seed": args.seed, "layers": args.layers}
     content: dict[str, Any] = {"settings": settings, "models": published, "revision": revision()}
-    layers, predicted, calibration, heldout = prepare(args)
-    print(f"{len(layers)} layers predicted ({clock})", flush=True)
-    rows: list[dict[str, Any]] = []
-    pairs: list[dict[str, Any]] = []
-    for layer in choose_layers(layers, args.layers, args.seed):
-        own, losses = [], predicted[layer.site.name]
-        plain = layer.predict(args.seed, fisher=False)
-        rises: list[Rise] = []
-        for choice in choices(layer, losses.fisher, args.seed):
-            made = layer.compress(form_of(choice), choice.rank, choice.bits, choice.group_size, args.seed)
-            rises.append(heldout.rise({layer.site: made}))
-            seen = calibration.rise({layer.site: made})
-            own.append(about(layer, choice) | foretold(losses, plain, choice) | measured(rises[-1], seen))
-        pairs += equal_pairs(own, rises, len(rows))
-        rows += own
-        print(f"{layer.site.name}: {len(own)} ways ({clock})", flush=True)
-    content |= {
-        "rows": rows,
-        "pairs": pairs,
-        "together": list(together(layers, predicted, heldout, calibration, args.seed)),
-    }
-    content["summary"] = summarise(rows, pairs)
+    setting = prepare(args)
+    print(f"{len(setting.layers)} layers predicted ({clock})", flush=True)
+    singles = list(compress_singles(setting, args.layers, args.seed))
+    groups = list(compress_groups(setting, args.seed))
+    print(f"{len(singles)} single compressions made ({clock})", flush=True)
+    changes = [[single.change] for single in singles] + [group.changes for group in groups]
+    seen = look(setting.model, setting.calibration, len(setting.calibration[::4]), changes, "on calibration text")
+    found = look(setting.model, setting.heldout, args.windows, changes, "on held-out text")
+    print(f"{len(changes)} changes measured ({clock})", flush=True)
+    figures = [measured(held, own) for held, own in zip(found, seen, strict=True)]
+    rows = [single.row | own for single, own in zip(singles, figures, strict=False)]
+    pairs = equal_pairs(rows, found)
+    together = [group.row | own for group, own in zip(groups, figures[len(rows) :], strict=True)]
+    content |= {"rows": rows, "pairs": pairs, "together": together, "summary": summarise(rows, pairs)}
     write_json(args.output, content)
     shown = tables(content)
     args.output.with_suffix(".md").write_text(f"{shown}\n", encoding="utf-8")
@@ -129,13 +129,31 @@ def main() -> None:
     print(f"\n{shown}\n\nwritten to {args.output}, .md and .png after {clock}")
 
 
-def prepare(args: argparse.Namespace) -> tuple[list[Layer], dict[str, Losses], Bench, Bench]:
-    """Loads model and text; returns layers, predicted losses, the model on calibration and on held-out windows."""
+class Setting(NamedTuple):
+    """What is compressed and measured on.
+
+    Attributes:
+        model: The dense model.
+        layers: Its linear layers.
+        predicted: Their losses, by path.
+        calibration: Calibration windows with shape (windows, seq_len).
+        heldout: Held-out windows likewise.
+    """
+
+    model: nn.Module
+    layers: list[Layer]
+    predicted: dict[str, Losses]
+    calibration: torch.Tensor
+    heldout: torch.Tensor
+
+
+def prepare(args: argparse.Namespace) -> Setting:
+    """Loads model and text, and predicts."""
     from lord_quant.silence import import_hosts
 
     import_hosts()
     import torch
-    from bench import Bench, collect
+    from bench import collect
 
     from lord_quant.budget import sensed_samples
     from lord_quant.calibration import sample_windows
@@ -146,7 +164,7 @@ def prepare(args: argparse.Namespace) -> tuple[list[Layer], dict[str, Losses], B
     how = {"seq_len": args.seq_len, "seed": args.seed}
     corpora = load_corpus(args.calibration, split="calibration"), load_corpus(args.heldout, split="heldout")
     calibration = sample_windows(corpora[0], source.tokenizer, num_samples=args.num_samples, **how).input_ids
-    heldout = sample_windows(corpora[1], source.tokenizer, num_samples=args.windows, **how).input_ids
+    heldout = sample_windows(corpora[1], source.tokenizer, num_samples=args.slope_windows, **how).input_ids
     model = load_model(source, torch.device("cpu"))
     backward = calibration[: sensed_samples(args.seq_len)]
     layers = collect(model, calibration.split(4), backward.split(4), args.seed)
@@ -156,7 +174,7 @@ def prepare(args: argparse.Namespace) -> tuple[list[Layer], dict[str, Losses], B
         layer.site.name: predict(layer, one, other, args.seed * len(layers) + at)
         for at, (layer, one, other) in enumerate(zip(layers, *halves, strict=True))
     }
-    return layers, predicted, Bench(model, calibration[::4]), Bench(model, heldout)
+    return Setting(model, layers, predicted, calibration, heldout)
 
 
 def predict(layer: Layer, one: Layer, other: Layer, seed: int) -> Losses:
@@ -273,47 +291,47 @@ def parts(loss: LayerLoss, choice: Choice) -> tuple[float, float]:
     return tail[choice.rank], noise * loss.pivoted.get(choice.kind, 1.0)
 
 
-def measured(heldout: Rise, calibration: Rise) -> dict[str, float]:
-    """Returns what was measured: means over windows, and the standard error of the first."""
-    loss = heldout.loss
-    return {
-        "heldout": float(loss.mean()),
-        "heldout_error": float(loss.std() / math.sqrt(len(loss))),
-        "calibration": float(calibration.loss.mean()),
-        "heldout_divergence": float(heldout.divergence.mean()),
-        "calibration_divergence": float(calibration.divergence.mean()),
-    }
+class Single(NamedTuple):
+    """One layer compressed.
 
-
-def equal_pairs(rows: Sequence[dict[str, Any]], rises: Sequence[Rise], first: int) -> list[dict[str, Any]]:
-    """Returns the pairs of one layer's rows that take the same bytes.
-
-    Args:
-        rows: The layer's rows.
-        rises: What was measured on held-out text.
-        first: Where the rows stand among all rows.
-
-    Returns:
-        Of each pair the two rows and how many standard errors lie between them, paired by window.
+    Attributes:
+        row: What it is about, and what is predicted.
+        change: The layer in float.
     """
-    found = []
-    for one, row in enumerate(rows):
-        for other, than in enumerate(rows[:one]):
-            sizes = (row["num_bytes"], than["num_bytes"])
-            if None in sizes or max(sizes) > (1 + SET_WIDTH) * min(sizes):
-                continue
-            apart = rises[one].loss - rises[other].loss
-            error = float(apart.std() / math.sqrt(len(apart)))
-            found.append(
-                {"rows": [first + other, first + one], "errors_apart": abs(float(apart.mean())) / max(error, 1e-30)}
-            )
-    return found
+
+    row: dict[str, Any]
+    change: Change
 
 
-def together(
-    layers: Sequence[Layer], predicted: dict[str, Losses], heldout: Bench, calibration: Bench, seed: int
-) -> Iterator[dict[str, Any]]:
-    """Compresses all layers of a block, of a type, of the model at once; yields predicted sums and what was measured."""
+class Group(NamedTuple):
+    """Layers compressed at once.
+
+    Attributes:
+        row: What it is about, and what is predicted.
+        changes: The layers in float.
+    """
+
+    row: dict[str, Any]
+    changes: list[Change]
+
+
+def compress_singles(setting: Setting, count: int, seed: int) -> Iterator[Single]:
+    """Yields a number of layers, each compressed in many ways."""
+    from first_order import Change
+
+    for layer in choose_layers(setting.layers, count, seed):
+        losses = setting.predicted[layer.site.name]
+        plain = layer.predict(seed, fisher=False)
+        for choice in choices(layer, losses.fisher, seed):
+            made = layer.compress(form_of(choice), choice.rank, choice.bits, choice.group_size, seed)
+            yield Single(about(layer, choice) | foretold(losses, plain, choice), Change(layer.site, made))
+
+
+def compress_groups(setting: Setting, seed: int) -> Iterator[Group]:
+    """Yields all layers of a block, of a type, of the model compressed at once, with sums of their predictions."""
+    from first_order import Change
+
+    layers = setting.layers
     groups = {f"block {layer.site.block}": "block" for layer in layers} | {layer.kind: "type" for layer in layers}
     for label, (ratio, bits, group_size) in TOGETHER.items():
         made, foreseen = {}, {}
@@ -321,17 +339,57 @@ def together(
             smaller = min(layer.site.in_features, layer.site.out_features)
             rank = None if ratio is None else max(1, round(ratio * smaller / RANK_STEP)) * RANK_STEP
             choice = Choice("dense" if rank is None else "truncation", rank, bits, group_size, None)
-            made[layer.site] = layer.compress("two_factor", rank, bits, group_size, seed)
-            foreseen[layer.site] = [sum(parts(each, choice)) for each in predicted[layer.site.name]]
+            made[layer.site] = Change(layer.site, layer.compress("two_factor", rank, bits, group_size, seed))
+            foreseen[layer.site] = [sum(parts(each, choice)) for each in setting.predicted[layer.site.name]]
         for name, by in (groups | {"all layers": "model"}).items():
             sites = [layer.site for layer in layers if by == "model" or name in (f"block {layer.site.block}", layer.kind)]
-            chosen = {site: made[site] for site in sites}
             sums = [sum(each) for each in zip(*(foreseen[site] for site in sites), strict=True)]
-            rise, seen = heldout.rise(chosen), calibration.rise(chosen)
-            yield {
-                "what": label, "group": name, "by": by, "layers": len(sites),
-                **dict(zip(("predicted", "crossed", "sloped"), sums, strict=True)), **measured(rise, seen),
-            }  # fmt: skip
+            row = {"what": label, "group": name, "by": by, "layers": len(sites)}
+            yield Group(row | dict(zip(BASES, sums, strict=True)), [made[site] for site in sites])
+
+
+def look(
+    model: nn.Module, windows: torch.Tensor, few: int, changes: Sequence[Sequence[Change]], label: str
+) -> list[Measured]:
+    """Returns what changes cost on a text (`first_order.measure`), with a progress bar."""
+    from first_order import measure
+    from tqdm import tqdm
+
+    return list(tqdm(measure(model, windows, few, changes), label, len(changes), unit="change"))
+
+
+def measured(heldout: Measured, calibration: Measured) -> dict[str, float]:
+    """Returns what was measured, and the standard error and the part of first order of what counts."""
+    return {
+        "heldout": heldout.loss.mean,
+        "heldout_error": heldout.loss.error,
+        "heldout_slope": float(heldout.loss.slope.mean()),
+        "calibration": calibration.loss.mean,
+        "calibration_slope": float(calibration.loss.slope.mean()),
+        "heldout_divergence": float(heldout.divergence.mean()),
+        "calibration_divergence": float(calibration.divergence.mean()),
+    }
+
+
+def equal_pairs(rows: Sequence[dict[str, Any]], found: Sequence[Measured]) -> list[dict[str, Any]]:
+    """Returns the pairs of rows of one layer that take the same bytes.
+
+    Args:
+        rows: The rows.
+        found: What was measured of them on held-out text, perhaps of others after them.
+
+    Returns:
+        Of each pair the places of its rows and how many standard errors lie between them, paired by window.
+    """
+    pairs = []
+    for one, row in enumerate(rows):
+        for other, than in enumerate(rows[:one]):
+            sizes = (row["num_bytes"], than["num_bytes"])
+            if row["layer"] != than["layer"] or None in sizes or max(sizes) > (1 + SET_WIDTH) * min(sizes):
+                continue
+            apart = found[one].loss.less(found[other].loss)
+            pairs.append({"rows": [other, one], "errors_apart": abs(apart.mean) / max(apart.error, 1e-30)})
+    return pairs
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def prediction(monkeypatch: pytest.MonkeyPatch) -> Any:
     import prediction
 
     yield prediction
-    for name in ("prediction", "agreement", "provenance", "rows", "tables", "variants"):
+    for name in ("prediction", "agreement", "bench", "first_order", "provenance", "rows", "tables", "variants"):
         sys.modules.pop(name, None)
 
 
@@ -45,13 +45,15 @@ def test_sets_are_of_equal_bytes_and_of_different_ways(prediction: Any) -> None:
     assert {one.num_bytes for one in second} == {1500, 1530}
 
 
-def test_pairs_count_standard_errors_window_by_window(prediction: Any) -> None:
-    rows = [{"num_bytes": size} for size in (None, 1000, 1029, 1031)]
+def test_pairs_are_of_one_layer_and_count_standard_errors_window_by_window(prediction: Any) -> None:
+    from first_order import Estimate
+
+    rows = [{"layer": "a", "num_bytes": size} for size in (None, 1000, 1029, 1031)] + [{"layer": "b", "num_bytes": 1000}]
     base = torch.tensor([0.1, 0.5, 0.3, 0.9], dtype=torch.float64)  # windows differ much more than candidates do
     apart = torch.tensor([0.01, 0.03, 0.01, 0.03], dtype=torch.float64)
-    rises = [SimpleNamespace(loss=loss) for loss in (base, base, base + apart, base)]
-    first, second = prediction.equal_pairs(rows, rises, first=10)
-    assert (first["rows"], second["rows"]) == ([11, 12], [12, 13])
+    found = [SimpleNamespace(loss=Estimate(base[:2], slope)) for slope in (base, base, base + apart, base, base, base)]
+    first, second = prediction.equal_pairs(rows, found)
+    assert (first["rows"], second["rows"]) == ([1, 2], [2, 3])
     # Mean 0.02, standard deviation 0.02 / √3, of four windows.
     assert first["errors_apart"] == pytest.approx(0.02 / (0.02 / 3**0.5 / 2))
 
