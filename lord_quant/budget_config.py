@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from lord_quant.errors import BudgetError
 
@@ -51,6 +53,12 @@ class BudgetConfig:
     def size(self) -> int | None:
         """`target_size` in bytes."""
         return parse_size(self.target_size) if isinstance(self.target_size, str) else self.target_size
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What is given, but for the place of the statistics."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if name != "statistics" and value is not None}
 
 
 def parse_size(text: str) -> int:

@@ -8,6 +8,7 @@ several processes can do that together. Where it cannot be, and in the naive sta
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -33,6 +34,7 @@ from lord_quant.headers import read_headers, weight_files
 from lord_quant.joint import minded_layers
 from lord_quant.journal import Journal, Unfinished
 from lord_quant.manifest import write_manifest
+from lord_quant.menu import Menu
 from lord_quant.outcomes import plan_as_run
 from lord_quant.pipeline import (
     Job,
@@ -122,6 +124,7 @@ def _execute_whole(job: Job, phases: Phases, progress: Progress, verify: bool) -
     cast_floats(model, job.source.dtype)
     seconds = phases.seconds | done.seconds
     report = build_report(job.config, done.plan, job.windows, done.decomposed, done.quantized, seconds, job.warnings)
+    report |= _planned(job)
     if job.output is None:
         return report
     with progress.phase("write"):
@@ -235,7 +238,7 @@ def _stream(run: _Streaming, journal: Unfinished, made_of_sha256: str) -> dict[s
         plan = plan_as_run(plan, done.records, job.source.dtype.itemsize)
         model.config.quantization_config = quantization_config(plan, config.gptq, quantizer.format if quantizer else "")
         report = build_report(config, plan, job.windows, done.records, done.quantized, phases.seconds, job.warnings)
-        report |= {"blocks_resumed": done.resumed, "made_of_sha256": made_of_sha256}
+        report |= {"blocks_resumed": done.resumed, "made_of_sha256": made_of_sha256, **_planned(job)}
         if world.size > 1:
             report["processes"] = _processes(tokens, done)
         write = functools.partial(write_weights, model, residency.blocks, journal, dtype=job.source.dtype)
@@ -256,6 +259,10 @@ def _processes(tokens: Sequence[int], done: Finished) -> list[dict[str, Any]]:
         owner = owners.get(part.name, owners.get(part.name.rpartition(".")[0], 0))
         found[owner]["seconds"] += part.seconds
     return [own | {"seconds": round(own["seconds"], 4)} for own in found]
+
+
+def _planned(job: Job) -> dict[str, Any]:
+    return {} if job.planned is None else {"planned": dict(job.planned)}
 
 
 def is_finished(job: Job, output: Path, processes: int = 1) -> bool:
@@ -291,6 +298,28 @@ def made_of(job: Job, processes: int) -> dict[str, Any]:
         "device": str(job.device),
         "versions": package_versions(),
     }
+
+
+def asked_of(job: Job, config: LordConfig, menu: Menu, processes: int) -> str:
+    """Returns a SHA-256 of all that a plan for a budget depends on.
+
+    Args:
+        job: The run prepared for dense layers.
+        config: The run with its budget.
+        menu: What the plan is chosen from.
+        processes: How many run it together.
+
+    Raises:
+        OutputError: The statistics that its budget names cannot be read.
+    """
+    made = made_of(dataclasses.replace(job, config=config), processes) | {"menu": dataclasses.asdict(menu)}
+    if config.budget is not None and config.budget.statistics:
+        try:
+            with Path(config.budget.statistics).open("rb") as handle:
+                made["statistics_sha256"] = hashlib.file_digest(handle, "sha256").hexdigest()
+        except OSError as error:
+            raise OutputError(f"statistics {config.budget.statistics!r} cannot be read: {error.strerror}") from error
+    return digest(made)
 
 
 def write_checkpoint(

@@ -51,7 +51,7 @@ from lord_quant.targets import find_blocks, find_linears
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -74,6 +74,7 @@ class Job:
         overwrite: Whether an existing checkpoint there may be replaced.
         estimate: Predicted time and memory.
         warnings: What the user should know before starting.
+        planned: Of a run with a budget, what its plan was chosen for and what it is predicted to lose, for the report.
     """
 
     config: LordConfig
@@ -85,6 +86,7 @@ class Job:
     overwrite: bool
     estimate: Estimate
     warnings: tuple[str, ...]
+    planned: Mapping[str, Any] | None = None
 
 
 class Phases:

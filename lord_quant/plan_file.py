@@ -11,11 +11,18 @@ from typing import Any
 import yaml
 
 from lord_quant.budget import PLANNED, digest_of, require_same
-from lord_quant.checkpoint import atomic_file
+from lord_quant.checkpoint import REPORT_NAME, atomic_file
 from lord_quant.config import LordConfig, read_yaml
 from lord_quant.errors import ConfigError
+from lord_quant.reading import parse_json
 
 
+CHOSEN = {
+    "lowrank": ("rank_ratio", "rank_pattern", "form_pattern", "mean_correction"),
+    "gptq": ("bits", "group_size", "bits_pattern", "group_size_pattern"),
+    "joint": ("fisher", "fisher_samples"),
+}
+"""What a plan sets, by section."""
 HEAD = """\
 # A plan: run it with `optimum-cli lord quantize --plan`, edit it as you like; --dry-run says what that gives.
 # lowrank: rank_pattern is rank by layer, a multiple of the group size of `up`; layers that are not named stay dense.
@@ -66,6 +73,22 @@ def read_plan(path: str | Path, model: str) -> dict[str, Any]:
     way = f"; its sections but {PLANNED!r} make a --config for any model"
     require_same(digest_of(model), about.get("model_sha256"), f"plan {str(path)!r} was", model, way)
     return values
+
+
+def chosen_before(output: Path, asked: str) -> dict[str, Any] | None:
+    """Returns the plan that a finished run chose for the same budget, or None if none wrote this folder.
+
+    Args:
+        output: A model folder.
+        asked: What its report has to say that the plan depends on, see `execution.asked_of`.
+    """
+    try:
+        report = parse_json((output / REPORT_NAME).read_text(encoding="utf-8"))
+        if report["planned"]["asked_sha256"] != asked:
+            return None
+        return {section: {name: report["config"][section][name] for name in names} for section, names in CHOSEN.items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def origin_of_plan(path: str | Path) -> Mapping[str, Any]:

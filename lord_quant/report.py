@@ -248,6 +248,8 @@ def model_card(report: dict[str, Any]) -> str:
         ["weights on disk", human_bytes(totals.get("file_bytes_on_disk", totals["tensor_bytes"]))],
         ["seconds to compress", f"{report['seconds']['total']:.0f}"],
     ]
+    if report.get("planned", {}).get("fisher_samples"):
+        rows.append(["loss the plan predicted, nats per token", f"{report['planned']['predicted_loss']:.4f}"])
     if errors:
         label = "share of output energy (of what counts for the loss, with fisher) lost to truncation, mean (worst layer)"
         rows.append([label, f"{sum(errors) / len(errors):.4f} ({max(errors):.4f})"])

@@ -8,15 +8,17 @@ import contextlib
 import dataclasses
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lord_quant.commands.budget_options import add_budget_flags, planner_from, run_of
+from lord_quant.commands.budget_options import add_budget_flags, menu_from, planner_from, run_of
 from lord_quant.commands.options import add_log_flag, add_plan_flags, add_run_flags
 from lord_quant.commands.termination import terminable
 from lord_quant.distributed import World, joined
 
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lord_quant.config import LordConfig
     from lord_quant.pipeline import Job
     from lord_quant.progress import Progress
@@ -92,39 +94,33 @@ def _checked(args: argparse.Namespace, world: World) -> tuple[LordConfig, Progre
 
 def _prepare(args: argparse.Namespace, config: LordConfig, progress: Progress, world: World) -> Job | None:
     """Plans the job and prints what is to be done; returns None if that is nothing."""
-    from lord_quant.budget import other_settings, unplanned
+    from lord_quant.budget import PLANNED, other_settings
     from lord_quant.checkpoint import REPORT_NAME, whole_path
     from lord_quant.execution import clear_away, is_finished
     from lord_quant.pipeline import prepare
     from lord_quant.plan_file import apply_plan, origin_of_plan
     from lord_quant.report import human_bytes, human_seconds, plan_summary, plan_table
 
-    say, budget = sys.stdout.write if world.first else str, config.budget
+    say = sys.stdout.write if world.first else str
     origin = origin_of_plan(args.plan) if args.plan else {}
     measured_on, odd = origin.get("calibration_sha256"), other_settings(origin, config) if origin else ""
-    if budget is not None:
-        job = prepare(unplanned(config), overwrite=args.overwrite)  # refuses what is wrong before the sensitivity pass
-        if args.dry_run and not budget.statistics:
-            say(_calibration(job))
-            say("planned       nothing: that takes statistics, and --dry-run reads no weights; all else is in order\n")
-            return None
-        settings = {}
-        if world.first:  # one process measures and chooses, so that all run the same plan
-            planner = planner_from(args, config, progress, keep=True)
-            allocation = planner.choose(budget)
-            settings, measured_on = planner.settings(allocation), planner.statistics.origin.get("calibration_sha256")
-            say(f"planned       {planner.bpw(allocation):.3f} bits per weight, {planner.tell(allocation)}\n")
-        settings, measured_on = world.broadcast((settings, measured_on))
-        config = apply_plan(config, settings)
     output = None if config.output is None or args.overwrite else whole_path(config.output)
-    if output is not None and os.path.isfile(output / REPORT_NAME):
+    there = output if output is not None and os.path.isfile(output / REPORT_NAME) else None
+    planned = None
+    if config.budget is not None:
+        settings = _choose(args, config, there, progress, world)
+        if settings is None:
+            return None
+        planned = settings.get(PLANNED)
+        measured_on, config = (planned or {}).get("calibration_sha256"), apply_plan(config, settings)
+    if there is not None:
         earlier = prepare(dataclasses.replace(config, output=None))
-        if is_finished(earlier, output, world.size):
+        if is_finished(earlier, there, world.size):
             if world.first:
-                clear_away(earlier, output, world.size)
+                clear_away(earlier, there, world.size)
             say(f"finished      by an earlier run of the same command: {config.output}\n")
             return None
-    job = prepare(config, overwrite=args.overwrite, measured_on=measured_on)
+    job = dataclasses.replace(prepare(config, overwrite=args.overwrite, measured_on=measured_on), planned=planned)
     say((plan_table(job.plan) if args.dry_run else plan_summary(job.plan)) + "\n")
     say(_calibration(job))
     if world.size > 1:
@@ -139,6 +135,43 @@ def _prepare(args: argparse.Namespace, config: LordConfig, progress: Progress, w
         sys.stderr.writelines(f"warning: {warning}\n" for warning in [*job.warnings, *changed])
     sys.stdout.flush()
     return None if args.dry_run else job
+
+
+def _choose(
+    args: argparse.Namespace, config: LordConfig, there: Path | None, progress: Progress, world: World
+) -> dict[str, Any] | None:
+    """Returns the plan for a budget, and what its report says of it; None of a dry run, which may not measure.
+
+    If a finished run with the same budget wrote the folder that is there, it is that one's plan: nothing is measured.
+    """
+    from lord_quant.budget import PLANNED, unplanned
+    from lord_quant.execution import asked_of
+    from lord_quant.pipeline import prepare
+    from lord_quant.plan_file import chosen_before
+
+    assert config.budget is not None  # the caller asked
+    budget, dense, menu = config.budget, unplanned(config), menu_from(args)
+    if there is not None:
+        job = prepare(dataclasses.replace(dense, output=None))
+        settings = chosen_before(there, asked_of(job, config, menu, world.size))
+        if settings is not None:
+            return settings
+    say = sys.stdout.write if world.first else str
+    job = prepare(dense, overwrite=args.overwrite)  # refuses what is wrong before the sensitivity pass
+    if args.dry_run and not budget.statistics:
+        say(_calibration(job))
+        say("planned       nothing: that takes statistics, and --dry-run reads no weights; all else is in order\n")
+        return None
+    settings = {}
+    if world.first:  # one process measures and chooses, so that all run the same plan
+        planner = planner_from(args, config, progress, keep=True)
+        allocation = planner.choose(budget)
+        settings = planner.settings(allocation)
+        asked = {"asked_sha256": asked_of(job, config, menu, world.size), "budget": budget.asked}
+        settings[PLANNED] = asked | settings[PLANNED]
+        say(f"planned       {planner.bpw(allocation):.3f} bits per weight, {planner.tell(allocation)}\n")
+    found: dict[str, Any] = world.broadcast(settings)
+    return found
 
 
 def _calibration(job: Job) -> str:

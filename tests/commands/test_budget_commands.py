@@ -257,6 +257,46 @@ def test_a_budget_out_of_reach_costs_no_second_measurement(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+FINISHED = "finished      by an earlier run of the same command"
+
+
+def test_a_finished_budget_says_so_and_reports_what_was_predicted(
+    model: Path, data: list[str], statistics: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out, own = tmp_path / "out", tmp_path / "own.stats"
+    own.write_bytes(statistics.read_bytes())
+    run = ["--model", model, *data, "--output", out, "--no-verify", "--statistics", own, "--target-bpw", "3"]
+    assert run_command("quantize", *run) == 0
+    report = json.loads((out / "lord_report.json").read_text())
+    planned = report["planned"]
+    assert planned["budget"] == {"target_bpw": 3.0} and planned["bits_per_weight"] == round(report["totals"]["bpw"], 4)
+    assert planned["predicted_loss"] > 0 and str(tmp_path) not in json.dumps(report)
+    assert f"nats per token | {planned['predicted_loss']:.4f}" in re.sub(" +", " ", (out / "README.md").read_text())
+    capfd.readouterr()
+    assert run_command("quantize", *run) == 0
+    assert capfd.readouterr().out == f"{FINISHED}: {out}\n"
+    for other in (["--target-bpw", "2.9"], ["--form", "dense"], ["--group-size", "32"], ["--seed", "1"]):
+        assert run_command("quantize", *run, *other) == OutputError.exit_code
+        assert "is not empty; wanted a new folder, or --overwrite" in capfd.readouterr().err
+    own.write_bytes(statistics.read_bytes() + b" ")  # of the file, what is in it counts
+    assert run_command("quantize", *run) == OutputError.exit_code
+
+
+@pytest.mark.slow
+def test_a_finished_budget_is_not_measured_again(
+    model: Path, data: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    log, out = tmp_path / "run.jsonl", tmp_path / "out"
+    run = ["--model", model, *data, "--output", out, "--no-verify", "--log", log, "--target-bpw", "3"]
+    assert run_command("quantize", *run) == 0
+    assert '"probe"' in log.read_text()
+    log.unlink()
+    capfd.readouterr()
+    assert run_command("quantize", *run) == 0
+    assert capfd.readouterr().out == f"{FINISHED}: {out}\n" and '"probe"' not in log.read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run.jsonl"]
+
+
 def test_planning_leaves_nothing_beside_an_output_that_a_file_names(
     model: Path, data: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
