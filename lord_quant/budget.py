@@ -259,9 +259,14 @@ class Planner:
         """Whether predicted losses are in nats per token; without a backward pass they are squared output errors."""
         return bool(self.statistics.origin.get("fisher_samples"))
 
+    @property
+    def unit(self) -> str:
+        """What predicted losses are in."""
+        return "nats per token" if self.in_nats else "squared output error"
+
     def tell(self, allocation: Allocation) -> str:
         """Says what is predicted."""
-        return f"predicted loss {allocation.loss:.4f} {'nats per token' if self.in_nats else '(output error)'}"
+        return f"predicted loss {allocation.loss:.4f} {self.unit if self.in_nats else '(output error)'}"
 
     def bpw(self, allocation: Allocation) -> float:
         """Returns stored bits per dense weight, all in."""

@@ -3,26 +3,18 @@
 
 Losses are in the unit of the statistics: nats per token, or squared output error where there was no backward pass.
 Where truncation stands for a predicted loss it is the cross-fitted one, as in plans.
-
-Parity is where factors weigh as much as the dense layer. For m outputs and n inputs, aspect ratio a = m / n:
-
-    two_factor   r (m + n) = m n          r / min(m, n) = max(a, 1) / (a + 1)
-    pivoted      r (m + n) - r² = m n     r / min(m, n) = 1, since (m - r) (n - r) = 0; column_pivoted alike
-    grouped      k layers of one input share `down`: two factors of the layers stacked, m = Σ mᵢ
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lord_quant.layer_bytes import PIVOTED, TWO_FACTOR, factor_shapes, linear_bytes, order_bytes
-from lord_quant.plan import choose_group_size
+from lord_quant.parity import Parity, parity_of
 from lord_quant.planner import Allocation
 from lord_quant.statistics import Statistics
-from lord_quant.targets import ATTENTION, MLP, LinearSite
+from lord_quant.targets import ATTENTION, MLP, LinearSite, layer_type
 
 
 if TYPE_CHECKING:
@@ -32,12 +24,6 @@ POINTS = 128
 """Points of a curve over rank."""
 BUDGETS = (*(1 + step / 8 for step in range(29)), *(4.75 + step / 4 for step in range(19)))
 """Bits per weight of the frontier's points; those out of reach are left out."""
-PARITY_BITS = 4
-OCTAVES = 3
-"""Aspect ratios of the parity curves go from 2⁻³ to 2³, further where the model's layers do."""
-PER_OCTAVE = 16
-GROUPED = (2, 3)
-"""Layers of one input in the grouped form's curves: gate and up; query, key and value."""
 
 
 @dataclass(frozen=True)
@@ -123,54 +109,8 @@ class TypeCurve:
 
 
 @dataclass(frozen=True)
-class ParityCurve:
-    """Rank ratio, of the full rank of what is decomposed, at which factors have as many weights as dense layers.
-
-    Attributes:
-        form: `two_factor`, `pivoted` or `grouped`.
-        layers: Equal layers decomposed together; 1 but for `grouped`.
-        aspects: Outputs over inputs of each layer.
-        rank_ratios: At each aspect.
-    """
-
-    form: str
-    layers: int
-    aspects: list[float]
-    rank_ratios: list[float]
-
-
-@dataclass(frozen=True)
-class ShapeParity:
-    """Parity of the model's layers of one shape, as rank ratios by form.
-
-    Attributes:
-        out_features: Outputs m.
-        in_features: Inputs n.
-        types: Paths within the block of the layers that have this shape.
-        weights: Where the weights are as many.
-        stored: The largest ratio at which stored bytes are not more: scales, zeros, indices, orders, added biases count.
-    """
-
-    out_features: int
-    in_features: int
-    types: list[str]
-    weights: dict[str, float]
-    stored: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Parity:
-    """Parity by aspect ratio; `bits` and `group_size` are those of the stored bytes."""
-
-    curves: list[ParityCurve]
-    shapes: list[ShapeParity]
-    bits: int
-    group_size: int
-
-
-@dataclass(frozen=True)
 class Point:
-    """Stored bits per weight and predicted loss of a plan."""
+    """Stored bits per weight of a plan and its loss, predicted if nothing else is said."""
 
     bpw: float
     loss: float
@@ -218,6 +158,25 @@ class PlotData:
     frontier: Frontier
 
 
+@dataclass(frozen=True)
+class SweepData:
+    """What there is to draw of measured budgets.
+
+    Attributes:
+        about: What they were measured on.
+        unit: Of predicted losses, in words.
+        planned: What the best plans are predicted to lose.
+        uniform: What uniform ones are.
+        measured: What the budgets lost on held-out text, in nats per token.
+    """
+
+    about: dict[str, Any]
+    unit: str
+    planned: list[Point]
+    uniform: list[UniformPoint]
+    measured: list[Point]
+
+
 def collect(planner: Planner, allocation: Allocation, about: Mapping[str, Any]) -> PlotData:
     """Returns the numbers of all pictures.
 
@@ -230,18 +189,24 @@ def collect(planner: Planner, allocation: Allocation, about: Mapping[str, Any]) 
     sites = list(statistics.sites.values())
     return PlotData(
         dict(about),
-        "nats per token" if planner.in_nats else "squared output error",
+        planner.unit,
         spectra(statistics, allocation),
         fates(statistics, allocation),
         type_curves(statistics),
-        parity(sites, planner.menu.mean_correction),
-        frontier(planner, allocation),
+        parity_of(sites, planner.menu.mean_correction),
+        Frontier(*predictions(planner), Point(planner.bpw(allocation), allocation.loss)),
     )
 
 
-def layer_type(site: LinearSite) -> str:
-    """Returns a layer's path within its block, such as ``attn.c_attn``."""
-    return site.name.split(f".{site.block}.", 1)[-1]
+def collect_sweep(planner: Planner, measured: Sequence[tuple[float, float]], about: Mapping[str, Any]) -> SweepData:
+    """Returns the numbers of a sweep's picture.
+
+    Args:
+        planner: The planner of a model.
+        measured: Stored bits per weight and loss of every budget, in nats per token.
+        about: On what.
+    """
+    return SweepData(dict(about), planner.unit, *predictions(planner), [Point(*each) for each in measured])
 
 
 def spectra(statistics: Statistics, allocation: Allocation) -> list[Spectrum]:
@@ -296,68 +261,14 @@ def type_curves(statistics: Statistics) -> list[TypeCurve]:
     return curves
 
 
-def parity(sites: Sequence[LinearSite], mean_correction: bool) -> Parity:
-    """Returns where factors weigh as much as dense layers, for all aspect ratios and for the shapes of a model.
-
-    Args:
-        sites: Its layers.
-        mean_correction: Whether factors get a bias their layer did not have.
-    """
-    group_size = choose_group_size(sites, PARITY_BITS)
-    by_shape: dict[tuple[int, int], list[LinearSite]] = {}
-    for site in sites:
-        by_shape.setdefault((site.out_features, site.in_features), []).append(site)
-    shapes = []
-    for (m, n), members in by_shape.items():
-        weights = {TWO_FACTOR: two_factor_parity(m / n), PIVOTED: 1.0}
-        stored = {form: stored_parity(members[0], form, PARITY_BITS, group_size, mean_correction) for form in weights}
-        shapes.append(ShapeParity(m, n, list(dict.fromkeys(map(layer_type, members))), weights, stored))
-    widest = max(abs(math.log2(m / n)) for m, n in by_shape)
-    octaves = max(OCTAVES, math.ceil(widest))
-    aspects = [2 ** (step / PER_OCTAVE) for step in range(-PER_OCTAVE * octaves, PER_OCTAVE * octaves + 1)]
-    curves = [
-        ParityCurve(TWO_FACTOR, 1, aspects, [two_factor_parity(aspect) for aspect in aspects]),
-        *(
-            ParityCurve("grouped", layers, aspects, [two_factor_parity(layers * aspect) for aspect in aspects])
-            for layers in GROUPED
-        ),
-        ParityCurve(PIVOTED, 1, aspects, [1.0] * len(aspects)),
-    ]
-    return Parity(curves, shapes, PARITY_BITS, group_size)
-
-
-def two_factor_parity(aspect: float) -> float:
-    """Returns the rank ratio at which two factors have as many weights as a layer with `aspect` outputs per input."""
-    return max(aspect, 1.0) / (aspect + 1)
-
-
-def stored_parity(site: LinearSite, form: str, bits: int, group_size: int, mean_correction: bool) -> float:
-    """Returns the largest rank ratio at which the packed factors of a layer take no more bytes than the packed layer.
-
-    Ranks that packing does not allow count too: what is wanted is the point, not the next legal rank below it.
-    """
-    m, n = site.out_features, site.in_features
-    dense = linear_bytes(n, m, False, bits, group_size, 2).weight
-    added = 2 * m if mean_correction and not site.has_bias else 0
-    added += order_bytes(n, m, form)
-
-    def size(rank: int) -> int:
-        shapes = factor_shapes(n, m, rank, form).values()
-        return added + sum(linear_bytes(*shape, False, bits, group_size, 2).weight for shape in shapes)
-
-    fitting = [rank for rank in range(1, min(m, n) + 1) if size(rank) <= dense]
-    return max(fitting, default=0) / min(m, n)
-
-
-def frontier(planner: Planner, allocation: Allocation) -> Frontier:
-    """Returns the best plans for a fine grid of budgets, the uniform plans, and the one chosen."""
+def predictions(planner: Planner) -> tuple[list[Point], list[UniformPoint]]:
+    """Returns the best plans for a fine grid of budgets, and the uniform plans."""
     reached = {planner.bpw(each): each.loss for each in planner.frontier(BUDGETS) if each is not None}
     uniform = []
     for each in planner.uniform:
         alike = next(iter(each.chosen.values()))
         uniform.append(UniformPoint(alike.bits, alike.group_size, planner.bpw(each), each.loss))
-    planned = [Point(bpw, loss) for bpw, loss in sorted(reached.items())]
-    return Frontier(planned, uniform, Point(planner.bpw(allocation), allocation.loss))
+    return [Point(bpw, loss) for bpw, loss in sorted(reached.items())], uniform
 
 
 def _ranks(full: int) -> list[int]:

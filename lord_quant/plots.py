@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws a plan and what it was chosen from: five pictures, and their numbers as JSON, in a folder of their own.
+"""Draws a plan and what it was chosen from, or budgets measured: pictures, and their numbers as JSON, in a folder.
 
 Needs matplotlib (`pip install lord-quant[plot]`), which is imported only when something is drawn, and of which only figures
 are used: no backend is chosen and nothing global is changed.
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from lord_quant.checkpoint import atomic_folder, check_output
 from lord_quant.claim import claimed
 from lord_quant.errors import ConfigError
-from lord_quant.plot_data import Fate, PlotData
+from lord_quant.plot_data import Fate, PlotData, Point, SweepData, UniformPoint
 from lord_quant.reading import parse_json
 from lord_quant.report import both_text, to_json
 
@@ -54,7 +54,7 @@ def check_plots(output: str | Path, *, overwrite: bool = False) -> Path:
     return check_output(output, overwrite=overwrite, kind=kind, is_kind=_is_plots_folder)
 
 
-def write_plots(data: PlotData, output: Path, *, overwrite: bool = False) -> None:
+def write_plots(data: PlotData | SweepData, output: Path, *, overwrite: bool = False) -> None:
     """Draws and writes everything; the folder appears by one rename.
 
     Args:
@@ -68,8 +68,14 @@ def write_plots(data: PlotData, output: Path, *, overwrite: bool = False) -> Non
     with claimed(output), atomic_folder(output, overwrite=overwrite) as staging:
         numbers = {MARK: VERSION, **dataclasses.asdict(data)}
         (staging / NUMBERS).write_text(to_json(numbers), encoding="utf-8")
-        for name, draw in PICTURES.items():
-            draw(data).savefig(staging / f"{name}.png", dpi=DPI)
+        for name, figure in _drawn(data).items():
+            figure.savefig(staging / f"{name}.png", dpi=DPI)
+
+
+def _drawn(data: PlotData | SweepData) -> dict[str, Figure]:
+    if isinstance(data, SweepData):
+        return {SWEEP: draw_sweep(data)}
+    return {name: draw(data) for name, draw in PICTURES.items()}
 
 
 def _is_plots_folder(path: Path) -> bool:
@@ -78,7 +84,11 @@ def _is_plots_folder(path: Path) -> bool:
         numbers = parse_json((path / NUMBERS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(numbers, dict) and MARK in numbers and names <= {NUMBERS, *(f"{name}.png" for name in PICTURES)}
+    return (
+        isinstance(numbers, dict)
+        and MARK in numbers
+        and names <= {NUMBERS, *(f"{name}.png" for name in (*PICTURES, SWEEP))}
+    )
 
 
 def draw_spectra(data: PlotData) -> Figure:
@@ -226,19 +236,8 @@ def draw_parity(data: PlotData) -> Figure:
 def draw_frontier(data: PlotData) -> Figure:
     """Draws predicted loss over bits per weight: plans, uniform ones, the one chosen."""
     figure, axes = _figure_and_axes()
-    frontier = data.frontier
-    planned = frontier.planned
-    axes.plot(
-        [point.bpw for point in planned], [point.loss for point in planned], ".-", color="C3", label="planned", zorder=3
-    )
-    sizes = sorted({point.group_size for point in frontier.uniform})
-    for index, size in enumerate(sizes):
-        alike = sorted((point for point in frontier.uniform if point.group_size == size), key=lambda point: point.bits)
-        bpw, losses = [point.bpw for point in alike], [point.loss for point in alike]
-        grey, marker = 0.65 - 0.5 * index / max(1, len(sizes) - 1), "os^D"[index % 4]
-        label = f"uniform, {_listed(point.bits for point in alike)} bits, groups of {size}"
-        axes.plot(bpw, losses, color=str(grey), marker=marker, linestyle="", label=label)
-    chosen = frontier.chosen
+    _plot_predictions(axes, data.frontier.planned, data.frontier.uniform)
+    chosen = data.frontier.chosen
     label = f"chosen: {chosen.bpw:.3f} bits, predicted loss {chosen.loss:.3g}"
     axes.plot(chosen.bpw, chosen.loss, "*", color="gold", markeredgecolor="black", markersize=17, zorder=4, label=label)
     axes.set(
@@ -251,6 +250,35 @@ def draw_frontier(data: PlotData) -> Figure:
     return figure
 
 
+def draw_sweep(data: SweepData) -> Figure:
+    """Draws measured and predicted loss over bits per weight; on axes of their own where their units differ."""
+    figure, axes = _figure_and_axes()
+    _plot_predictions(axes, data.planned, data.uniform)
+    alike = data.unit == "nats per token"
+    other = axes if alike else axes.twinx()
+    bpw, losses = [point.bpw for point in data.measured], [point.loss for point in data.measured]
+    other.plot(bpw, losses, "o-", color="C0", label="measured", zorder=4)
+    label = "stored bits per weight of the linear layers, all in"
+    axes.set(yscale="log", xlabel=label, ylabel=f"predicted loss, {data.unit}", title="Budgets, measured and predicted")
+    other.set(yscale="log" if min(losses) > 0 else "linear")
+    other.set_ylabel("loss over the dense model, nats per token")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def _plot_predictions(axes: Axes, planned: Sequence[Point], uniform: Sequence[UniformPoint]) -> None:
+    axes.plot(
+        [point.bpw for point in planned], [point.loss for point in planned], ".-", color="C3", label="planned", zorder=3
+    )
+    sizes = sorted({point.group_size for point in uniform})
+    for index, size in enumerate(sizes):
+        alike = sorted((point for point in uniform if point.group_size == size), key=lambda point: point.bits)
+        bpw, losses = [point.bpw for point in alike], [point.loss for point in alike]
+        grey, marker = 0.65 - 0.5 * index / max(1, len(sizes) - 1), "os^D"[index % 4]
+        label = f"uniform, {_listed(point.bits for point in alike)} bits, groups of {size}"
+        axes.plot(bpw, losses, color=str(grey), marker=marker, linestyle="", label=label)
+
+
 PICTURES: dict[str, Callable[[PlotData], Figure]] = {
     "spectra": draw_spectra,
     "layers": draw_layers,
@@ -258,6 +286,7 @@ PICTURES: dict[str, Callable[[PlotData], Figure]] = {
     "parity": draw_parity,
     "frontier": draw_frontier,
 }
+SWEEP = "sweep"
 
 
 def _figure_and_axes() -> tuple[Figure, Axes]:

@@ -112,6 +112,11 @@ def find_linears(model: nn.Module) -> list[LinearSite]:
     return sites
 
 
+def layer_type(site: LinearSite) -> str:
+    """Returns a layer's path within its block, such as ``attn.c_attn``."""
+    return site.name.split(f".{site.block}.", 1)[-1]
+
+
 def select(sites: Sequence[LinearSite], targets: Sequence[str], ignore: Sequence[str] = ()) -> frozenset[str]:
     """Selects layers by preset and pattern.
 

@@ -78,6 +78,7 @@ LAYERS = [
         "budget",
         "plan_file",
         "loaded",
+        "parity",
         "plot_data",
         "plots",
     },

@@ -17,9 +17,10 @@ from lord_quant.claim import claimed
 from lord_quant.errors import ConfigError, OutputError
 from lord_quant.layer_bytes import PIVOTED, TWO_FACTOR
 from lord_quant.menu import DENSE, Candidate
+from lord_quant.parity import parity_of
 from lord_quant.plan import PACK_MULTIPLE
 from lord_quant.planner import total
-from lord_quant.plot_data import Frontier, PlotData, Point, UniformPoint, fates, parity, spectra, type_curves
+from lord_quant.plot_data import Frontier, PlotData, Point, SweepData, UniformPoint, fates, spectra, type_curves
 from lord_quant.plots import check_plots, describe, write_plots
 from lord_quant.probe import LayerLoss
 from lord_quant.statistics import Statistics
@@ -43,7 +44,7 @@ def data() -> PlotData:
     allocation = total(chosen)
     return PlotData(
         {"seed": 0}, "nats per token", spectra(statistics, allocation), fates(statistics, allocation),
-        type_curves(statistics), parity(sites, True), frontier,
+        type_curves(statistics), parity_of(sites, True), frontier,
     )  # fmt: skip
 
 
@@ -103,6 +104,19 @@ def test_types_parity_and_frontier_show_their_numbers_and_units(data: PlotData) 
     other = dataclasses.replace(data, unit="squared output error")
     assert "squared output error" in plots.draw_types(other).axes[0].get_ylabel()
     assert "squared output error" in plots.draw_frontier(other).axes[0].get_ylabel()
+
+
+def test_a_sweep_shows_measured_beside_predicted_and_never_in_another_unit(data: PlotData) -> None:
+    measured = [Point(2.1, 0.9), Point(2.9, 0.2)]
+    sweep = SweepData({}, "nats per token", data.frontier.planned, data.frontier.uniform, measured)
+    (axes,) = plots.draw_sweep(sweep).axes
+    assert lines(axes) == [([2.0, 3.0], [1.0, 0.1]), ([4.6], [0.05]), ([2.1, 2.9], [0.9, 0.2])]
+    assert axes.get_yscale() == "log"
+    better = [Point(2.1, -0.1)]  # than the dense model
+    other = dataclasses.replace(sweep, unit="squared output error", measured=better)
+    axes, beside = plots.draw_sweep(other).axes
+    assert lines(beside) == [([2.1], [-0.1])] and beside.get_yscale() == "linear" and len(lines(axes)) == 2
+    assert "squared output error" in axes.get_ylabel() and "nats per token" in beside.get_ylabel()
 
 
 @pytest.mark.parametrize("count", [1, 5, 9])

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         LordError: As `lord_quant.evaluation.harness.evaluate`.
-        OutputError: The output file exists already, or its folder does not.
+        OutputError: The output file exists already, or cannot be written.
         EvaluationError: No model given.
     """
     if args.print_include_path:
@@ -87,7 +86,9 @@ def run(args: argparse.Namespace) -> int:
     if not args.model:
         raise EvaluationError("--model is missing; wanted the folder or hub name of a model")
     if args.output is not None:
-        _check_output(args.output, args.overwrite)
+        from lord_quant.checkpoint import check_file
+
+        check_file(args.output, overwrite=args.overwrite, model=args.model)
 
     from lord_quant.evaluation.harness import evaluate
 
@@ -170,17 +171,6 @@ def _settings(pairs: list[str]) -> dict[str, object]:
         except ValueError:
             settings[key] = value
     return settings
-
-
-def _check_output(path: Path, overwrite: bool) -> None:
-    from lord_quant.errors import OutputError
-
-    if path.is_dir():
-        raise OutputError(f"--output {str(path)!r} is a folder; wanted the name of a JSON file")
-    if path.exists() and not overwrite:
-        raise OutputError(f"--output {str(path)!r} exists already; choose another name or pass --overwrite")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise OutputError(f"--output {str(path)!r}: the folder {str(path.parent)!r} does not exist or is read-only")
 
 
 def _write(path: Path, result: EvalResult) -> None:

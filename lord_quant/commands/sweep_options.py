@@ -40,7 +40,7 @@ def run_sweep(args: argparse.Namespace) -> int:
     """
     from lord_quant.errors import ConfigError, EvaluationError
 
-    given = [f"--{name.replace('_', '-')}" for name in (*BUDGETS, "save", "plots") if getattr(args, name, None) is not None]
+    given = [f"--{name.replace('_', '-')}" for name in (*BUDGETS, "save") if getattr(args, name, None) is not None]
     if given:
         raise ConfigError(f"--sweep and {', '.join(given)} are given; wanted one or the other")
     if not args.heldout:
@@ -48,6 +48,11 @@ def run_sweep(args: argparse.Namespace) -> int:
             "--sweep measures on text that was not calibrated on, and none is given; wanted --heldout with a file, a "
             "folder, a hub name or python-stdlib"
         )
+    folder = None
+    if args.plots:
+        from lord_quant.plots import check_plots
+
+        folder = check_plots(args.plots, overwrite=args.overwrite)
     budgets = list(dict.fromkeys(args.sweep))
     args.target_bpw = budgets[0]
     config = run_of(args)
@@ -56,6 +61,8 @@ def run_sweep(args: argparse.Namespace) -> int:
     import_hosts()
     from lord_quant.corpus import load_corpus
     from lord_quant.evaluation.sweep import sweep, sweep_table
+    from lord_quant.plot_data import collect_sweep
+    from lord_quant.plots import write_plots
     from lord_quant.report import to_json
 
     heldout = load_corpus(args.heldout, split="heldout", text_key=config.calibration.text_key)
@@ -64,5 +71,9 @@ def run_sweep(args: argparse.Namespace) -> int:
         sys.stdout.write(f"{frontier_of(planner)}\n\n")
         sys.stdout.flush()
     found = sweep(planner, config, budgets, heldout, window=args.window, max_windows=args.max_windows)
-    sys.stdout.write(to_json(found.to_dict()) if args.json else f"{sweep_table(found)}\n")
+    if folder is not None:
+        measured = [(point.bpw, point.measured_loss) for point in found.points]
+        write_plots(collect_sweep(planner, measured, found.to_dict()), folder, overwrite=args.overwrite)
+    drawn = "" if folder is None else f"\nplots written to {args.plots}\n"
+    sys.stdout.write(to_json(found.to_dict()) if args.json else f"{sweep_table(found)}\n{drawn}")
     return 0

@@ -217,8 +217,14 @@ def test_budgets_are_swept(
         assert 0 < point["bpw"] <= point["budget"] and point["predicted_loss"] > 0
         ratio = point["perplexity"] / printed["dense"]["perplexity"]
         assert point["measured_loss"] == pytest.approx(math.log(ratio), abs=1e-9)
-    assert run_command("plan", *run, "--sweep", "4") == 0
+    assert run_command("plan", *run, "--sweep", "4", "--plots", tmp_path / "plots") == 0
     table = capfd.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == ["plots.json", "sweep.png"]
+    drawn = json.loads((tmp_path / "plots" / "plots.json").read_text())
+    (point,), (again,) = drawn["measured"], drawn["about"]["budgets"]
+    assert point == {"bpw": again["bpw"], "loss": again["measured_loss"]}
+    assert point["loss"] == pytest.approx(printed["budgets"][1]["measured_loss"]) and drawn["unit"] == "nats per token"
+    assert run_command("plan", *run, "--sweep", "4", "--plots", tmp_path / "plots") == OutputError.exit_code
     assert f"{printed['budgets'][1]['perplexity']:.3f}" in table and "3 windows of 256 tokens of heldout.py" in table
 
 
@@ -228,7 +234,7 @@ def test_budgets_are_swept(
         (["--sweep", "3"], "EvaluationError: --sweep measures on text .* wanted --heldout"),
         (["--sweep", "3", "--heldout", "no.py"], "CalibrationError: .*no.py"),
         (["--sweep", "3", "--heldout", "python-stdlib", "--target-bpw", "3"], "ConfigError: --sweep and --target-bpw are"),
-        (["--sweep", "3", "--heldout", "python-stdlib", "--plots", "p"], "ConfigError: --sweep and --plots are given"),
+        (["--sweep", "3", "--heldout", "python-stdlib", "--save", "p"], "ConfigError: --sweep and --save are given"),
         (
             ["--sweep", "3", "--heldout", "python-stdlib", "--rank-ratio", "0.5"],
             "ConfigError: a budget and --rank-ratio are",

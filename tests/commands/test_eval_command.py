@@ -56,7 +56,7 @@ def test_output_is_checked_before_any_work(tmp_path: Path) -> None:
     for output, message in (
         (existing, "--overwrite"),
         (tmp_path, "is a folder"),
-        (tmp_path / "none" / "x.json", "does not exist"),
+        (existing / "x.json", "cannot be written"),
     ):
         with pytest.raises(OutputError, match=message):
             command.run(parse("--model", str(tmp_path / "no-model"), "--tasks", "x", "--output", str(output)))
