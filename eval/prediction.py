@@ -18,6 +18,7 @@ budget; a fourth of all are measured on, all for the part of first order.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -48,6 +49,16 @@ SET_BITS = (2, 3, 4)
 SET_WIDTH = 0.03
 """Largest difference in bytes within a set, relative to its smallest member."""
 SETS, SET_MEMBERS = 2, 4
+FIGURES = (
+    "heldout",
+    "heldout_error",
+    "heldout_slope",
+    "calibration",
+    "calibration_slope",
+    "heldout_divergence",
+    "calibration_divergence",
+)
+"""What is measured of a compression, in nats per token."""
 TOGETHER = {"truncated to 0.75": (0.75, 16, 64), "rounded to 3 bits": (None, 3, 64)}
 """What is done to many layers at once: rank ratio, bits, group size."""
 
@@ -75,13 +86,21 @@ class Losses(NamedTuple):
 
     Attributes:
         fisher: All from the text that truncation is chosen on, in the metric of the loss.
-        crossed: The same, truncation being chosen on one half of the calibration windows and measured on the other.
-        sloped: With the slope of the text's loss besides: what a plan counts on.
+        crossed: What truncation to every rank loses, chosen on one half of the calibration windows, on the other.
+        counted: What a plan counts on, with the slope of the text's loss in truncation (`cut`) and in rounding.
     """
 
     fisher: LayerLoss
-    crossed: LayerLoss
-    sloped: LayerLoss
+    crossed: list[float]
+    counted: LayerLoss
+
+    def of(self, choice: Choice) -> dict[str, float]:
+        """Returns the predictions for a choice."""
+        cut, rounded = parts(self.fisher, choice)
+        crossed, sloped = (
+            0.0 if choice.rank is None else float(tail[choice.rank]) for tail in (self.crossed, self.counted.cut)
+        )
+        return {"predicted": cut + rounded, "crossed": crossed + rounded, "sloped": sloped + parts(self.counted, choice)[1]}
 
 
 def main() -> None:
@@ -96,6 +115,12 @@ def main() -> None:
     parser.add_argument("--slope-windows", type=int, help="those for the part of first order (default: as many)")
     parser.add_argument("--seed", type=int, default=0, help="of windows, layers and probes (default: 0)")
     parser.add_argument("--layers", type=int, default=8, help="layers compressed one at a time (default: 8)")
+    parser.add_argument(
+        "--measured",
+        type=Path,
+        metavar="FILE.json",
+        help="predict again what these results hold, and keep what was measured",
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.json", help="results; tables go beside it")
     args = parser.parse_args()
     args.slope_windows = args.slope_windows or args.windows
@@ -108,19 +133,27 @@ def main() -> None:
     settings = {name: value for name, value in text.items() if name != "humaneval"}
     settings |= {"slope_windows": args.slope_windows, "seed": args.seed, "layers": args.layers}
     content: dict[str, Any] = {"settings": settings, "models": published, "revision": revision()}
+    earlier = None if args.measured is None else json.loads(args.measured.read_text(encoding="utf-8"))
+    odd = [] if earlier is None else [name for name in ("settings", "models") if earlier[name] != content[name]]
+    if odd:
+        raise SystemExit(f"--measured {args.measured}: other {' and '.join(odd)}; wanted the same")
     setting = prepare(args)
     print(f"{len(setting.layers)} layers predicted ({clock})", flush=True)
-    singles = list(compress_singles(setting, args.layers, args.seed))
-    groups = list(compress_groups(setting, args.seed))
-    print(f"{len(singles)} single compressions made ({clock})", flush=True)
-    changes = [[single.change] for single in singles] + [group.changes for group in groups]
-    seen = look(setting.model, setting.calibration, len(setting.calibration[::4]), changes, "on calibration text")
-    found = look(setting.model, setting.heldout, args.windows, changes, "on held-out text")
-    print(f"{len(changes)} changes measured ({clock})", flush=True)
-    figures = [measured(held, own) for held, own in zip(found, seen, strict=True)]
-    rows = [single.row | own for single, own in zip(singles, figures, strict=False)]
-    pairs = equal_pairs(rows, found)
-    together = [group.row | own for group, own in zip(groups, figures[len(rows) :], strict=True)]
+    singles, groups = list(single_cases(setting, args.layers, args.seed)), list(group_cases(setting))
+    if earlier is None:
+        changes = compress([*singles, *groups], args.seed)
+        print(f"{len(singles)} compressions of single layers made, {len(groups)} of several ({clock})", flush=True)
+        seen = look(setting.model, setting.calibration, len(setting.calibration[::4]), changes, "on calibration text")
+        found = look(setting.model, setting.heldout, args.windows, changes, "on held-out text")
+        figures = [measured(held, own) for held, own in zip(found, seen, strict=True)]
+        pairs = equal_pairs([case.row for case in singles], found)
+    else:
+        figures, pairs = measured_before([*singles, *groups], earlier), earlier["pairs"]
+        content["measured_at"] = earlier.get("measured_at", earlier["revision"])
+    rows, together = (
+        [case.row | own for case, own in zip(cases, part, strict=True)]
+        for cases, part in ((singles, figures[: len(singles)]), (groups, figures[len(singles) :]))
+    )
     content |= {"rows": rows, "pairs": pairs, "together": together, "summary": summarise(rows, pairs)}
     write_json(args.output, content)
     shown = tables(content)
@@ -158,7 +191,10 @@ def prepare(args: argparse.Namespace) -> Setting:
     from lord_quant.budget import sensed_samples
     from lord_quant.calibration import sample_windows
     from lord_quant.corpus import load_corpus
+    from lord_quant.crossfit import crossed_tail
     from lord_quant.source import inspect_source, load_model
+    from lord_quant.steepness import RoundingSlope
+    from lord_quant.targets import dense_weight
 
     source = inspect_source(args.model)
     how = {"seq_len": args.seq_len, "seed": args.seed}
@@ -170,23 +206,16 @@ def prepare(args: argparse.Namespace) -> Setting:
     layers = collect(model, calibration.split(4), backward.split(4), args.seed)
     parts = zip(*(each.split(-(-len(each) // 2)) for each in (calibration, backward)), strict=True)
     halves = [collect(model, own.split(4), back.split(4), args.seed + at) for at, (own, back) in enumerate(parts)]
-    predicted = {
-        layer.site.name: predict(layer, one, other, args.seed * len(layers) + at)
-        for at, (layer, one, other) in enumerate(zip(layers, *halves, strict=True))
-    }
+    fisher, crossed = {}, {}
+    for at, (layer, *both) in enumerate(zip(layers, *halves, strict=True)):
+        one, other = (each.half() for each in both)
+        fisher[layer.site.name] = layer.predict(args.seed * len(layers) + at, halves=(one, other))
+        flat = one._replace(slope=None), other._replace(slope=None)
+        tail = crossed_tail(dense_weight(layer.module).detach(), flat, centred=True)  # factors get a bias
+        crossed[layer.site.name] = tail.tolist()
+    slope = RoundingSlope.of(list(fisher.values()), sum(each.num_labels for each in (halves[0][0], halves[1][0])))
+    predicted = {name: Losses(loss, crossed[name], slope.counted(loss)) for name, loss in fisher.items()}
     return Setting(model, layers, predicted, calibration, heldout)
-
-
-def predict(layer: Layer, one: Layer, other: Layer, seed: int) -> Losses:
-    """Predicts what a layer would lose; `one` and `other` are the same layer on either half of the calibration windows."""
-    from lord_quant.crossfit import crossed_tail
-    from lord_quant.targets import dense_weight
-
-    halves = one.half(), other.half()
-    fisher = layer.predict(seed, halves=halves)
-    flat = halves[0]._replace(slope=None), halves[1]._replace(slope=None)
-    crossed = crossed_tail(dense_weight(layer.module).detach(), flat, centred=True)  # factors get a bias
-    return Losses(fisher, fisher._replace(tail=crossed), fisher._replace(tail=fisher.cut))
 
 
 def choose_layers(layers: Sequence[Layer], count: int, seed: int) -> list[Layer]:
@@ -264,17 +293,9 @@ def about(layer: Layer, choice: Choice) -> dict[str, Any]:
 
 
 def foretold(losses: Losses, plain: LayerLoss, choice: Choice) -> dict[str, float]:
-    """Returns the predictions for a choice: what truncation and rounding are said to cost, and what planning counts."""
+    """Returns all predictions for a choice, and what truncation and rounding are said to cost in the metric alone."""
     cut, rounded = parts(losses.fisher, choice)
-    crossed, sloped = (parts(each, choice)[0] for each in (losses.crossed, losses.sloped))
-    return {
-        "truncation": cut,
-        "rounding": rounded,
-        "predicted": cut + rounded,
-        "crossed": crossed + rounded,
-        "sloped": sloped + rounded,
-        "output_error": sum(parts(plain, choice)),
-    }
+    return {"truncation": cut, "rounding": rounded, **losses.of(choice), "output_error": sum(parts(plain, choice))}
 
 
 def parts(loss: LayerLoss, choice: Choice) -> tuple[float, float]:
@@ -291,61 +312,55 @@ def parts(loss: LayerLoss, choice: Choice) -> tuple[float, float]:
     return tail[choice.rank], noise * loss.pivoted.get(choice.kind, 1.0)
 
 
-class Single(NamedTuple):
-    """One layer compressed.
+class Case(NamedTuple):
+    """What is compressed at once.
 
     Attributes:
         row: What it is about, and what is predicted.
-        change: The layer in float.
+        parts: Layers, and what becomes of each.
     """
 
     row: dict[str, Any]
-    change: Change
+    parts: list[tuple[Layer, Choice]]
 
 
-class Group(NamedTuple):
-    """Layers compressed at once.
-
-    Attributes:
-        row: What it is about, and what is predicted.
-        changes: The layers in float.
-    """
-
-    row: dict[str, Any]
-    changes: list[Change]
-
-
-def compress_singles(setting: Setting, count: int, seed: int) -> Iterator[Single]:
-    """Yields a number of layers, each compressed in many ways."""
-    from first_order import Change
-
+def single_cases(setting: Setting, count: int, seed: int) -> Iterator[Case]:
+    """Yields a number of layers, each in many ways."""
     for layer in choose_layers(setting.layers, count, seed):
         losses = setting.predicted[layer.site.name]
         plain = layer.predict(seed, fisher=False)
         for choice in choices(layer, losses.fisher, seed):
-            made = layer.compress(form_of(choice), choice.rank, choice.bits, choice.group_size, seed)
-            yield Single(about(layer, choice) | foretold(losses, plain, choice), Change(layer.site, made))
+            yield Case(about(layer, choice) | foretold(losses, plain, choice), [(layer, choice)])
 
 
-def compress_groups(setting: Setting, seed: int) -> Iterator[Group]:
-    """Yields all layers of a block, of a type, of the model compressed at once, with sums of their predictions."""
-    from first_order import Change
-
+def group_cases(setting: Setting) -> Iterator[Case]:
+    """Yields all layers of a block, of a type, of the model at once, with sums of their predictions."""
     layers = setting.layers
     groups = {f"block {layer.site.block}": "block" for layer in layers} | {layer.kind: "type" for layer in layers}
     for label, (ratio, bits, group_size) in TOGETHER.items():
-        made, foreseen = {}, {}
+        chosen = []
         for layer in layers:
             smaller = min(layer.site.in_features, layer.site.out_features)
             rank = None if ratio is None else max(1, round(ratio * smaller / RANK_STEP)) * RANK_STEP
-            choice = Choice("dense" if rank is None else "truncation", rank, bits, group_size, None)
-            made[layer.site] = Change(layer.site, layer.compress("two_factor", rank, bits, group_size, seed))
-            foreseen[layer.site] = [sum(parts(each, choice)) for each in setting.predicted[layer.site.name]]
+            chosen.append((layer, Choice("dense" if rank is None else "truncation", rank, bits, group_size, None)))
         for name, by in (groups | {"all layers": "model"}).items():
-            sites = [layer.site for layer in layers if by == "model" or name in (f"block {layer.site.block}", layer.kind)]
-            sums = [sum(each) for each in zip(*(foreseen[site] for site in sites), strict=True)]
-            row = {"what": label, "group": name, "by": by, "layers": len(sites)}
-            yield Group(row | dict(zip(BASES, sums, strict=True)), [made[site] for site in sites])
+            own = [part for part in chosen if by == "model" or name in (f"block {part[0].site.block}", part[0].kind)]
+            foreseen = [setting.predicted[layer.site.name].of(choice) for layer, choice in own]
+            sums = {base: sum(each[base] for each in foreseen) for base in BASES}
+            yield Case({"what": label, "group": name, "by": by, "layers": len(own)} | sums, own)
+
+
+def compress(cases: Sequence[Case], seed: int) -> list[list[Change]]:
+    """Compresses the layers of all cases, each way once."""
+    from first_order import Change
+
+    made: dict[tuple[str, Choice], Change] = {}
+    for layer, choice in (part for case in cases for part in case.parts):
+        key = layer.site.name, choice
+        if key not in made:
+            settings = choice.rank, choice.bits, choice.group_size
+            made[key] = Change(layer.site, layer.compress(form_of(choice), *settings, seed))
+    return [[made[layer.site.name, choice] for layer, choice in case.parts] for case in cases]
 
 
 def look(
@@ -359,16 +374,30 @@ def look(
 
 
 def measured(heldout: Measured, calibration: Measured) -> dict[str, float]:
-    """Returns what was measured, and the standard error and the part of first order of what counts."""
-    return {
-        "heldout": heldout.loss.mean,
-        "heldout_error": heldout.loss.error,
-        "heldout_slope": float(heldout.loss.slope.mean()),
-        "calibration": calibration.loss.mean,
-        "calibration_slope": float(calibration.loss.slope.mean()),
-        "heldout_divergence": float(heldout.divergence.mean()),
-        "calibration_divergence": float(calibration.divergence.mean()),
-    }
+    """Returns what was measured, with the standard error and the part of first order of what counts, as `FIGURES` says."""
+    values = (
+        heldout.loss.mean,
+        heldout.loss.error,
+        float(heldout.loss.slope.mean()),
+        calibration.loss.mean,
+        float(calibration.loss.slope.mean()),
+        float(heldout.divergence.mean()),
+        float(calibration.divergence.mean()),
+    )
+    return dict(zip(FIGURES, values, strict=True))
+
+
+def measured_before(cases: Sequence[Case], earlier: dict[str, Any]) -> list[dict[str, float]]:
+    """Returns what was measured of the same cases in an earlier run.
+
+    Raises:
+        SystemExit: It compressed something else.
+    """
+    rows = [*earlier["rows"], *earlier["together"]]
+    names = ("layer", *Choice._fields, "what", "group")  # those of single layers, of several
+    if [[row.get(name) for name in names] for row in rows] != [[case.row.get(name) for name in names] for case in cases]:
+        raise SystemExit("--measured: the results are of other compressions; wanted those of the same layers and ways")
+    return [{name: row[name] for name in FIGURES} for row in rows]
 
 
 def equal_pairs(rows: Sequence[dict[str, Any]], found: Sequence[Measured]) -> list[dict[str, Any]]:

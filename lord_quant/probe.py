@@ -16,12 +16,14 @@ truncation, relative to the energy kept, is taken to add up over both factors, t
 1/r: solvers make more of many channels than of few), and to go with groups as the dense layer's noise does. The pivoted
 forms that suit the layer's shape are rounded once, at half rank and 3 bits, which tells how much noisier they are than two
 factors. All are rounded in the metric that a run would believe in, and measured in the one that was seen.
+
+What rounding moves the text's own loss by at first order is told apart, for `steepness.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -34,6 +36,7 @@ from lord_quant.halves import energy
 from lord_quant.layer_bytes import PACK_MULTIPLE, Packing, pivoted_forms
 from lord_quant.linalg import relative_error, require_finite
 from lord_quant.moments import merged
+from lord_quant.sensitivity import Steepness
 from lord_quant.solver import Gptq, Solver, Solvers, exact
 from lord_quant.stack_forms import Objective, Polished, stack_factors
 from lord_quant.truncation import factors_of, in_form, unit_metric, weigh
@@ -77,6 +80,23 @@ class FactorNoise(NamedTuple):
         return (self.rank / rank) ** self.slope
 
 
+class Orders(NamedTuple):
+    """What rounding loses, over all bit widths that were probed, in nats per token.
+
+    Attributes:
+        one: At first order, ⟨slope of the loss, error⟩, by the slope of one half of the text.
+        other: By that of the other half.
+        second: At second order, in the metric.
+    """
+
+    one: float
+    other: float
+    second: float
+
+
+NOTHING = Orders(0.0, 0.0, 0.0)
+
+
 class LayerLoss(NamedTuple):
     """What compressing a layer costs; in nats per token but for what is relative.
 
@@ -90,6 +110,8 @@ class LayerLoss(NamedTuple):
         up: That of the second, likewise.
         pivoted: Loss of rounding in the pivoted forms that suit its shape, relative to two factors of the same rank and
             bits, by form.
+        dense_orders: Of rounding the dense layer, what is of first order and what of second.
+        factor_orders: Likewise of either factor.
     """
 
     tail: torch.Tensor
@@ -100,6 +122,8 @@ class LayerLoss(NamedTuple):
     down: FactorNoise | None
     up: FactorNoise | None
     pivoted: dict[str, float]
+    dense_orders: Orders = NOTHING
+    factor_orders: Orders = NOTHING
 
     def of_dense(self, bits: int, group_size: int) -> float:
         """Returns the loss of a layer that stays dense."""
@@ -167,36 +191,72 @@ def probe(
     def solver(bits: int, group_size: int) -> Solver:
         return Polished(Gptq(replace(gptq, bits=bits), group_size, moments.num_tokens), options.refine)
 
-    def noise(bits: int, group_size: int) -> float:
-        error = round_rows(solver(bits, group_size), part, seen, coupled).weight() - part
-        return unit * energy(error, seen, within) * len(weight) / len(part)
+    steep = _slopes(halves, mean if has_bias else None, weight)
 
-    dense = {bits: noise(bits, usual) for bits in PROBED_BITS}
+    def noise(bits: int, group_size: int) -> Orders:
+        error = round_rows(solver(bits, group_size), part, seen, coupled).weight() - part
+        one, other = (float((slope[rows] * error).sum()) for slope in steep)
+        second = unit * energy(error, seen, within)
+        return Orders(*(each * len(weight) / len(part) for each in (one, other, second)))
+
+    probed = {bits: noise(bits, usual) for bits in PROBED_BITS}
+    dense = {bits: orders.second for bits, orders in probed.items()}
     floor = torch.finfo(torch.float32).tiny  # of a layer that loses nothing
-    groups = {size: 1.0 if size == usual else noise(GROUP_BITS, size) / max(dense[GROUP_BITS], floor) for size in fitting}
+    finest = max(dense[GROUP_BITS], floor)
+    groups = {size: 1.0 if size == usual else noise(GROUP_BITS, size).second / finest for size in fitting}
     if weight.shape[1] % 256 == 0:
         groups[256] = groups[128] * groups[128] / groups[64]
     joint = covariance if has_bias or mean_correction else seen
     weighed = weigh(weight, metric)
-    spectrum, down, up = output_spectrum(weighed.weight, joint), None, None
+    spectrum, down, up, factored = output_spectrum(weighed.weight, joint), None, None, list[Orders]()
     pivoted = dict.fromkeys(pivoted_forms(weight.shape[1], weight.shape[0]), PIVOTED_NOISE)
     step = usual if min(weight.shape) >= usual else PACK_MULTIPLE
     if min(weight.shape) >= step:
         ranks = [min(max(1, round(part * min(weight.shape) / step)) * step, min(weight.shape)) for part in PROBED_RANKS]
         cuts = [factors_of(weighed, spectrum, rank) for rank in ranks]
         del weighed  # as large as weight and metric
-        problem = _Problem(weight, joint, metric, believed, spectrum.total(), options, seed)
-        (down_shares, up_shares), (down_again, up_again) = (
+        slopes = _slopes(halves, mean if has_bias or mean_correction else None, weight)
+        problem = _Problem(weight, joint, metric, believed, slopes, spectrum.total(), unit, options, seed)
+        once, again = (
             _rounded(problem, factors, {bits: solver(bits, step) for bits in widths}, groups[step])
             for factors, widths in zip(cuts, (PROBED_BITS, (GROUP_BITS,)), strict=True)
         )
-        down = FactorNoise(ranks[0], down_shares, _slope(ranks, down_shares[GROUP_BITS], down_again[GROUP_BITS]))
-        up = FactorNoise(ranks[0], up_shares, _slope(ranks, up_shares[GROUP_BITS], up_again[GROUP_BITS]))
+        down, up = (
+            FactorNoise(ranks[0], shares, _slope(ranks, shares[GROUP_BITS], others[GROUP_BITS]))
+            for shares, others in zip(once[:2], again[:2], strict=True)
+        )
+        factored.append(once.orders)
         pivoted = _pivoted_noise(problem, cuts[0], solver(GROUP_BITS, step), list(pivoted))
     values = spectrum.eigenvalues.double().cpu()
     tail = torch.cat((values.flip(0).cumsum(0).flip(0), values.new_zeros(1)))
     cut = crossed_tail(weight, halves, centred=has_bias or mean_correction)
-    return LayerLoss(unit * tail, cut, dense, groups, usual, down, up, pivoted)
+    orders = _sum(probed.values()), _sum(factored)
+    return LayerLoss(unit * tail, cut, dense, groups, usual, down, up, pivoted, *orders)
+
+
+def _sum(orders: Iterable[Orders]) -> Orders:
+    one, other, second = map(sum, zip(NOTHING, *orders, strict=True))
+    return Orders(one, other, second)
+
+
+def _slopes(
+    halves: tuple[Half, Half], mean: torch.Tensor | None, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the slope of either half's loss in W, zero where none was measured, with shape (m, n).
+
+    Args:
+        halves: Both halves.
+        mean: That of the inputs where a bias takes up errors of the mean; None where there is none.
+        weight: W, whose dtype they are to have.
+    """
+
+    def of(slope: Steepness | None) -> torch.Tensor:
+        if slope is None:
+            return torch.zeros_like(weight)
+        found = slope.weight.to(weight)
+        return found if mean is None else found - torch.outer(slope.bias.to(weight), mean)
+
+    return of(halves[0].slope), of(halves[1].slope)
 
 
 def _mean_of(halves: tuple[Half, Half]) -> torch.Tensor | None:
@@ -224,7 +284,9 @@ class _Problem(NamedTuple):
         covariance: H with shape (n, n).
         metric: G with shape (m, m), in which errors are measured; None where all outputs count alike.
         believed: G as a run is given it, with less of what couples outputs by chance; or None.
+        slopes: Of either half's loss in W.
         whole: What losing all of it would cost in that metric.
+        unit: What that is in nats.
         options: How it is stacked.
         seed: Of rotations.
     """
@@ -233,7 +295,9 @@ class _Problem(NamedTuple):
     covariance: torch.Tensor
     metric: torch.Tensor | None
     believed: torch.Tensor | None
+    slopes: tuple[torch.Tensor, torch.Tensor]
     whole: float
+    unit: float
     options: JointConfig
     seed: int
 
@@ -241,16 +305,28 @@ class _Problem(NamedTuple):
         """Returns what a product in its place loses, relative to the whole."""
         return relative_error(product, self.weight, self.covariance, self.metric, self.whole)
 
-    def quantized(self, factors: Factors, solvers: Solvers) -> float:
-        """Returns what is lost once factors are quantized in the form they are in."""
+    def quantized(self, factors: Factors, solvers: Solvers) -> torch.Tensor:
+        """Returns the product of factors quantized in the form they are in."""
         objective = Objective(self.weight, self.covariance, self.believed)
         made = stack_factors(objective, factors, solvers, self.options, self.seed)
-        return self.error(factors._replace(down=made[".down"].weight(), up=made[".up"].weight()).product())
+        return factors._replace(down=made[".down"].weight(), up=made[".up"].weight()).product()
 
 
-def _rounded(
-    problem: _Problem, factors: Factors, solvers: Mapping[int, Solver], relative: float
-) -> tuple[dict[int, float], dict[int, float]]:
+class _Sides(NamedTuple):
+    """What each factor's rounding would lose in groups of the usual size beyond truncation, relative to the energy kept.
+
+    Attributes:
+        down: Of the first alone, by bits.
+        up: Of the second alone, likewise.
+        orders: Of both, over all bits.
+    """
+
+    down: dict[int, float]
+    up: dict[int, float]
+    orders: Orders
+
+
+def _rounded(problem: _Problem, factors: Factors, solvers: Mapping[int, Solver], relative: float) -> _Sides:
     """Rounds `down` and `up` alone at several bit widths.
 
     Args:
@@ -258,18 +334,20 @@ def _rounded(
         factors: Its factors.
         solvers: By bits, all with one group size.
         relative: Noise in groups of that size, relative to those of the usual one.
-
-    Returns:
-        What each factor's rounding would lose in groups of the usual size beyond truncation, relative to the energy kept,
-        by bits.
     """
-    cut = problem.error(factors.product())
+    before = factors.product()
+    cut, orders = problem.error(before), list[Orders]()
 
     def lost(solvers: Solvers) -> float:
-        return max(problem.quantized(factors, solvers) - cut, 0.0) / (1 - cut) / relative if cut < 1 else 0.0
+        product = problem.quantized(factors, solvers)
+        beyond = max(problem.error(product) - cut, 0.0)
+        one, other = (float((slope * (product - before)).sum()) for slope in problem.slopes)
+        orders.append(Orders(one, other, problem.unit * problem.whole * beyond))
+        return beyond / (1 - cut) / relative if cut < 1 else 0.0
 
     down = {bits: lost(Solvers(solve, exact)) for bits, solve in solvers.items()}
-    return down, {bits: lost(Solvers(exact, solve)) for bits, solve in solvers.items()}
+    up = {bits: lost(Solvers(exact, solve)) for bits, solve in solvers.items()}
+    return _Sides(down, up, _sum(orders))
 
 
 def _pivoted_noise(problem: _Problem, factors: Factors, solve: Solver, forms: Sequence[str]) -> dict[str, float]:
@@ -277,11 +355,12 @@ def _pivoted_noise(problem: _Problem, factors: Factors, solve: Solver, forms: Se
     cut, both = problem.error(factors.product()), Solvers(solve, solve)
     two = 0.0
     if problem.weight.numel() <= PIVOTED_SIZE and len(factors.down) < min(problem.weight.shape):
-        two = problem.quantized(factors, both) - cut
+        two = problem.error(problem.quantized(factors, both)) - cut
     if two <= 0:
         return dict.fromkeys(forms, PIVOTED_NOISE)
     made = {form: in_form(factors, form, problem.believed) for form in forms}
-    return {form: max((problem.quantized(fewer, both) - cut) / two, 0.1) for form, fewer in made.items()}
+    lost = {form: problem.error(problem.quantized(fewer, both)) - cut for form, fewer in made.items()}
+    return {form: max(each / two, 0.1) for form, each in lost.items()}
 
 
 def _slope(ranks: Sequence[int], share: float, again: float) -> float:

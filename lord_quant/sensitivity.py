@@ -187,9 +187,9 @@ class Steepness(NamedTuple):
 class Slope:
     """The slope of the text's own loss in a model's weights, one block after another.
 
-    An error D of a weight costs ⟨∂ loss / ∂ W, D⟩ at first order. For rounding this is a matter of chance. For truncation
-    it is not: it takes away small parts of what was learnt, and they are small for not having been learnt to the end. Text
-    that was not learnt by heart would rather have them larger.
+    An error D of a weight costs ⟨∂ loss / ∂ W, D⟩ at first order. Of errors at random that would be a matter of chance. Those
+    of truncation are not: it takes away small parts of what was learnt, and they are small for not having been learnt to
+    the end. Text that was not learnt by heart would rather have them larger. Rounding does so too, by less (`steepness.py`).
 
     Args:
         gradients: Of the loss of the text; used up.

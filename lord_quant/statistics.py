@@ -24,20 +24,22 @@ from lord_quant.crossfit import Half
 from lord_quant.engine import gather
 from lord_quant.errors import CheckpointError, NumericsError
 from lord_quant.layer_bytes import COLUMN_PIVOTED, PACK_MULTIPLE, PIVOTED
-from lord_quant.probe import PROBED_BITS, SLOPES, FactorNoise, LayerLoss, probe
+from lord_quant.probe import PROBED_BITS, SLOPES, FactorNoise, LayerLoss, Orders, probe
 from lord_quant.progress import Progress
 from lord_quant.reading import open_tensors, parse_json
 from lord_quant.residency import RESIDENT, Residency
 from lord_quant.sensitivity import Sensitivity, Slope, Steepness
+from lord_quant.steepness import RoundingSlope
 from lord_quant.stream import block_kinds, capture
 from lord_quant.targets import LinearSite, dense_weight, find_blocks, find_linears, siblings
 
 
-VERSION = 6
+VERSION = 7
 JOINED = "+"
 """Joins the names of layers with one input."""
 METADATA = "lord_statistics"
 SAMPLES, SAMPLE_BYTES = 256, 4096
+ORDERS = ("dense_orders", "factor_orders")
 PASSING = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype"})
 """What a configuration says of how it was loaded and by what."""
 
@@ -150,6 +152,10 @@ def measure_statistics(
                     else:
                         groups[tuple(prefix + name for name in names)] = loss
             progress.block(f"{blocks.path}.{index}")
+    if sensitivities and slopes:
+        slope = RoundingSlope.of(list(losses.values()), sum(each.num_labels for each in sensitivities))
+        losses = {name: slope.counted(loss) for name, loss in losses.items()}
+        groups = {names: slope.counted(loss) for names, loss in groups.items()}
     return Statistics(losses, {site.name: site for site in sites}, groups, origin)
 
 
@@ -240,7 +246,8 @@ def _plain(loss: LayerLoss) -> dict[str, Any]:
     """Returns all but the spectrum as JSON values."""
     factors = {name: None if noise is None else noise._asdict() for name, noise in (("down", loss.down), ("up", loss.up))}
     plain = {"dense": loss.dense, "groups": loss.groups, "group_size": loss.group_size, "pivoted": loss.pivoted}
-    return plain | factors
+    orders = {name: getattr(loss, name)._asdict() for name in ORDERS}
+    return plain | factors | orders
 
 
 def _loss(tails: torch.Tensor, values: dict[str, Any]) -> LayerLoss:
@@ -263,6 +270,7 @@ def _loss(tails: torch.Tensor, values: dict[str, Any]) -> LayerLoss:
         down,
         up,
         pivoted,
+        *(Orders(**{part: float(values[name][part]) for part in Orders._fields}) for name in ORDERS),
     )
 
 

@@ -46,6 +46,7 @@ LAYERS = [
         "pairing",
         "crossfit",
         "probe",
+        "steepness",
         "menu",
         "planner",
         "surgery",

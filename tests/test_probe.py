@@ -17,6 +17,7 @@ from lord_quant.errors import NumericsError
 from lord_quant.layer_bytes import Packing
 from lord_quant.moments import Moments, PairedMoments
 from lord_quant.probe import LayerLoss, probe
+from lord_quant.sensitivity import Steepness
 from lord_quant.solver import Gptq, Solver, Solvers, exact
 from lord_quant.stack import stack_layer
 from lord_quant.stack_forms import Objective, Polished, stack_two_factor
@@ -89,6 +90,41 @@ def test_dense_noise_is_that_of_real_solves(has_bias: bool, num_labels: int | No
     assert found.of_dense(2, 64) > 2 * found.of_dense(3, 64) > 4 * found.of_dense(4, 64) > 100 * found.of_dense(8, 64)
     assert found.of_dense(4, 32) < found.of_dense(4, 64)
     assert set(found.groups) == {32, 64, 128} and found.group_size == 64
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_orders_are_those_of_real_errors(has_bias: bool) -> None:
+    """Of the dense layer: by either half's slope, about the mean where a bias takes that up, and in the metric."""
+    weight, moments, sensitivity = problem(64, 128)
+    generator = torch.Generator().manual_seed(2)
+    slopes = [
+        Steepness(torch.randn(64, 128, generator=generator, dtype=F64), torch.randn(64, generator=generator, dtype=F64))
+        for _ in range(2)
+    ]
+    halves = tuple(Half(moments, sensitivity, slope) for slope in slopes)
+    found = probe(weight, (halves[0], halves[1]), has_bias=has_bias, mean_correction=has_bias, gptq=GPTQ, options=OPTIONS)
+    believed, hessian = unit_metric(sensitivity), moments.covariance
+    hessian = hessian if has_bias else hessian + torch.outer(moments.mean, moments.mean)
+    solves = [Polished(solver(bits, 64), OPTIONS.refine) for bits in (2, 3, 4)]
+    errors = [round_rows(solve, weight, hessian, believed).weight() - weight for solve in solves]
+
+    def first(half: int, error: torch.Tensor) -> float:
+        """What the loss rises by: its slope in W, and in a bias that moves by −D μ."""
+        moved = -error @ moments.mean if has_bias else torch.zeros(64, dtype=F64)
+        return float((slopes[half].weight * error).sum() + slopes[half].bias @ moved)
+
+    expected = [sum(first(half, error) for error in errors) for half in (0, 1)]
+    second = sum(cost(error, hessian, metric_of(sensitivity)) for error in errors)
+    assert found.dense_orders == pytest.approx((*expected, second), rel=1e-9)
+    factors = truncate(weigh(weight, believed), hessian, 64)[1]
+    one, other, lost = 0.0, 0.0, 0.0
+    for solve in solves:
+        for pair in (Solvers(solve, exact), Solvers(exact, solve)):
+            made = stack_two_factor(Objective(weight, hessian, believed), factors, pair, OPTIONS, 0)
+            product = made[".up"].weight() @ made[".down"].weight()
+            one, other = one + first(0, product - factors.product()), other + first(1, product - factors.product())
+            lost += cost(product - weight, hessian, metric_of(sensitivity))
+    assert found.factor_orders == pytest.approx((one, other, lost), rel=1e-6)  # nothing is lost to truncation at full rank
 
 
 def test_some_rows_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ from lord_quant.statistics import (
     model_digest,
     save_statistics,
 )
+from lord_quant.steepness import RoundingSlope
 from lord_quant.targets import dense_weight, find_linears
 
 
@@ -59,6 +60,7 @@ def test_every_layer_is_probed_on_what_it_sees_in_the_dense_model(family: str, f
     inputs = whole_model_inputs(model, names)
     minded = [sensitivities(model, names, BATCHES[half::2], seed=half) if fisher else {} for half in (0, 1)]
     steep = [slopes(model, names, BATCHES[half::2]) if fisher else {} for half in (0, 1)]
+    raw = {}
     for order, site in enumerate(sites):
         x = torch.from_numpy(inputs[site.name])
         parts = x.split([batch.numel() for batch in BATCHES])
@@ -71,11 +73,18 @@ def test_every_layer_is_probed_on_what_it_sees_in_the_dense_model(family: str, f
             for own, cared, falls in halves
         )
         weight = dense_weight(model.get_submodule(site.name))
-        expected = probe(weight, (first, second), has_bias=site.has_bias, gptq=GPTQ, options=OPTIONS, seed=order)
-        loss = found.losses[site.name]
+        seed = order + site.block * (len(found.groups) // 2)  # behind the groups of the first of two blocks
+        expected = probe(weight, (first, second), has_bias=site.has_bias, gptq=GPTQ, options=OPTIONS, seed=seed)
+        loss, raw[site.name] = found.losses[site.name], expected
         torch.testing.assert_close(loss.tail, expected.tail, rtol=1e-6, atol=1e-9 * float(expected.tail[0]))
         torch.testing.assert_close(loss.cut, expected.cut, rtol=1e-6, atol=1e-9 * float(expected.tail[0]))
-        assert loss.dense == pytest.approx(expected.dense, rel=1e-3)
+    rounding = RoundingSlope.of(list(raw.values()), sum(batch.numel() - len(batch) for batch in BATCHES))
+    for name, expected in raw.items():
+        loss, counted = found.losses[name], rounding.counted(expected) if fisher else expected
+        assert loss.dense == pytest.approx(counted.dense, rel=1e-3)
+        assert loss.dense_orders == pytest.approx(expected.dense_orders, rel=1e-3, abs=1e-3 * expected.dense_orders.second)
+        if loss.down is not None and counted.down is not None:
+            assert loss.down.by_bits == pytest.approx(counted.down.by_bits, rel=1e-2)
 
 
 def test_a_file_gives_back_what_was_written(statistics: Statistics, tmp_path: Path) -> None:
@@ -104,7 +113,7 @@ LAYER = "model.layers.0.mlp.up_proj"
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        (lambda about, tensors: about.update(version=99), r"^statistics .* have version 99; wanted 6: measure again$"),
+        (lambda about, tensors: about.update(version=99), r"^statistics .* have version 99; wanted 7: measure again$"),
         (lambda about, tensors: tensors.pop(LAYER), "up_proj"),
         (lambda about, tensors: about["layers"][LAYER].update(pivoted={"two_factor": 1.0}), r"forms \['two_factor'\]"),
         (lambda about, tensors: tensors.update({LAYER: tensors[LAYER][:, 1:].clone()}), "does not fit its layer"),
