@@ -187,9 +187,10 @@ class Steepness(NamedTuple):
 class Slope:
     """The slope of the text's own loss in a model's weights, one block after another.
 
-    An error D of a weight costs ⟨∂ loss / ∂ W, D⟩ at first order. Of errors at random that would be a matter of chance. Those
-    of truncation are not: it takes away small parts of what was learnt, and they are small for not having been learnt to
-    the end. Text that was not learnt by heart would rather have them larger. Rounding does so too, by less (`steepness.py`).
+    An error D of a weight costs ⟨∂ loss / ∂ W, D⟩ at first order. Of errors at random that would be a matter of chance.
+    Those of truncation are not: it takes away small parts of what was learnt, and they are small for not having been learnt
+    to the end. Text that was not learnt by heart would rather have them larger. Rounding does so too, by less, see
+    `steepness.py`.
 
     Args:
         gradients: Of the loss of the text; used up.
