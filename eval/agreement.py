@@ -51,8 +51,8 @@ NOTE = (
     "Loss: the rise of its cross entropy. Divergence: from the dense model's predictions, which is what the Fisher metric "
     "approximates; it has no term of first order, and far less noise. Cross-fitted: truncations are chosen on one half of "
     "the calibration windows, their loss is predicted from the other, both ways. With slope: and the slope of the text's "
-    "own loss is counted, which divergence does not see. Output error: predicted without a backward pass. Last column: how "
-    "well the measured divergence itself ranks the loss."
+    "own loss is counted, in truncation and in rounding, which is what plans count on; divergence does not see it. Output "
+    "error: predicted without a backward pass. Last column: how well the measured divergence itself ranks the loss."
 )
 RATIO_NOTE = (
     "Medians. Calibration and held out: the rise of the loss of such text; divergence: from the dense model's predictions, "

@@ -234,7 +234,11 @@ EVAL = {
         *PERPLEXITY, "--baseline", "./none", parts=("'./none'", "no such folder"), error="ModelError"
     ),
     "output that is there": evaluated(
-        *PERPLEXITY, "--output", lambda g: g.file("x.json", "{}"), parts=("exists already",), error="OutputError"
+        *PERPLEXITY,
+        "--output",
+        lambda g: g.file("x.json", "{}"),
+        parts=("exists; wanted a new file, or --overwrite",),
+        error="OutputError",
     ),
 }
 
