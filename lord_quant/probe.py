@@ -191,11 +191,12 @@ def probe(
     def solver(bits: int, group_size: int) -> Solver:
         return Polished(Gptq(replace(gptq, bits=bits), group_size, moments.num_tokens), options.refine)
 
-    steep = _slopes(halves, mean if has_bias else None, weight)
+    slopes = halves[0].slope, halves[1].slope
+    steep = [None if slope is None else Steepness(slope.weight[rows], slope.bias[rows]) for slope in slopes]
 
     def noise(bits: int, group_size: int) -> Orders:
         error = round_rows(solver(bits, group_size), part, seen, coupled).weight() - part
-        one, other = (float((slope[rows] * error).sum()) for slope in steep)
+        one, other = (_first_order(slope, error, mean if has_bias else None) for slope in steep)
         second = unit * energy(error, seen, within)
         return Orders(*(each * len(weight) / len(part) for each in (one, other, second)))
 
@@ -208,15 +209,15 @@ def probe(
         groups[256] = groups[128] * groups[128] / groups[64]
     joint = covariance if has_bias or mean_correction else seen
     weighed = weigh(weight, metric)
-    spectrum, down, up, factored = output_spectrum(weighed.weight, joint), None, None, list[Orders]()
+    spectrum, down, up, factored = output_spectrum(weighed.weight, joint), None, None, NOTHING
     pivoted = dict.fromkeys(pivoted_forms(weight.shape[1], weight.shape[0]), PIVOTED_NOISE)
     step = usual if min(weight.shape) >= usual else PACK_MULTIPLE
     if min(weight.shape) >= step:
         ranks = [min(max(1, round(part * min(weight.shape) / step)) * step, min(weight.shape)) for part in PROBED_RANKS]
         cuts = [factors_of(weighed, spectrum, rank) for rank in ranks]
         del weighed  # as large as weight and metric
-        slopes = _slopes(halves, mean if has_bias or mean_correction else None, weight)
-        problem = _Problem(weight, joint, metric, believed, slopes, spectrum.total(), unit, options, seed)
+        mended = mean if has_bias or mean_correction else None
+        problem = _Problem(weight, joint, metric, believed, slopes, mended, spectrum.total(), unit, options, seed)
         once, again = (
             _rounded(problem, factors, {bits: solver(bits, step) for bits in widths}, groups[step])
             for factors, widths in zip(cuts, (PROBED_BITS, (GROUP_BITS,)), strict=True)
@@ -225,13 +226,12 @@ def probe(
             FactorNoise(ranks[0], shares, _slope(ranks, shares[GROUP_BITS], others[GROUP_BITS]))
             for shares, others in zip(once[:2], again[:2], strict=True)
         )
-        factored.append(once.orders)
+        factored = once.orders
         pivoted = _pivoted_noise(problem, cuts[0], solver(GROUP_BITS, step), list(pivoted))
     values = spectrum.eigenvalues.double().cpu()
     tail = torch.cat((values.flip(0).cumsum(0).flip(0), values.new_zeros(1)))
     cut = crossed_tail(weight, halves, centred=has_bias or mean_correction)
-    orders = _sum(probed.values()), _sum(factored)
-    return LayerLoss(unit * tail, cut, dense, groups, usual, down, up, pivoted, *orders)
+    return LayerLoss(unit * tail, cut, dense, groups, usual, down, up, pivoted, _sum(probed.values()), factored)
 
 
 def _sum(orders: Iterable[Orders]) -> Orders:
@@ -239,24 +239,18 @@ def _sum(orders: Iterable[Orders]) -> Orders:
     return Orders(one, other, second)
 
 
-def _slopes(
-    halves: tuple[Half, Half], mean: torch.Tensor | None, weight: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the slope of either half's loss in W, zero where none was measured, with shape (m, n).
+def _first_order(slope: Steepness | None, error: torch.Tensor, mean: torch.Tensor | None) -> float:
+    """Returns what an error of a weight moves the text's loss by at first order; 0 where no slope was measured.
 
     Args:
-        halves: Both halves.
-        mean: That of the inputs where a bias takes up errors of the mean; None where there is none.
-        weight: W, whose dtype they are to have.
+        slope: Of the loss of that text.
+        error: D with shape (m, n).
+        mean: That of the inputs where a bias takes up errors of the mean, and moves by −D μ; None where there is none.
     """
-
-    def of(slope: Steepness | None) -> torch.Tensor:
-        if slope is None:
-            return torch.zeros_like(weight)
-        found = slope.weight.to(weight)
-        return found if mean is None else found - torch.outer(slope.bias.to(weight), mean)
-
-    return of(halves[0].slope), of(halves[1].slope)
+    if slope is None:
+        return 0.0
+    moved = float((slope.weight.to(error) * error).sum())
+    return moved if mean is None else moved - float(slope.bias.to(error) @ (error @ mean))
 
 
 def _mean_of(halves: tuple[Half, Half]) -> torch.Tensor | None:
@@ -284,7 +278,8 @@ class _Problem(NamedTuple):
         covariance: H with shape (n, n).
         metric: G with shape (m, m), in which errors are measured; None where all outputs count alike.
         believed: G as a run is given it, with less of what couples outputs by chance; or None.
-        slopes: Of either half's loss in W.
+        slopes: Of either half's loss in W, where they were measured.
+        mean: That of the inputs where a bias takes up errors of it; None where there is none.
         whole: What losing all of it would cost in that metric.
         unit: What that is in nats.
         options: How it is stacked.
@@ -295,7 +290,8 @@ class _Problem(NamedTuple):
     covariance: torch.Tensor
     metric: torch.Tensor | None
     believed: torch.Tensor | None
-    slopes: tuple[torch.Tensor, torch.Tensor]
+    slopes: tuple[Steepness | None, Steepness | None]
+    mean: torch.Tensor | None
     whole: float
     unit: float
     options: JointConfig
@@ -341,7 +337,7 @@ def _rounded(problem: _Problem, factors: Factors, solvers: Mapping[int, Solver],
     def lost(solvers: Solvers) -> float:
         product = problem.quantized(factors, solvers)
         beyond = max(problem.error(product) - cut, 0.0)
-        one, other = (float((slope * (product - before)).sum()) for slope in problem.slopes)
+        one, other = (_first_order(slope, product - before, problem.mean) for slope in problem.slopes)
         orders.append(Orders(one, other, problem.unit * problem.whole * beyond))
         return beyond / (1 - cut) / relative if cut < 1 else 0.0
 
