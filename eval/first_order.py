@@ -113,8 +113,11 @@ class Estimate(NamedTuple):
 
     @property
     def error(self) -> float:
-        """Its standard error, both parts being taken to err independently."""
-        return math.hypot(*(float(part.std()) / math.sqrt(len(part)) for part in self))
+        """Its standard error; the few windows are some of the many."""
+        few, many = len(self.rest), len(self.slope)
+        both = torch.stack((self.rest, self.slope[:few])).cov()
+        variance = float(both[0, 0]) / few + float(self.slope.var()) / many + 2 * float(both[0, 1]) / many
+        return math.sqrt(max(variance, 0.0))
 
     def less(self, other: Estimate) -> Estimate:
         """Returns by how much it is more than another on the same windows."""

@@ -56,8 +56,8 @@ class BudgetConfig:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """What is given, but for the place of the statistics."""
-        values = dataclasses.asdict(self)
+        """What is given, sizes in bytes, but for the place of the statistics."""
+        values = dataclasses.asdict(self) | {"target_size": self.size}
         return {name: value for name, value in values.items() if name != "statistics" and value is not None}
 
 

@@ -118,13 +118,14 @@ def execute(job: Job, progress: Progress | None = None, world: World = ALONE, *,
 
 def _execute_whole(job: Job, phases: Phases, progress: Progress, verify: bool) -> dict[str, Any]:
     """Runs a job on a model that is loaded whole."""
+    made = digest(made_of(job, 1))  # before the run adds to the model's configuration
     with phases.measure("load"), progress.phase("load"):
         model = load_model(job.source, job.device)
     done = compress_model(model, job.plan, job.windows, job.config, itemsize=job.source.dtype.itemsize, progress=progress)
     cast_floats(model, job.source.dtype)
     seconds = phases.seconds | done.seconds
     report = build_report(job.config, done.plan, job.windows, done.decomposed, done.quantized, seconds, job.warnings)
-    report |= _planned(job)
+    report |= {"made_of_sha256": made, **_planned(job)}
     if job.output is None:
         return report
     with progress.phase("write"):
@@ -266,7 +267,7 @@ def _planned(job: Job) -> dict[str, Any]:
 
 
 def is_finished(job: Job, output: Path, processes: int = 1) -> bool:
-    """Tells whether a folder is what a streamed run of this job by so many processes wrote."""
+    """Tells whether a folder is what a run of this job by so many processes wrote."""
     try:
         report = parse_json((output / REPORT_NAME).read_text(encoding="utf-8"))
         return isinstance(report, dict) and report.get("made_of_sha256") == digest(made_of(job, processes))
@@ -300,6 +301,14 @@ def made_of(job: Job, processes: int) -> dict[str, Any]:
     }
 
 
+def _digest_of_file(statistics: str) -> str:
+    try:
+        with open(statistics, "rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"statistics {statistics!r} cannot be read: {error.strerror}") from error
+
+
 def asked_of(job: Job, config: LordConfig, menu: Menu, processes: int) -> str:
     """Returns a SHA-256 of all that a plan for a budget depends on.
 
@@ -310,15 +319,13 @@ def asked_of(job: Job, config: LordConfig, menu: Menu, processes: int) -> str:
         processes: How many run it together.
 
     Raises:
-        OutputError: The statistics that its budget names cannot be read.
+        CheckpointError: The statistics that its budget names cannot be read.
     """
     made = made_of(dataclasses.replace(job, config=config), processes) | {"menu": dataclasses.asdict(menu)}
-    if config.budget is not None and config.budget.statistics:
-        try:
-            with Path(config.budget.statistics).open("rb") as handle:
-                made["statistics_sha256"] = hashlib.file_digest(handle, "sha256").hexdigest()
-        except OSError as error:
-            raise OutputError(f"statistics {config.budget.statistics!r} cannot be read: {error.strerror}") from error
+    if config.budget is not None:
+        made["budget"] = config.budget.asked
+        if config.budget.statistics:
+            made["statistics_sha256"] = _digest_of_file(config.budget.statistics)
     return digest(made)
 
 

@@ -87,14 +87,17 @@ class Orders(NamedTuple):
         one: At first order, ⟨slope of the loss, error⟩, by the slope of one half of the text.
         other: By that of the other half.
         second: At second order, in the metric.
+        chance: 2 · chance / N is the variance of the first order, by a slope of N tokens: `second` of the very errors whose
+            first order was taken, if that is not more than their part of the layer.
     """
 
     one: float
     other: float
     second: float
+    chance: float
 
 
-NOTHING = Orders(0.0, 0.0, 0.0)
+NOTHING = Orders(0.0, 0.0, 0.0, 0.0)
 
 
 class LayerLoss(NamedTuple):
@@ -197,8 +200,8 @@ def probe(
     def noise(bits: int, group_size: int) -> Orders:
         error = round_rows(solver(bits, group_size), part, seen, coupled).weight() - part
         one, other = (_first_order(slope, error, mean if has_bias else None) for slope in steep)
-        second = unit * energy(error, seen, within)
-        return Orders(*(each * len(weight) / len(part) for each in (one, other, second)))
+        second, scale = unit * energy(error, seen, within), len(weight) / len(part)
+        return Orders(scale * one, scale * other, scale * second, scale**2 * second)
 
     probed = {bits: noise(bits, usual) for bits in PROBED_BITS}
     dense = {bits: orders.second for bits, orders in probed.items()}
@@ -235,8 +238,7 @@ def probe(
 
 
 def _sum(orders: Iterable[Orders]) -> Orders:
-    one, other, second = map(sum, zip(NOTHING, *orders, strict=True))
-    return Orders(one, other, second)
+    return Orders(*map(sum, zip(NOTHING, *orders, strict=True)))
 
 
 def _first_order(slope: Steepness | None, error: torch.Tensor, mean: torch.Tensor | None) -> float:
@@ -337,8 +339,10 @@ def _rounded(problem: _Problem, factors: Factors, solvers: Mapping[int, Solver],
     def lost(solvers: Solvers) -> float:
         product = problem.quantized(factors, solvers)
         beyond = max(problem.error(product) - cut, 0.0)
-        one, other = (_first_order(slope, product - before, problem.mean) for slope in problem.slopes)
-        orders.append(Orders(one, other, problem.unit * problem.whole * beyond))
+        moved = product - before
+        one, other = (_first_order(slope, moved, problem.mean) for slope in problem.slopes)
+        chance = problem.unit * energy(moved, problem.covariance, problem.metric)
+        orders.append(Orders(one, other, problem.unit * problem.whole * beyond, chance))
         return beyond / (1 - cut) / relative if cut < 1 else 0.0
 
     down = {bits: lost(Solvers(solve, exact)) for bits, solve in solvers.items()}

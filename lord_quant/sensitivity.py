@@ -199,6 +199,11 @@ class Slope:
     def __init__(self, gradients: BlockGradients) -> None:
         self._gradients = gradients
 
+    @property
+    def num_labels(self) -> int:
+        """Tokens whose loss it is of: all but the last of each window."""
+        return self._gradients.num_labels
+
     @classmethod
     def measure(
         cls,
@@ -225,7 +230,7 @@ class Slope:
                 own = Steepness(gradients.T @ rows.inputs.to(dtype), gradients.sum(dim=0))
                 before = sums.get(name)
                 sums[name] = own if before is None else Steepness(before.weight + own.weight, before.bias + own.bias)
-        count = self._gradients.num_labels
+        count = self.num_labels
         return {name: Steepness(total.weight / count, total.bias / count) for name, total in sums.items()}
 
 

@@ -152,8 +152,8 @@ def measure_statistics(
                     else:
                         groups[tuple(prefix + name for name in names)] = loss
             progress.block(f"{blocks.path}.{index}")
-    if sensitivities and slopes:
-        slope = RoundingSlope.of(list(losses.values()), sum(each.num_labels for each in sensitivities))
+    if slopes:
+        slope = RoundingSlope.of(list(losses.values()), sum(each.num_labels for each in slopes))
         losses = {name: slope.counted(loss) for name, loss in losses.items()}
         groups = {names: slope.counted(loss) for names, loss in groups.items()}
     return Statistics(losses, {site.name: site for site in sites}, groups, origin)

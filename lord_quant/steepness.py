@@ -6,11 +6,11 @@ Errors D of a weight move predictions at second order, which the metric counts. 
 order does, since what is rounded off is mostly what was small in W, and small for not having been learnt to the end; so the
 ratio κ of both is the same at all bits, and rounding costs 1 + κ times what the metric says.
 
-A layer's own κ is uncertain: the slope is that of few tokens. With N of them the first order has the variance
-2 · second / N by chance, if the metric is that of the gradients, and as much more as the slopes of the two halves of the
-text differ more than that. So all layers' κ are taken as drawn from one distribution, whose mean and width are estimated
-from all of them, and each is moved towards the mean by as much as it is uncertain (random effects: DerSimonian & Laird,
-Controlled Clinical Trials 7, 1986). Rounding is never counted as a gain.
+A layer's own κ is uncertain: the slope is that of few tokens. With N of them the first order of errors has 2 / N times
+their second order as variance by chance, if the metric is that of the gradients, and as much more as the slopes of the two
+halves of the text differ more than that. So all layers' κ are taken as drawn from one distribution, whose mean and width
+are estimated from all of them, and each is moved towards the mean by as much as it is uncertain (random effects:
+DerSimonian & Laird, Controlled Clinical Trials 7, 1986). Rounding is never counted as a gain.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Ratios(NamedTuple):
     Attributes:
         mean: Its mean.
         variance: Its variance.
-        precision: Inverse variance of a layer's own κ, per nat of its second order.
+        precision: Inverse variance of a first order, times what `Orders` calls chance.
     """
 
     mean: float
@@ -73,15 +73,16 @@ class Ratios(NamedTuple):
 
         Args:
             orders: What layers lose at first and at second order; those that lose next to nothing say nothing.
-            num_labels: Tokens the slopes of both halves are of.
+            num_labels: Tokens the slopes of both halves are of. Halves that agree in everything are one text, counted once.
         """
         least = TELLING * max((each.second for each in orders), default=0.0)
-        telling = [each for each in orders if each.second > least]
+        telling = [each for each in orders if each.second > least and each.chance > 0]
         if not telling:
             return cls(0.0, 0.0, 0.0)
-        apart = sum((each.one - each.other) ** 2 / each.second for each in telling) / len(telling)
-        precision = 1 / max(2 / num_labels, apart / 4)  # of the mean of two halves: a quarter of what they differ by
-        ratios, weights = [_ratio(each) for each in telling], [precision * each.second for each in telling]
+        apart = sum((each.one - each.other) ** 2 / each.chance for each in telling) / len(telling)
+        labels = num_labels if apart > 0 else num_labels / 2
+        precision = 1 / max(2 / labels, apart / 4)  # of the mean of two halves: a quarter of what they differ by
+        ratios, weights = [_ratio(each) for each in telling], [precision * _weight(each) for each in telling]
         whole = sum(weights)
         middle = _mean(ratios, weights)
         scatter = sum(weight * (ratio - middle) ** 2 for ratio, weight in zip(ratios, weights, strict=True))
@@ -91,7 +92,7 @@ class Ratios(NamedTuple):
 
     def believed(self, own: Orders) -> float:
         """Returns what to take for a layer's κ, not below 0."""
-        weight = self.variance * self.precision * max(own.second, 0.0)
+        weight = self.variance * self.precision * _weight(own) if own.second > 0 and own.chance > 0 else 0.0
         return (
             max(0.0, self.mean + weight / (1 + weight) * (_ratio(own) - self.mean)) if weight > 0 else max(0.0, self.mean)
         )
@@ -99,6 +100,11 @@ class Ratios(NamedTuple):
 
 def _ratio(orders: Orders) -> float:
     return (orders.one + orders.other) / 2 / orders.second
+
+
+def _weight(orders: Orders) -> float:
+    """Returns the inverse variance of a ratio over that of a first order, times its chance."""
+    return orders.second**2 / orders.chance
 
 
 def _mean(values: Sequence[float], weights: Sequence[float]) -> float:

@@ -92,39 +92,44 @@ def test_dense_noise_is_that_of_real_solves(has_bias: bool, num_labels: int | No
     assert set(found.groups) == {32, 64, 128} and found.group_size == 64
 
 
-@pytest.mark.parametrize("has_bias", [True, False])
-def test_orders_are_those_of_real_errors(has_bias: bool) -> None:
-    """Of the dense layer: by either half's slope, about the mean where a bias takes that up, and in the metric."""
-    weight, moments, sensitivity = problem(64, 128)
+@pytest.mark.parametrize(("has_bias", "mean_correction"), [(True, True), (False, True), (False, False)])
+def test_orders_are_those_of_real_errors(has_bias: bool, mean_correction: bool) -> None:
+    """By either half's slope, about the mean where a bias takes it up, and in the metric; of factors beyond truncation."""
+    weight, moments, sensitivity = problem(128, 128)
     generator = torch.Generator().manual_seed(2)
     slopes = [
-        Steepness(torch.randn(64, 128, generator=generator, dtype=F64), torch.randn(64, generator=generator, dtype=F64))
+        Steepness(torch.randn(128, 128, generator=generator, dtype=F64), torch.randn(128, generator=generator, dtype=F64))
         for _ in range(2)
     ]
-    halves = tuple(Half(moments, sensitivity, slope) for slope in slopes)
-    found = probe(weight, (halves[0], halves[1]), has_bias=has_bias, mean_correction=has_bias, gptq=GPTQ, options=OPTIONS)
-    believed, hessian = unit_metric(sensitivity), moments.covariance
-    hessian = hessian if has_bias else hessian + torch.outer(moments.mean, moments.mean)
+    first, second = (Half(moments, sensitivity, slope) for slope in slopes)
+    settings: dict[str, Any] = {"has_bias": has_bias, "mean_correction": mean_correction, "gptq": GPTQ, "options": OPTIONS}
+    found = probe(weight, (first, second), **settings)
+    believed, raw = unit_metric(sensitivity), moments.covariance + torch.outer(moments.mean, moments.mean)
+
+    def of(error: torch.Tensor, mended: bool, beyond: float | None = None) -> torch.Tensor:
+        """What it costs: slope in W, and in a bias that moves by −D μ; second order; chance."""
+        moved = -error @ moments.mean if mended else torch.zeros(128, dtype=F64)
+        rises = [float((slope.weight * error).sum() + slope.bias @ moved) for slope in slopes]
+        own = cost(error, moments.covariance if mended else raw, metric_of(sensitivity))
+        return torch.tensor([*rises, own if beyond is None else beyond, own], dtype=F64)
+
     solves = [Polished(solver(bits, 64), OPTIONS.refine) for bits in (2, 3, 4)]
+    hessian = moments.covariance if has_bias else raw
     errors = [round_rows(solve, weight, hessian, believed).weight() - weight for solve in solves]
+    dense = torch.stack([of(error, has_bias) for error in errors]).sum(dim=0)
+    assert found.dense_orders == pytest.approx(tuple(dense.tolist()), rel=1e-9)
 
-    def first(half: int, error: torch.Tensor) -> float:
-        """What the loss rises by: its slope in W, and in a bias that moves by −D μ."""
-        moved = -error @ moments.mean if has_bias else torch.zeros(64, dtype=F64)
-        return float((slopes[half].weight * error).sum() + slopes[half].bias @ moved)
-
-    expected = [sum(first(half, error) for error in errors) for half in (0, 1)]
-    second = sum(cost(error, hessian, metric_of(sensitivity)) for error in errors)
-    assert found.dense_orders == pytest.approx((*expected, second), rel=1e-9)
+    mended = has_bias or mean_correction
+    hessian = moments.covariance if mended else raw
     factors = truncate(weigh(weight, believed), hessian, 64)[1]
-    one, other, lost = 0.0, 0.0, 0.0
+    cut, orders = cost(factors.product() - weight, hessian, metric_of(sensitivity)), torch.zeros(4, dtype=F64)
     for solve in solves:
         for pair in (Solvers(solve, exact), Solvers(exact, solve)):
             made = stack_two_factor(Objective(weight, hessian, believed), factors, pair, OPTIONS, 0)
             product = made[".up"].weight() @ made[".down"].weight()
-            one, other = one + first(0, product - factors.product()), other + first(1, product - factors.product())
-            lost += cost(product - weight, hessian, metric_of(sensitivity))
-    assert found.factor_orders == pytest.approx((one, other, lost), rel=1e-6)  # nothing is lost to truncation at full rank
+            lost = cost(product - weight, hessian, metric_of(sensitivity)) - cut
+            orders += of(product - factors.product(), mended, lost)
+    assert found.factor_orders == pytest.approx(tuple(orders.tolist()), rel=1e-6)
 
 
 def test_some_rows_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,6 +139,9 @@ def test_some_rows_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     some = run(weight, moments, sensitivity)
     for bits in (2, 3, 4):
         assert some.dense[bits] == pytest.approx(whole.dense[bits], rel=0.2) and some.dense[bits] != whole.dense[bits]
+    # Twice what half of the layer was seen to lose has four times its variance.
+    assert some.dense_orders.chance == pytest.approx(2 * some.dense_orders.second)
+    assert whole.dense_orders.chance == whole.dense_orders.second
 
 
 def real_loss(

@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output is not None:
         from lord_quant.checkpoint import check_file
 
-        check_file(args.output, overwrite=args.overwrite, model=args.model)
+        check_file(args.output, overwrite=args.overwrite)
 
     from lord_quant.evaluation.harness import evaluate
 

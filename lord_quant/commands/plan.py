@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument("--save", metavar="FILE", help="write the plan of a budget as YAML, for `lord quantize --plan`")
     parser.add_argument(
-        "--plots", metavar="DIR", help="draw the plan of a budget and what it was chosen from: PNG, numbers as JSON"
+        "--plots", metavar="DIR", help="draw a budget's plan and what it was chosen from, or a sweep: PNG, numbers as JSON"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what stands at --save and --plots")
 

@@ -105,7 +105,8 @@ def _prepare(args: argparse.Namespace, config: LordConfig, progress: Progress, w
     origin = origin_of_plan(args.plan) if args.plan else {}
     measured_on, odd = origin.get("calibration_sha256"), other_settings(origin, config) if origin else ""
     output = None if config.output is None or args.overwrite else whole_path(config.output)
-    there = output if output is not None and os.path.isfile(output / REPORT_NAME) else None
+    # The first process writes, and on its disk the report lies.
+    there = world.broadcast(output if output is not None and os.path.isfile(output / REPORT_NAME) else None)
     planned = None
     if config.budget is not None:
         settings = _choose(args, config, there, progress, world)
@@ -115,7 +116,7 @@ def _prepare(args: argparse.Namespace, config: LordConfig, progress: Progress, w
         measured_on, config = (planned or {}).get("calibration_sha256"), apply_plan(config, settings)
     if there is not None:
         earlier = prepare(dataclasses.replace(config, output=None))
-        if is_finished(earlier, there, world.size):
+        if world.broadcast(is_finished(earlier, there, world.size)):
             if world.first:
                 clear_away(earlier, there, world.size)
             say(f"finished      by an earlier run of the same command: {config.output}\n")
@@ -153,7 +154,7 @@ def _choose(
     budget, dense, menu = config.budget, unplanned(config), menu_from(args)
     if there is not None:
         job = prepare(dataclasses.replace(dense, output=None))
-        settings = chosen_before(there, asked_of(job, config, menu, world.size))
+        settings = world.broadcast(chosen_before(there, asked_of(job, config, menu, world.size)) if world.first else None)
         if settings is not None:
             return settings
     say = sys.stdout.write if world.first else str

@@ -15,7 +15,7 @@ DEFAULT_MAX_WINDOWS = 64
 
 def add_sweep_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of a sweep."""
-    sweep = parser.add_argument_group("sweep (instead of one budget; compresses in memory, writes nothing)")
+    sweep = parser.add_argument_group("sweep (instead of one budget; compresses in memory, writes no model)")
     sweep.add_argument(
         "--sweep",
         nargs="+",
@@ -71,9 +71,11 @@ def run_sweep(args: argparse.Namespace) -> int:
         sys.stdout.write(f"{frontier_of(planner)}\n\n")
         sys.stdout.flush()
     found = sweep(planner, config, budgets, heldout, window=args.window, max_windows=args.max_windows)
+    sys.stdout.write(to_json(found.to_dict()) if args.json else f"{sweep_table(found)}\n")
+    sys.stdout.flush()
     if folder is not None:
         measured = [(point.bpw, point.measured_loss) for point in found.points]
         write_plots(collect_sweep(planner, measured, found.to_dict()), folder, overwrite=args.overwrite)
-    drawn = "" if folder is None else f"\nplots written to {args.plots}\n"
-    sys.stdout.write(to_json(found.to_dict()) if args.json else f"{sweep_table(found)}\n{drawn}")
+        if not args.json:
+            sys.stdout.write(f"\nplots written to {args.plots}\n")
     return 0

@@ -284,8 +284,12 @@ def test_a_finished_budget_says_so_and_reports_what_was_predicted(
     for other in (["--target-bpw", "2.9"], ["--form", "dense"], ["--group-size", "32"], ["--seed", "1"]):
         assert run_command("quantize", *run, *other) == OutputError.exit_code
         assert "is not empty; wanted a new folder, or --overwrite" in capfd.readouterr().err
-    own.write_bytes(statistics.read_bytes() + b" ")  # of the file, what is in it counts
+    (tmp_path / "copy.stats").write_bytes(statistics.read_bytes())  # of the file, what is in it counts, not its place
+    assert run_command("quantize", *run, "--statistics", tmp_path / "copy.stats") == 0
+    assert FINISHED in capfd.readouterr().out
+    own.write_bytes(statistics.read_bytes() + b" ")
     assert run_command("quantize", *run) == OutputError.exit_code
+    assert run_command("quantize", *run, "--statistics", tmp_path / "none.stats") == CheckpointError.exit_code
 
 
 @pytest.mark.slow

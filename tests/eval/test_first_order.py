@@ -70,10 +70,12 @@ def test_costs_of_layers_changed_at_once_add_up_at_first_order(lines: Any) -> No
     assert all(len(each.loss.slope) == len(tokens) and len(each.divergence) == 1 for each in found)
 
 
-def test_estimate_of_all_windows_is_their_mean(lines: Any) -> None:
+def test_estimate_of_all_windows_is_their_mean_with_its_error(lines: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     rise, slope = torch.randn(2, 12, dtype=torch.float64, generator=generator)
-    assert lines.Estimate.of(rise, slope).mean == pytest.approx(float(rise.mean()))
+    estimate = lines.Estimate.of(rise, slope)
+    assert estimate.mean == pytest.approx(float(rise.mean()))
+    assert estimate.error == pytest.approx(float(rise.std()) / 12**0.5)
 
 
 def test_estimates_of_few_windows_are_unbiased_and_err_as_said(lines: Any) -> None:
@@ -81,12 +83,13 @@ def test_estimates_of_few_windows_are_unbiased_and_err_as_said(lines: Any) -> No
     few, many, found, plain = 16, 128, [], []
     for _ in range(2000):
         slope = 3 + torch.randn(many, dtype=torch.float64, generator=generator)
-        rise = slope[:few] + 1 + 0.2 * torch.randn(few, dtype=torch.float64, generator=generator)
+        rest = 1 + 0.5 * (slope[:few] - 3) + 0.2 * torch.randn(few, dtype=torch.float64, generator=generator)
+        rise = slope[:few] + rest
         estimate = lines.Estimate.of(rise, slope)
         found.append((estimate.mean, estimate.error))
         plain.append(float(rise.mean()))
     means, errors = torch.tensor(found).T
-    true = (1 / many + 0.2**2 / few) ** 0.5
+    true = (1 / many + (0.5**2 + 0.2**2) / few + 2 * 0.5 / many) ** 0.5
     assert float(means.mean()) == pytest.approx(4, abs=4 * true / 2000**0.5)
     assert float(means.std()) == pytest.approx(true, rel=0.06) and float(errors.mean()) == pytest.approx(true, rel=0.03)
     assert float(torch.tensor(plain).std()) > 2 * true

@@ -88,3 +88,44 @@ def test_layers_are_of_all_types_in_turn_and_of_different_blocks(prediction: Any
     assert [layer.kind for layer in chosen] == ["q", "k", "fc", "q", "k", "fc", "q"]
     assert len({layer.block for layer in chosen if layer.kind == "q"}) == 3
     assert len(prediction.choose_layers(layers, 99, seed=0)) == len(layers)
+
+
+def losses_of(prediction: Any) -> Any:
+    """A layer whose rounding costs three times as much with its slope, and its truncation other amounts each way."""
+    from lord_quant.probe import FactorNoise, LayerLoss
+
+    tail = torch.linspace(1, 0, 129, dtype=torch.float64)
+    noise = FactorNoise(64, {2: 0.1, 3: 0.02, 4: 0.005}, 0.9)
+    fisher = LayerLoss(tail, 5 * tail, {2: 0.5, 3: 0.1, 4: 0.02}, {32: 0.8, 64: 1.0}, 64, noise, noise, {"pivoted": 1.5})
+    steeper = noise._replace(by_bits={bits: 3 * share for bits, share in noise.by_bits.items()})
+    counted = fisher._replace(dense={bits: 3 * loss for bits, loss in fisher.dense.items()}, down=steeper, up=steeper)
+    return prediction.Losses(fisher, (2 * tail).tolist(), counted)
+
+
+def test_plans_count_the_slope_in_truncation_and_in_rounding(prediction: Any) -> None:
+    losses = losses_of(prediction)
+    dense = losses.of(choice(prediction, "dense", 3, 1000, None))
+    assert dense == pytest.approx({"predicted": 0.1, "crossed": 0.1, "sloped": 0.3})
+    cut = losses.of(prediction.Choice("truncation", 32, 16, 32, None))
+    assert cut == pytest.approx({"predicted": 0.75, "crossed": 1.5, "sloped": 3.75})
+    both = losses.of(choice(prediction, "pivoted", 3, 1000))
+    rounded = both["predicted"] - 0.5
+    assert rounded == pytest.approx(1.5 * 0.04 * 0.5)
+    assert both == pytest.approx({"predicted": 0.5 + rounded, "crossed": 1 + rounded, "sloped": 2.5 + 3 * rounded})
+
+
+def test_what_was_measured_before_is_kept_for_the_same_compressions_alone(prediction: Any) -> None:
+    values = iter(range(100))
+    measured = [{name: float(next(values)) for name in prediction.FIGURES} for _ in range(3)]
+    single = {"layer": "h.0.fc", **choice(prediction, "dense", 3, 1000, None)._asdict()}
+    group = {"what": "rounded", "group": "block 0", "by": "block", "layers": 4}
+    rows = [single | {"predicted": 1.0}, single | {"bits": 2, "predicted": 2.0}, group | {"predicted": 3.0}]
+    earlier = {
+        "rows": [row | own for row, own in zip(rows[:2], measured, strict=False)],
+        "together": [rows[2] | measured[2]],
+    }
+    again = [prediction.Case(row | {"predicted": 9.0}, []) for row in rows]
+    assert prediction.measured_before(again, earlier) == measured
+    for other in (again[:2], again[::-1], [again[0]._replace(row=single | {"rank": 64}), *again[1:]]):
+        with pytest.raises(SystemExit, match="other compressions"):
+            prediction.measured_before(other, earlier)
