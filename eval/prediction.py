@@ -4,8 +4,8 @@
 Layers of every type are chosen at random blocks. Each is truncated in float at several ranks, rounded dense at several
 bits and group sizes, and compressed in ways of different form and bits that take the same bytes within 3 %, which is what
 a plan chooses among. Measured is how much the cross entropy of held-out text rises over the dense model's, on the same
-windows, its part of first order on more of them if asked for (`first_order.py`); also on calibration text, and the divergence from the
-dense model's predictions, which has less noise.
+windows, its part of first order on more of them if asked for (`first_order.py`); also on calibration text, and the
+divergence from the dense model's predictions, which has less noise.
 Predicted is what `lord_quant/probe.py` says: in the metric of the loss, with and without its slope, and of plain output
 error. Last, all layers of a block, of a type, and of the model are compressed together, to see whether losses add up.
 
