@@ -72,8 +72,8 @@ def test_points_are_what_checkpoints_measure(planner: Planner, config: LordConfi
         assert point.measured_loss == pytest.approx(math.log(expected / dense), rel=1e-4, abs=1e-7)
         assert (point.budget, point.predicted_loss) == (budget, allocation.loss)
         assert point.bpw == pytest.approx(planner.bpw(allocation))
-    # Of random weights a smaller model may do better by chance; it does more otherwise.
-    assert abs(found.points[0].measured_loss) > abs(found.points[1].measured_loss)
+    # Of random weights a smaller model may do better by chance, so what is measured has no order; what is predicted has.
+    assert found.points[0].predicted_loss > 2 * found.points[1].predicted_loss > 0
     last = sweep_table(found).splitlines()
     assert last[3].split()[0] == "4" and last[4].split() == ["dense", "-", "-", "-", f"{dense:.3f}"]
 
