@@ -397,7 +397,7 @@ def measured_before(cases: Sequence[Case], earlier: dict[str, Any]) -> list[dict
     names = ("layer", *Choice._fields, "what", "group")  # those of single layers, of several
     if [[row.get(name) for name in names] for row in rows] != [[case.row.get(name) for name in names] for case in cases]:
         raise SystemExit("--measured: the results are of other compressions; wanted those of the same layers and ways")
-    return [{name: row[name] for name in FIGURES} for row in rows]
+    return [{name: row[name] for name in FIGURES if name in row} for row in rows]  # older ones tell no slopes
 
 
 def equal_pairs(rows: Sequence[dict[str, Any]], found: Sequence[Measured]) -> list[dict[str, Any]]:
