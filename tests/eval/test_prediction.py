@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which compressions are compared: sets of equal bytes, pairs counted from measured losses, layers of every type."""
+"""What is predicted and measured: pairs counted from measured losses, layers of every type, slopes, figures kept."""
 
 from __future__ import annotations
 
@@ -21,28 +21,12 @@ def prediction(monkeypatch: pytest.MonkeyPatch) -> Any:
     import prediction
 
     yield prediction
-    for name in ("prediction", "agreement", "bench", "first_order", "provenance", "rows", "tables", "variants"):
+    for name in ("prediction", "agreement", "bench", "choices", "first_order", "provenance", "rows", "tables", "variants"):
         sys.modules.pop(name, None)
 
 
 def choice(prediction: Any, kind: str, bits: int, num_bytes: int, rank: int | None = 64) -> Any:
     return prediction.Choice(kind, rank, bits, 64, num_bytes)
-
-
-def test_sets_are_of_equal_bytes_and_of_different_ways(prediction: Any) -> None:
-    every = [
-        choice(prediction, "dense", 2, 1000, None),
-        choice(prediction, "two_factor", 3, 1010),
-        choice(prediction, "two_factor", 3, 1020, 96),
-        choice(prediction, "pivoted", 3, 1029),
-        choice(prediction, "pivoted", 4, 1040),
-        choice(prediction, "dense", 3, 1500, None),
-        choice(prediction, "two_factor", 4, 1530),
-        choice(prediction, "pivoted", 4, 2000),
-    ]
-    first, second = prediction.equal_sets(every, seed=0)
-    assert {(one.kind, one.bits) for one in first} == {("dense", 2), ("two_factor", 3), ("pivoted", 3)}
-    assert {one.num_bytes for one in second} == {1500, 1530}
 
 
 def test_pairs_are_of_one_layer_and_count_standard_errors_window_by_window(prediction: Any) -> None:
@@ -56,30 +40,6 @@ def test_pairs_are_of_one_layer_and_count_standard_errors_window_by_window(predi
     assert (first["rows"], second["rows"]) == ([1, 2], [2, 3])
     # Mean 0.02, standard deviation 0.02 / √3, of four windows.
     assert first["errors_apart"] == pytest.approx(0.02 / (0.02 / 3**0.5 / 2))
-
-
-def test_predicted_parts_add_up_as_the_planner_counts_them(prediction: Any) -> None:
-    from lord_quant.menu import Menu
-    from lord_quant.probe import FactorNoise, LayerLoss
-    from lord_quant.targets import LinearSite
-
-    tail = torch.linspace(1, 0, 129, dtype=torch.float64)
-    noise = FactorNoise(64, {2: 0.1, 3: 0.02, 4: 0.005}, 0.9)
-    ratios = {"pivoted": 1.5, "column_pivoted": 1.2}
-    loss = LayerLoss(tail, tail, {2: 0.5, 3: 0.1, 4: 0.02}, {32: 0.8, 64: 1.0}, 64, noise, noise, ratios)
-    site = LinearSite("h.0.fc", 0, 128, 256, True)
-    every = list(prediction.menu(SimpleNamespace(site=site), loss))
-    assert {(own.rank, own.group_size) for own in every if own.kind == "two_factor"} >= {(32, 32), (64, 32), (64, 64)}
-    assert all(own.rank is None or own.rank % own.group_size == 0 for own in every)
-    for own in every:
-        (found,) = (
-            each
-            for each in Menu((own.kind,), (own.bits,), (own.group_size,)).of(site, loss)
-            if (each.rank, each.up_group_size) == (own.rank, own.group_size)
-        )
-        cut, rounded = prediction.parts(loss, own)
-        assert cut + rounded == pytest.approx(found.loss) and own.num_bytes == found.num_bytes
-    assert prediction.parts(loss, prediction.Choice("truncation", 32, 16, 32, None)) == (float(tail[32]), 0.0)
 
 
 def test_layers_are_of_all_types_in_turn_and_of_different_blocks(prediction: Any) -> None:
