@@ -21,10 +21,13 @@ from lord_quant.checkpoint import whole_path
 from lord_quant.claim import sensed_beside
 from lord_quant.config import FLOAT_BITS, LordConfig
 from lord_quant.errors import BudgetError, CheckpointError, OutputError
+from lord_quant.estimate import seconds_of
 from lord_quant.headers import weight_files
 from lord_quant.menu import DENSE, Choice, Menu, single
+from lord_quant.operations import Workload, total
 from lord_quant.pipeline import Job, fisher_windows, in_batches, plan_model, prepare
 from lord_quant.planner import Allocation
+from lord_quant.probe_work import count_sensing
 from lord_quant.progress import Progress
 from lord_quant.residency import RESIDENT, Residency
 from lord_quant.sensitivity import Sensitivity, Slope
@@ -65,7 +68,7 @@ def statistics_of(
         return load_statistics(config.budget.statistics)
     if not keep or config.output is None:
         return sense(config, progress)
-    job = _dense_job(config)
+    job = dense_job(config)
     kept = sensed_beside(whole_path(config.output), _told_apart(config, job))
     if not again:
         with contextlib.suppress(CheckpointError):  # there is none, or it is spoilt
@@ -77,7 +80,12 @@ def statistics_of(
     return statistics
 
 
-def _dense_job(config: LordConfig) -> Job:
+def dense_job(config: LordConfig) -> Job:
+    """Prepares the run of a sensitivity pass: layers stay dense, nothing is written.
+
+    Raises:
+        LordError: Whatever is wrong with model or calibration.
+    """
     return prepare(dataclasses.replace(unplanned(config), output=None))
 
 
@@ -99,7 +107,7 @@ def sense(config: LordConfig, progress: Progress | None = None, job: Job | None 
     Raises:
         LordError: Whatever is wrong with model or calibration.
     """
-    job = job or _dense_job(config)
+    job = job or dense_job(config)
     streamed = stream_source(job.source, job.device)
     model, residency = streamed or (load_model(job.source, job.device), RESIDENT)
     return sense_model(model, job.windows, config, residency, progress)
@@ -123,7 +131,7 @@ def sense_model(
         progress: Where it is told how far the pass is.
         commit: That of a hub model; None is the one its name stands for.
     """
-    samples = min(config.joint.fisher_samples or sensed_samples(windows.input_ids.shape[1]), len(windows.input_ids))
+    samples = _sensed(windows, config)
     config = dataclasses.replace(config, joint=dataclasses.replace(config.joint, fisher_samples=samples))
     sensitivities, slopes, seed = None, None, config.calibration.seed
     if config.joint.fisher:
@@ -150,6 +158,25 @@ def sense_model(
         residency=residency,
         progress=progress,
     )
+
+
+def _sensed(windows: TokenWindows, config: LordConfig) -> int:
+    """Returns how many windows go through the backward pass."""
+    return min(config.joint.fisher_samples or sensed_samples(windows.input_ids.shape[1]), len(windows.input_ids))
+
+
+def sensing_seconds(job: Job) -> float:
+    """Predicts how long the sensitivity pass of a run takes, in seconds, as roughly as `estimate.py` does."""
+    head, seq_len = build_skeleton(job.source).get_output_embeddings(), job.windows.input_ids.shape[1]
+    load = Workload(
+        num_tokens=job.windows.num_tokens,
+        itemsize=job.source.dtype.itemsize,
+        joint=True,
+        seq_len=seq_len,
+        fisher_tokens=_sensed(job.windows, job.config) * seq_len if job.config.joint.fisher else 0,
+        head_weights=0 if head is None else head.weight.numel(),
+    )
+    return seconds_of(total(count_sensing(job.plan, load).values()), job.device)
 
 
 def sensed_samples(seq_len: int) -> int:

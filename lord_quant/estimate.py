@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A rough prediction of time and memory, before heavy work.
 
-The operations of every phase (`operations.py`) divided by the speed of a short matrix product measured on the spot. The
-fractions of matrix speed that eigendecompositions and the GPTQ solver reach are rules of thumb, so expect the truth within
-a factor of about three.
+The operations of every phase (`operations.py`) divided by the speed of a short matrix product measured on the spot. What
+eigendecompositions and the loops of solvers take are rules of thumb, so expect the truth within a factor of about three.
 """
 
 from __future__ import annotations
@@ -13,14 +12,16 @@ from typing import NamedTuple
 
 import torch
 
-from lord_quant.operations import Workload, count_phases
+from lord_quant.operations import Work, Workload, count_phases, total
 from lord_quant.plan import Plan
 from lord_quant.residency import waiting_bytes
 
 
 EIGEN_EFFICIENCY = 0.15
-SOLVER_EFFICIENCY = 0.02
-"""The solver works column by column."""
+LOOP_SECONDS = 1.2e-7
+"""For each weight that a solver's compiled loops go over on the CPU, one core whatever there are, polished twice."""
+COLUMN_SECONDS = 2.5e-5
+"""For each column that a solver goes through on a GPU: five kernels started."""
 TOKENS_AT_WORK = 8192
 """Tokens of a batch, about; what belongs to others waits, in files if it is much."""
 
@@ -43,11 +44,14 @@ def estimate(plan: Plan, load: Workload, device: torch.device) -> Estimate:
     The joint stack has two streams, two moment matrices, a block's inputs held, and of the model one block and a copy,
     everything else streaming from and to files. The CPU computes in 4-byte floats whatever is stored.
     """
-    speed, seconds = matrix_flops(device), 0.0
-    for work in count_phases(plan, load).values():
-        straight = work.passes + work.products + work.rotations
-        seconds += straight / speed + work.eigen / (speed * EIGEN_EFFICIENCY) + work.solves / (speed * SOLVER_EFFICIENCY)
-    return Estimate(seconds, memory_bytes(plan, load, device))
+    return Estimate(seconds_of(total(count_phases(plan, load).values()), device), memory_bytes(plan, load, device))
+
+
+def seconds_of(work: Work, device: torch.device) -> float:
+    """Predicts how long work takes on `device`, in seconds."""
+    speed, straight = matrix_flops(device), work.passes + work.products + work.rotations + work.solves
+    turns = work.looped * LOOP_SECONDS if device.type == "cpu" else work.columns * COLUMN_SECONDS
+    return straight / speed + work.eigen / (speed * EIGEN_EFFICIENCY) + turns
 
 
 def memory_bytes(plan: Plan, load: Workload, device: torch.device) -> int:

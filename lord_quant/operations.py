@@ -32,6 +32,10 @@ SWEEPS = 2
 """Of `refine` after each solve."""
 FLOAT_BYTES = 4
 """Of a value of the algebra."""
+COUPLED_LOOPS = 5
+"""What compiled loops take for a weight of rows that know of each other, over what they take for others."""
+HOST_LOOPS = 8
+"""What the host's solver takes for a weight on the CPU, over the same."""
 
 
 class Workload(NamedTuple):
@@ -64,6 +68,7 @@ class Work:
         eigen: Operations of eigendecompositions in float32.
         solves: Operations of solvers that go column by column, in float32, polishing not counted.
         columns: Columns such solvers go through, on a GPU.
+        looped: Weights that their compiled loops go over on the CPU, counted by what they take.
         moved: Bytes read and written in the device's memory by what is not bound by its operations.
         files: Bytes read from and written to files.
         packed: Weights packed on the CPU.
@@ -75,6 +80,7 @@ class Work:
     eigen: float = 0
     solves: float = 0
     columns: float = 0
+    looped: float = 0
     moved: float = 0
     files: float = 0
     packed: float = 0
@@ -82,6 +88,9 @@ class Work:
 
     def __add__(self, other: Work) -> Work:
         return Work(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(Work)))
+
+    def __mul__(self, times: float) -> Work:
+        return Work(*(getattr(self, each.name) * times for each in fields(Work)))
 
 
 def count_phases(plan: Plan, load: Workload) -> dict[str, Work]:
@@ -117,9 +126,9 @@ def _joint_phases(plan: Plan, load: Workload) -> dict[str, Work]:
         ),
         "forward, both streams": Work(passes=tokens * (one_pass + JOINT_PASSES * one_kept)),
         "moments": Work(products=sum(paired_moment_flops(layer, tokens) for layer in plan.layers)),
-        "anchor": _sum(anchor_work(layer) for layer in plan.layers if packed or layer.rank is not None),
-        "decompose": _sum(truncation_work(layer, bool(few)) for layer in ranked),
-        "quantize": _sum(stack_work(layer, bool(few)) for layer in plan.layers) if packed else Work(),
+        "anchor": total(anchor_work(layer) for layer in plan.layers if packed or layer.rank is not None),
+        "decompose": total(truncation_work(layer, bool(few)) for layer in ranked),
+        "quantize": total(stack_work(layer, bool(few)) for layer in plan.layers) if packed else Work(),
         "pack": Work(packed=kept if packed else 0),
         "files": Work(files=float(model_bytes + streams + 3 * plan.tensor_bytes)),  # shards are written, read, joined
     }
@@ -134,7 +143,7 @@ def _naive_phases(plan: Plan, load: Workload) -> dict[str, Work]:
     phases = {
         "forward": Work(passes=tokens * pass_flops(plan, load, dense)),
         "moments": Work(products=sum(gram_flops(layer.in_features, tokens) for layer in ranked)),
-        "decompose": _sum(truncation_work(layer, False) for layer in ranked),
+        "decompose": total(truncation_work(layer, False) for layer in ranked),
         "files": Work(files=float(dense * load.itemsize + plan.other_bytes + plan.tensor_bytes)),
     }
     if plan.bits != FLOAT_BITS:
@@ -143,12 +152,14 @@ def _naive_phases(plan: Plan, load: Workload) -> dict[str, Work]:
         phases["quantize"] = Work(
             passes=tokens * pass_flops(plan, load, kept) * turns,
             products=sum(2.0 * inputs**2 * tokens for inputs, _ in shapes),
-        ) + _sum(solve_work(*shape) for shape in shapes)
+            looped=float(HOST_LOOPS * kept),
+        ) + total(solve_work(*shape) for shape in shapes)
         phases["pack"] = Work(packed=kept)
     return phases
 
 
-def _sum(parts: Iterable[Work]) -> Work:
+def total(parts: Iterable[Work]) -> Work:
+    """Returns the sum."""
     return sum(parts, Work())
 
 
@@ -196,14 +207,21 @@ def truncation_work(layer: LayerPlan, of_loss: bool) -> Work:
 
 def stack_work(layer: LayerPlan, coupled: bool) -> Work:
     """Counts what quantizes a layer or, with gauge, metrics and refit, its factors; `coupled`, on both sides."""
-    m, n = layer.out_features, layer.in_features
-    shapes, steps = layer.factor_shapes().values(), GPU_STEPS if coupled else 1
-    solves = _sum(solve_work(*shape, steps) + refine_work(*shape, steps) for shape in shapes)
-    if coupled:
-        solves += _sum(rows_work(*shape) for shape in shapes)
-    if layer.rank is None:
-        return solves
-    r = layer.rank
+    solves = total(rounding_work(*shape, coupled) for shape in layer.factor_shapes().values())
+    return solves if layer.rank is None else solves + refit_work(layer, coupled)
+
+
+def rounding_work(inputs: int, outputs: int, coupled: bool) -> Work:
+    """Counts what quantizes one matrix and polishes it; `coupled`, on both sides."""
+    steps = GPU_STEPS if coupled else 1
+    loops = Work(looped=float(inputs * outputs) * (COUPLED_LOOPS if coupled else 1))
+    one_sided = solve_work(inputs, outputs, steps) + refine_work(inputs, outputs, steps) + loops
+    return one_sided + rows_work(inputs, outputs) if coupled else one_sided
+
+
+def refit_work(layer: LayerPlan, coupled: bool) -> Work:
+    """Counts the gauge of a layer's factors, the metrics they are rounded in, and the refit of one for the other."""
+    m, n, r = layer.out_features, layer.in_features, layer.rank or 0
     rotation = Work(products=2.0 * r**2 * (m + n), rotations=qr_flops(r, r))
     if coupled and m <= n:  # G deflated
         rotation += Work(products=2.0 * r * m**2 * (1 + share_left(m)) + 4.0 * r**2 * m + cholesky_flops(r))
@@ -216,7 +234,7 @@ def stack_work(layer: LayerPlan, coupled: bool) -> Work:
         bottleneck = 2.0 * r * n**2 + 2.0 * r**2 * n * share_left(r)
         deflated = bottleneck + cholesky_flops(r) + 2.0 * n * r**2 + 2.0 * r * n**2 * share_left(n)
         refit = deflated + bottleneck + 4.0 * m * n * r + cholesky_flops(r) + 2.0 * m * r**2
-    return solves + rotation + Work(products=refit)
+    return rotation + Work(products=refit)
 
 
 def rows_work(inputs: int, outputs: int) -> Work:

@@ -91,7 +91,10 @@ def find_blocks(model: nn.Module) -> Blocks:
             if linears and (best is None or linears > best[0]):
                 best = (linears, path, module)
     if best is None:
-        raise TargetError(f"{type(model).__name__} holds no list of transformer blocks with linear layers")
+        kinds = {type(module) for module in model.modules() if isinstance(module, nn.Linear)}
+        derived = sorted(kind.__name__ for kind in kinds - {nn.Linear})
+        hint = f"; {', '.join(derived)} may compute something else than nn.Linear, and is left alone" if derived else ""
+        raise TargetError(f"{type(model).__name__} holds no list of transformer blocks with linear layers{hint}")
     return Blocks(best[1], list(best[2]))
 
 

@@ -55,6 +55,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", {**_LLAMA, "sliding_window": 16}),
     "gpt_neox": ("GPTNeoXConfig", {**_LLAMA, "tie_word_embeddings": False}),
     "mixtral": ("MixtralConfig", {**_LLAMA, "num_local_experts": 2}),
+    "ctrl": ("CTRLConfig", {**_GPT, "dff": 2 * HIDDEN}),  # its MLP is an `nn.Sequential`
 }
 
 

@@ -46,6 +46,7 @@ LAYERS = [
         "pairing",
         "crossfit",
         "probe",
+        "probe_work",
         "steepness",
         "menu",
         "planner",

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lord_quant.config import GptqConfig, JointConfig, LowrankConfig
 from lord_quant.moments import PairedAccumulator, PairedMoments
 from lord_quant.operations import (
+    COUPLED_LOOPS,
     FISHER_PASSES,
     HEAD_PASSES,
     JOINT_PASSES,
@@ -131,6 +132,7 @@ def test_gauge_and_refit_are_counted_as_torch_does(shape: tuple[int, int], coupl
     assert found.rotations == pytest.approx(8 / 3 * r**3)
     assert found.columns == 3 * (n + r) * (GPU_STEPS if coupled else 1)  # a solve and two sweeps
     assert found.solves == sum(2 * i**2 * o + i**3 for i, o in shapes)
+    assert found.looped == (COUPLED_LOOPS if coupled else 1) * sum(i * o for i, o in shapes)
 
 
 def test_passes_count_weights_attention_and_head() -> None:

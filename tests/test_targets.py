@@ -187,6 +187,16 @@ def test_blocks_are_the_outermost_list_with_most_linear_layers() -> None:
     assert find_blocks(single).path == "layers"
 
 
+def test_classes_derived_from_linear_are_named_where_there_is_nothing_else() -> None:
+    class Scaled(nn.Linear):
+        pass
+
+    model = nn.Module()
+    model.layers = nn.ModuleList([Scaled(4, 4)])
+    with pytest.raises(TargetError, match=r"; Scaled may compute something else than nn\.Linear, and is left alone"):
+        find_blocks(model)
+
+
 def test_a_model_without_blocks_is_an_error() -> None:
     with pytest.raises(TargetError, match="Sequential holds no list of transformer blocks"):
         find_linears(nn.Sequential(nn.Linear(2, 2)))

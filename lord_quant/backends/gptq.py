@@ -12,7 +12,7 @@ import copy
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ from lord_quant.layer_bytes import Packing
 from lord_quant.linalg import require_finite
 from lord_quant.packing import pack_words
 from lord_quant.refine import Quantized
-from lord_quant.silence import hush, lent_caches, silence, unheld
+from lord_quant.silence import lent_caches, silence, unheld
 
 
 PACK_VARIABLE = "GPTQMODEL_DISABLE_PACK_EXT"
@@ -90,13 +90,28 @@ def replace_by_packed(
         one = copy.copy(quantizer)  # the host knows one bits and one group size at a time
         one.bits, one.group_size = packing
         one.select_quant_linear(device_map=device_map, pack=pack)
-        one._replace_by_quant_layers(model, {name for name, own in packings.items() if own == packing})
+        _replace(one, model, (name for name, own in packings.items() if own == packing))
         kernels.append(one.quant_linear)
     quantizer.quant_linear = kernels[0]  # which the host asks for when it finishes the model
     packed: dict[str, Any] = {name: own for name, own in model.named_modules() if isinstance(own, tuple(kernels))}
     if {name: (module.bits, module.group_size) for name, module in packed.items()} != dict(packings):
         raise HostError(f"Optimum made {len(packed)} packed layers; wanted {len(packings)}, each with its bits")
     return packed
+
+
+def _replace(quantizer: Any, model: nn.Module, names: Iterable[str]) -> None:
+    """Replaces the layers of these paths by empty packed ones; a path that leads nowhere is left out.
+
+    The host finds layers among the attributes of modules, and so none of `nn.Sequential`, whose names are numbers. It is
+    given one layer at a time, as an attribute of nothing else.
+    """
+    layers = dict(model.named_modules())
+    for name in names:
+        if name in layers:
+            holder: Any = nn.Module()
+            holder.layer = layers[name]
+            type(quantizer)._replace_by_quant_layers(quantizer, holder, {"layer"})
+            model.set_submodule(name, holder.layer)
 
 
 def pack_model(
@@ -127,13 +142,12 @@ def pack_model(
         return []
     layers = dict(model.named_modules())
     biases = {name: layers[name].bias for name in quantized}
-    with hush("transformers"):
-        wanted = {name: packings[name] for name in quantized}
-        packed = replace_by_packed(model, quantizer, wanted, {"": next(model.parameters()).device}, pack=True)
-        for name, solution in quantized.items():
-            _fill(packed[name], solution, biases[name], name)
-        if ready:
-            post_init(quantizer, model)
+    wanted = {name: packings[name] for name in quantized}
+    packed = replace_by_packed(model, quantizer, wanted, {"": next(model.parameters()).device}, pack=True)
+    for name, solution in quantized.items():
+        _fill(packed[name], solution, biases[name], name)
+    if ready:
+        post_init(quantizer, model)
     # What the host's own run leaves behind: transformers then refuses to cast the model, peft treats it as packed.
     from transformers.utils.quantization_config import QuantizationMethod
 
@@ -209,12 +223,12 @@ def quantize_model(model: nn.Module, quantizer: Any, expected: int, run: Callabl
         return finish(packed)
 
     quantizer.post_init_model = finish_eagerly
+    quantizer._replace_by_quant_layers = lambda packed, names, *_: _replace(quantizer, packed, names)
     try:
-        # The host reads every attribute of every module, deprecated ones included, and models complain.
-        with _record_solver(model) as records, _without_packing_extension(), hush("transformers"):
+        with _record_solver(model) as records, _without_packing_extension():
             run()
     finally:
-        del quantizer.post_init_model
+        del quantizer.post_init_model, quantizer._replace_by_quant_layers
     model.eval()  # the host leaves packed layers in training mode, where 4-bit CPU kernels compute differently
     if len(records) != expected:
         raise HostError(f"Optimum quantized {len(records)} linear layers; wanted {expected}")

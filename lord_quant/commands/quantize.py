@@ -145,10 +145,11 @@ def _choose(
 
     If a finished run with the same budget wrote the folder that is there, it is that one's plan: nothing is measured.
     """
-    from lord_quant.budget import PLANNED, unplanned
+    from lord_quant.budget import PLANNED, sensing_seconds, unplanned
     from lord_quant.execution import asked_of
     from lord_quant.pipeline import prepare
     from lord_quant.plan_file import chosen_before
+    from lord_quant.report import human_seconds
 
     assert config.budget is not None  # the caller asked
     budget, dense, menu = config.budget, unplanned(config), menu_from(args)
@@ -159,6 +160,10 @@ def _choose(
             return settings
     say = sys.stdout.write if world.first else str
     job = prepare(dense, overwrite=args.overwrite)  # refuses what is wrong before the sensitivity pass
+    if not budget.statistics:
+        expected = human_seconds(sensing_seconds(job))
+        say(f"sensitivity   about {expected} on {job.device} (within a factor of three), if none was kept\n")
+        sys.stdout.flush()
     if args.dry_run and not budget.statistics:
         say(_calibration(job))
         say("planned       nothing: that takes statistics, and --dry-run reads no weights; all else is in order\n")

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     from lord_quant.silence import import_hosts
 
     import_hosts()
-    from lord_quant.budget import sense
+    from lord_quant.budget import dense_job, sense, sensing_seconds
     from lord_quant.checkpoint import check_file
     from lord_quant.progress import Progress
     from lord_quant.report import human_bytes, human_seconds
@@ -50,8 +50,12 @@ def run(args: argparse.Namespace) -> int:
     places = {"model": config.model, "dataset": config.calibration.dataset}
     path = check_file(output, overwrite=args.overwrite, **places)
     places["output"], start = output, time.perf_counter()
+    job = dense_job(config)
+    expected = human_seconds(sensing_seconds(job))
+    sys.stdout.write(f"estimate      about {expected} on {job.device} (within a factor of three)\n")
+    sys.stdout.flush()
     with Progress(args.log, about=places, apart=places) as progress:
-        statistics = sense(config, progress)
+        statistics = sense(config, progress, job)
         save_statistics(statistics, path)
     took = human_seconds(time.perf_counter() - start)
     size = human_bytes(path.stat().st_size)

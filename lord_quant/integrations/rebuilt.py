@@ -52,7 +52,7 @@ def packed(bits: Any) -> Any:
 
 
 def packings_of(model: torch.nn.Module, wanted: Any) -> dict[str, Packing]:
-    """Returns how a mixed checkpoint packs every linear layer of the rebuilt skeleton, factors included, by full path.
+    """Returns how a checkpoint packs every linear layer of the rebuilt skeleton, factors included, by full path.
 
     Layers of 16 bits are not packed, and missing.
 

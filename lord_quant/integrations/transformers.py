@@ -25,7 +25,6 @@ from lord_quant.budget_config import BudgetConfig
 from lord_quant.checkpoint import METHOD_FLOAT, METHOD_GPTQ, check_version
 from lord_quant.errors import CheckpointError, ConfigError, unknown_keys
 from lord_quant.integrations import rebuilt
-from lord_quant.silence import hush
 from lord_quant.surgery import apply_rank_pattern
 from lord_quant.targets import find_blocks
 from lord_quant.version import FORMAT_VERSION, __version__
@@ -328,10 +327,9 @@ class LordGptqHfQuantizer(GptqHfQuantizer):
             patterns = ours.form_pattern, ours.group_pattern
             apply_rank_pattern(model, ours.rank_pattern or {}, ours.mean_correction, *patterns)
         self._dense_files = kwargs.get("checkpoint_files") or ()
-        mixed = self.pre_quantized and (ours.bits_pattern or ours.group_size_pattern)
-        packings = rebuilt.packings_of(model, ours) if mixed else {}
-        with rebuilt.told_by_host(), hush("transformers"):  # the host reads every attribute of every module
-            if mixed:
+        packings = rebuilt.packings_of(model, ours) if self.pre_quantized else {}
+        with rebuilt.told_by_host():
+            if self.pre_quantized:
                 self.optimum_quantizer.block_name_to_quantize = path
                 backend.replace_by_packed(model, self.optimum_quantizer, packings, kwargs.get("device_map"))
             else:

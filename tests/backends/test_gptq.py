@@ -178,6 +178,19 @@ def test_layers_that_the_host_does_not_replace_are_noticed() -> None:
         replace_by_packed(Model(), quantizer, wanted, {"": "cpu"})
 
 
+def test_layers_of_a_sequential_are_replaced() -> None:
+    model = nn.Module()
+    model.inner = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Sequential(nn.Linear(96, 64, bias=False)))
+    wanted = {"inner.0": Packing(4, 32), "inner.2.0": Packing(8, 32)}
+    quantizer = make_quantizer(bits=4, dataset=None, group_size=GROUP, sym=False)
+    packed = replace_by_packed(model, quantizer, wanted, {"": "cpu"})
+    assert {name: (layer.bits, layer.bias is not None) for name, layer in packed.items()} == {
+        "inner.0": (4, True),
+        "inner.2.0": (8, False),
+    }
+    assert model.get_submodule("inner.2.0") is packed["inner.2.0"]
+
+
 def test_a_bias_beyond_float16_is_named() -> None:
     model, quantized = solved_model(4)
     with torch.no_grad():

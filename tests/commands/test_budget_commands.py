@@ -330,6 +330,7 @@ def test_saving_needs_a_budget_and_a_free_place(
     assert run_command("quantize", "--model", model, *data[:6], "--target-bpw", "3", "--dry-run") == 0
     told = capfd.readouterr().out
     assert "calibration   4 x 64 tokens" in told and "planned       nothing: that takes statistics" in told
+    assert re.search(r"^sensitivity   about \d.* on cpu \(within a factor of three\)", told, re.MULTILINE)
     assert not any(tmp_path.iterdir())
 
 

@@ -96,6 +96,15 @@ def test_a_copied_quantizer_chooses_kernels_for_its_own_bits_and_group_size() ->
     assert (quantizer.bits, quantizer.group_size) == (4, 128)
 
 
+def test_layers_of_a_sequential_are_left_as_they_are() -> None:
+    """lord_quant/backends/gptq.py gives the host one layer at a time, as an attribute of a module."""
+    quantizer = host().GPTQQuantizer(bits=4, dataset=None, group_size=32, sym=False)
+    quantizer.select_quant_linear(device_map={"": "cpu"}, pack=True)
+    model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(64, 64))})
+    quantizer._replace_by_quant_layers(model, {"a.0"})
+    assert type(model.get_submodule("a.0")) is nn.Linear
+
+
 def test_layers_are_found_by_exact_type_in_the_order_of_registration() -> None:
     """lord_quant/modules.py makes both factors plain `nn.Linear`, `down` first."""
     from optimum.gptq.utils import get_layers

@@ -135,6 +135,8 @@ VARIANTS: dict[str, Variant] = {
     ),
     "gptq_only-gpt_bigcode-8": ("gpt_bigcode", {}, {"gptq": {"bits": 8}, "lowrank": DENSE}),
     "gptq_only-gpt_bigcode-4": ("gpt_bigcode", {}, {"gptq": {"bits": 4}, "lowrank": DENSE}),
+    "gptq_only-ctrl-4": ("ctrl", {}, {"gptq": {"bits": 4}, "lowrank": DENSE}),
+    "naive-gptq_only-ctrl-8": ("ctrl", {}, {"gptq": {"bits": 8}, "lowrank": DENSE, "stack": "naive"}),
     "gptq_only-gpt2-8": ("gpt2", {}, {"gptq": {"bits": 8}, "lowrank": DENSE}),
     "gptq_only-gpt2-4": ("gpt2", {}, {"gptq": {"bits": 4}, "lowrank": DENSE}),
     "bits3-llama": ("llama", {}, {"gptq": {"bits": 3}}),

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much the sensitivity pass of a budget computes, phase by phase, from shapes alone: what `probe.py` does, counted.
+
+As in `operations.py`, only leading terms count. Choosing pivots is left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lord_quant.halves import share_left
+from lord_quant.layer_bytes import TWO_FACTOR, pivoted_forms
+from lord_quant.operations import (
+    FISHER_PASSES,
+    HEAD_PASSES,
+    Work,
+    Workload,
+    gram_flops,
+    pass_flops,
+    refit_work,
+    rounding_work,
+    stack_work,
+    total,
+    truncation_work,
+)
+from lord_quant.plan import LayerPlan, Plan
+from lord_quant.probe import PIVOTED_SIZE, PROBED_BITS, PROBED_GROUPS, PROBED_RANKS, ROWS
+from lord_quant.targets import LinearSite, siblings
+
+
+LOSSES = 2
+"""Whose gradients are taken: that of labels the model draws, and the text's own."""
+SPECTRA = 3
+"""Of every layer: on all of the text, and on either half."""
+DOUBLE = 2
+"""What an operation in float64 takes, in those of float32."""
+
+
+def count_sensing(plan: Plan, load: Workload) -> dict[str, Work]:
+    """Returns the work of every phase of a sensitivity pass, by name.
+
+    Args:
+        plan: The model; what becomes of its layers does not matter.
+        load: What it computes on; no `fisher_tokens` are a pass that minds output errors.
+    """
+    layers, few = plan.layers, load.fisher_tokens
+    dense = sum(layer.dense_weights for layer in layers)
+    one_pass = pass_flops(plan, load, dense)
+    moments = sum(gram_flops(layer.in_features, load.num_tokens) for layer in layers)
+    slopes = sum(gram_flops(layer.out_features, few) + 2.0 * layer.dense_weights * few for layer in layers)
+    back = LOSSES * few * (FISHER_PASSES * one_pass + HEAD_PASSES * 2.0 * load.head_weights)
+    return {
+        "gradients": Work(passes=back, products=slopes),
+        "moments": Work(passes=load.num_tokens * one_pass, products=moments),
+        "probe": total(probe_work(layer, bool(few)) for layer in [*layers, *_together(layers)]),
+    }
+
+
+def _together(layers: tuple[LayerPlan, ...]) -> list[LayerPlan]:
+    """Lists what layers of one input make together, which is probed as well."""
+    by_name = {layer.name: layer for layer in layers}
+    sites = [LinearSite(one.name, one.block, one.in_features, one.out_features, one.has_bias) for one in layers]
+    return [
+        replace(by_name[group[0].name], out_features=sum(site.out_features for site in group)) for group in siblings(sites)
+    ]
+
+
+def probe_work(layer: LayerPlan, of_loss: bool) -> Work:
+    """Counts what `probe` does to one layer; `of_loss`, in the metric of the loss and rounding on both sides."""
+    m, n, rows = layer.out_features, layer.in_features, min(layer.out_features, ROWS)
+    k, rounded = min(m, n), len(PROBED_BITS) + sum(n % size == 0 for size in PROBED_GROUPS) - 1
+    whole = truncation_work(_at(layer, k), of_loss) * SPECTRA
+    done = whole + (rounding_work(n, rows, of_loss) + _energy(n, rows, of_loss)) * rounded
+    crossed = 2.0 * k * (n**2 + k * n + k * m + m * n + of_loss * (m**2 + m * n))
+    done += Work(products=(SPECTRA - 1) * DOUBLE * crossed)
+    for part, widths in zip(PROBED_RANKS, (len(PROBED_BITS), 1), strict=True):
+        cut = _at(layer, max(1, round(part * k)))
+        both = total(rounding_work(*shape, of_loss) for shape in cut.factor_shapes().values())
+        each = refit_work(cut, of_loss) + _energy(n, m, of_loss) * 2
+        done += (both + each * 2) * widths  # one factor is rounded at a time, the other refitted
+        done += Work(products=2.0 * m * n * (cut.rank or 0) * (2 * widths + 1))  # their products
+    if layer.dense_weights <= PIVOTED_SIZE:
+        forms = 1 + len(list(pivoted_forms(n, m)))
+        done += (stack_work(_at(layer, max(1, k // 2)), of_loss) + _energy(n, m, of_loss)) * forms
+    return done
+
+
+def _at(layer: LayerPlan, rank: int) -> LayerPlan:
+    return replace(layer, rank=rank, form=TWO_FACTOR, leader="")
+
+
+def _energy(inputs: int, outputs: int, of_loss: bool) -> Work:
+    """Counts the loss of an error, tr G D H Dᵀ."""
+    seen = 2.0 * outputs * inputs**2
+    return Work(products=seen + 2.0 * outputs**2 * inputs * share_left(outputs) if of_loss else seen * share_left(inputs))
