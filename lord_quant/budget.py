@@ -25,6 +25,7 @@ from lord_quant.estimate import seconds_of
 from lord_quant.headers import weight_files
 from lord_quant.menu import DENSE, Choice, Menu, single
 from lord_quant.operations import Workload, total
+from lord_quant.packable import packable_of
 from lord_quant.pipeline import Job, fisher_windows, in_batches, plan_model, prepare
 from lord_quant.planner import Allocation
 from lord_quant.probe_work import count_sensing
@@ -267,19 +268,21 @@ class Planner:
         plan = plan_model(model, dense, itemsize)
         origin = statistics.origin
         require_same(digest_of(config.model, commit), origin.get("model_sha256"), "statistics were", config.model)
-        if list(statistics.sites.values()) != find_linears(model):
+        sites = find_linears(model)
+        if list(statistics.sites.values()) != packable_of(sites):
             raise BudgetError(f"the statistics do not have the layers of {config.model!r}; wanted those it was measured on")
         odd = other_settings(origin, config)
         if odd:
             raise BudgetError(f"the statistics were measured with other settings: {odd}; wanted the same")
         menu = dataclasses.replace(menu, itemsize=itemsize)
         self.statistics, self.menu = statistics, menu
-        targeted = select(list(statistics.sites.values()), config.lowrank.targets, config.lowrank.ignore)
+        targeted = select(sites, config.lowrank.targets, config.lowrank.ignore)
         self.menus = _menus(statistics, menu, targeted)
         self.uniform = planner.uniform_plans(statistics.sites, statistics.losses, menu)
         self.plans = planner.Frontier(self.menus, self.uniform)
         self.dense_weights = sum(layer.dense_weights for layer in plan.layers)
-        self.other_bytes = plan.other_bytes + sum(layer.bias_bytes for layer in plan.layers)
+        self.float_bytes = sum(layer.weight_bytes for layer in plan.layers if layer.name not in statistics.sites)
+        self.other_bytes = plan.other_bytes + self.float_bytes + sum(layer.bias_bytes for layer in plan.layers)
 
     @property
     def in_nats(self) -> bool:
@@ -297,7 +300,7 @@ class Planner:
 
     def bpw(self, allocation: Allocation) -> float:
         """Returns stored bits per dense weight, all in."""
-        return 8 * allocation.num_bytes / self.dense_weights
+        return 8 * (allocation.num_bytes + self.float_bytes) / self.dense_weights
 
     def choose(self, budget: BudgetConfig) -> Allocation:
         """Returns the best plan for a budget.
@@ -318,7 +321,7 @@ class Planner:
                 )
             return self.plans.below(budget.max_loss)
         if budget.target_bpw is not None:
-            allowed = budget.target_bpw * self.dense_weights / 8
+            allowed = self._allowed(budget.target_bpw)
             reach = f"{_rounded_up(self.bpw(smallest))} to {self.bpw(largest):.3f} bits per weight"
         else:
             assert budget.size is not None  # exactly one is given
@@ -332,8 +335,12 @@ class Planner:
     def frontier(self, budgets: Sequence[float]) -> list[Allocation | None]:
         """Returns the best plans at several bits per weight; None for those out of reach."""
         smallest = self._extreme(min).num_bytes
-        allowed = [bpw * self.dense_weights / 8 for bpw in budgets]
+        allowed = [self._allowed(bpw) for bpw in budgets]
         return [self.plans.within(limit) if limit >= smallest else None for limit in allowed]
+
+    def _allowed(self, bpw: float) -> float:
+        """Returns the bytes that so many bits per weight leave for what is chosen."""
+        return bpw * self.dense_weights / 8 - self.float_bytes
 
     def _extreme(self, pick: Any) -> Allocation:
         choices: list[Choice] = [pick(menu, key=lambda choice: choice.num_bytes) for menu in self.menus]

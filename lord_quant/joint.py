@@ -103,7 +103,8 @@ class JointRun:
         self.true_sequential, self.seed, self.dtype, self.residency = true_sequential, seed, dtype, residency
         self.num_labels = None if sensitivity is None else sensitivity.num_labels
         self.world, self.done, self.progress = world, StackedModel(), progress or Progress()
-        self.planned = {layer.name: layer for layer in plan.layers if solve is not None or layer.rank is not None}
+        changed = (layer for layer in plan.layers if layer.rank is not None or (solve is not None and layer.packed))
+        self.planned = {layer.name: layer for layer in changed}
         self.last = max((layer.block for layer in self.planned.values()), default=-1)
         self.blocks = find_blocks(model)
         self.kinds = block_kinds(model, len(self.blocks.modules))

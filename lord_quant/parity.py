@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lord_quant.layer_bytes import PIVOTED, TWO_FACTOR, factor_shapes, linear_bytes, order_bytes
-from lord_quant.plan import choose_group_size
+from lord_quant.packable import choose_group_size
 from lord_quant.targets import LinearSite, layer_type
 
 
@@ -80,7 +80,7 @@ def parity_of(sites: Sequence[LinearSite], mean_correction: bool) -> Parity:
         sites: Its layers.
         mean_correction: Whether factors get a bias their layer did not have.
     """
-    group_size = choose_group_size(sites, PARITY_BITS)
+    group_size = choose_group_size(sites)
     by_shape: dict[tuple[int, int], list[LinearSite]] = {}
     for site in sites:
         by_shape.setdefault((site.out_features, site.in_features), []).append(site)

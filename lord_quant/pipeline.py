@@ -27,13 +27,14 @@ from lord_quant.checkpoint import (
 from lord_quant.config import FLOAT_BITS, GptqConfig, LordConfig
 from lord_quant.corpus import Corpus, load_corpus
 from lord_quant.engine import DecompositionRecord, decompose_model
-from lord_quant.errors import ConfigError, ModelError
+from lord_quant.errors import ConfigError, GroupSizeError, ModelError
 from lord_quant.estimate import Estimate, estimate
 from lord_quant.fingerprint import Fingerprint, fingerprint_of
 from lord_quant.joint import minded_layers, minds, stack_model
 from lord_quant.linalg import require_finite
 from lord_quant.operations import Workload
 from lord_quant.outcomes import StackRecord, plan_as_run
+from lord_quant.packable import UNPACKABLE
 from lord_quant.places import tensor_bytes
 from lord_quant.plan import LayerPlan, Plan, build_plan
 from lord_quant.progress import Progress
@@ -149,7 +150,15 @@ def plan_model(model: torch.nn.Module, config: LordConfig, itemsize: int) -> Pla
     planned = {f"{site.name}.{leaf}" for site in sites for leaf in ("weight", "bias")}
     sizes = tensor_bytes(model, itemsize)
     other = sum(size for name, size in sizes.items() if name not in planned)
-    return build_plan(sites, config.lowrank, config.gptq, itemsize=itemsize, other_bytes=other)
+    plan = build_plan(sites, config.lowrank, config.gptq, itemsize=itemsize, other_bytes=other)
+    odd = [layer for layer in plan.layers if layer.note == UNPACKABLE]
+    if odd and config.stack == "naive":
+        shape = f"{odd[0].out_features}x{odd[0].in_features}"
+        raise GroupSizeError(
+            f"the naive stack packs every layer, and cannot {odd[0].name} ({shape}), whose sizes are no multiples of 32; "
+            "wanted the joint stack, which leaves such layers in float"
+        )
+    return plan
 
 
 def prepare(config: LordConfig, *, overwrite: bool = False, measured_on: str | None = None) -> Job:

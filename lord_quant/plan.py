@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from lord_quant.config import FLOAT_BITS, GROUP_SIZES, GptqConfig, LowrankConfig
-from lord_quant.errors import GroupSizeError, RankError
+from lord_quant.config import FLOAT_BITS, GptqConfig, LowrankConfig
+from lord_quant.errors import RankError
 from lord_quant.layer_bytes import (
     GROUPED,
     PACK_MULTIPLE,
@@ -29,6 +29,7 @@ from lord_quant.layer_bytes import (
     num_weights,
     order_bytes,
 )
+from lord_quant.packable import UNPACKABLE, check_group_sizes, choose_group_size, packable_of
 from lord_quant.ranks import Unit, choose_rank, divides_rank, explicit_ranks, nothing_decomposed
 from lord_quant.targets import LinearSite, find_matching, matching, select, siblings
 
@@ -84,6 +85,11 @@ class LayerPlan:
     def dense_weights(self) -> int:
         """Number of weights of the dense layer."""
         return self.in_features * self.out_features
+
+    @property
+    def packed(self) -> bool:
+        """Whether its weights are quantized."""
+        return self.bits != FLOAT_BITS
 
     @property
     def biased(self) -> bool:
@@ -216,49 +222,6 @@ class Plan:
         return f"{kept}-{'mixed' if self.mixed else packing}"
 
 
-def choose_group_size(sites: Iterable[LinearSite], bits: int) -> int:
-    """Returns the largest of 128, 64, 32 that divides the inputs of every layer; for float, 32 where none does.
-
-    Raises:
-        GroupSizeError: None does, and weights are to be packed.
-    """
-    features = {site.in_features for site in sites}
-    for size in (128, 64, 32):
-        if all(n % size == 0 for n in features):
-            return size
-    if bits == FLOAT_BITS:
-        return PACK_MULTIPLE
-    odd, wanted = sorted(n for n in features if n % 32), "multiples of 32, as any budget does, or ranks and --bits 16"
-    raise GroupSizeError(f"no group size suits layers with {odd} inputs; wanted {wanted}")
-
-
-def check_packable(sites: Sequence[LinearSite], bits: int, group_sizes: Mapping[str, int]) -> None:
-    """Refuses shapes that cannot be packed, naming every layer; does nothing for float.
-
-    Args:
-        sites: The layers.
-        bits: Bits of packed weights; 16 for float.
-        group_sizes: Inputs per scale by full path, of the layer or of the `down` it becomes.
-
-    Raises:
-        GroupSizeError: Features are no multiple of 32, or inputs no multiple of the group size.
-    """
-    if bits == FLOAT_BITS:
-        return
-    problems = []
-    for site in sites:
-        size = group_sizes[site.name]
-        if site.in_features % PACK_MULTIPLE or site.out_features % PACK_MULTIPLE:
-            shape = f"{site.out_features}x{site.in_features}"
-            problems.append(f"  {site.name}: {shape}; wanted multiples of {PACK_MULTIPLE} on both sides")
-        elif site.in_features % size:
-            legal = [other for other in GROUP_SIZES if site.in_features % other == 0]
-            found = f"group size {size} does not divide {site.in_features} inputs"
-            problems.append(f"  {site.name}: {found}; nearest: {min((abs(other - size), other) for other in legal)[1]}")
-    if problems:
-        raise GroupSizeError("\n".join(["layers that cannot be packed:", *problems]))
-
-
 def build_plan(
     sites: Sequence[LinearSite],
     lowrank: LowrankConfig,
@@ -278,30 +241,34 @@ def build_plan(
 
     Raises:
         TargetError: A pattern matches nothing.
-        GroupSizeError: A shape cannot be packed.
+        GroupSizeError: No layer can be packed, or a group size does not suit one.
         RankError: An explicit rank is illegal, a layer has a form but no rank, a factor has bits or a group size but there
             is none, grouped layers are not alike, or ratios below 1 leave every layer dense.
     """
-    group_size = gptq.group_size or choose_group_size(sites, gptq.bits)
-    meant = {what: _meant(getattr(gptq, what) or {}, sites) for what in ("bits_pattern", "group_size_pattern")}
+    fitting = sites if gptq.bits == FLOAT_BITS else packable_of(sites)
+    odd = {site.name for site in sites} - {site.name for site in fitting}
+    group_size = gptq.group_size or choose_group_size(fitting)
+    meant = {what: _meant(getattr(gptq, what) or {}, fitting) for what in ("bits_pattern", "group_size_pattern")}
     bits, sizes = (
         {name: getattr(gptq, what)[key] for key, names in keys.items() for name in names} for what, keys in meant.items()
     )
-    forms = _by_name(lowrank.form_pattern, sites)
-    targeted = select(sites, lowrank.targets, lowrank.ignore)
+    forms = _by_name(lowrank.form_pattern, fitting)
+    targeted = select(sites, lowrank.targets, lowrank.ignore) - odd
     units = _units(sites, lowrank, forms, targeted)
     rank_sizes = {name: divides_rank(name, unit.form, sizes, group_size) for name, unit in units.items()}
-    explicit = explicit_ranks(sites, lowrank, targeted, units, rank_sizes)
+    explicit = explicit_ranks(fitting, lowrank, targeted, units, rank_sizes)
     layers = []
     for site in sites:
         unit = units[site.name]
-        rank, note = None, ""
+        rank, note = None, UNPACKABLE if site.name in odd else ""
         if site.name in targeted:
             rank, note = choose_rank(unit, lowrank, explicit.get(site.name), rank_sizes[site.name])
         named = (site.name, site.name) if rank is None else (f"{unit.site.name}.down", f"{site.name}.up")
-        down, up = (Packing(bits.get(name, gptq.bits), sizes.get(name, group_size)) for name in named)
+        usual = FLOAT_BITS if site.name in odd else gptq.bits
+        down, up = (Packing(bits.get(name, usual), sizes.get(name, group_size)) for name in named)
         layers.append(_layer_plan(site, unit, rank, note, lowrank.mean_correction, down, up, itemsize))
-    check_packable(sites, gptq.bits, {layer.name: layer.group_size for layer in layers})
+    if gptq.bits != FLOAT_BITS:
+        check_group_sizes(fitting, {layer.name: layer.group_size for layer in layers})
     _require_alike(layers, units)
     plan = Plan(tuple(layers), gptq.bits, group_size, lowrank.mean_correction, other_bytes)
     asked = lowrank.rank_pattern or min(lowrank.rank_ratio or 1, lowrank.param_ratio or 1) < 1

@@ -24,6 +24,7 @@ from lord_quant.crossfit import Half
 from lord_quant.engine import gather
 from lord_quant.errors import CheckpointError, NumericsError
 from lord_quant.layer_bytes import COLUMN_PIVOTED, PACK_MULTIPLE, PIVOTED
+from lord_quant.packable import packable_of
 from lord_quant.probe import PROBED_BITS, SLOPES, FactorNoise, LayerLoss, Orders, probe
 from lord_quant.progress import Progress
 from lord_quant.reading import open_tensors, parse_json
@@ -104,7 +105,7 @@ def measure_statistics(
         NumericsError: Activations, gradients or weights hold NaN or inf; the layer is named.
         CalibrationError: No token reached a layer.
     """
-    blocks, sites = find_blocks(model), find_linears(model)
+    blocks, sites = find_blocks(model), packable_of(find_linears(model))
     kinds = block_kinds(model, len(blocks.modules))
     streams = [capture(model, blocks.modules, kinds, half, residency) for half in halves if half]
     settings: dict[str, Any] = {"mean_correction": mean_correction, "gptq": gptq, "options": options}

@@ -55,6 +55,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", {**_LLAMA, "sliding_window": 16}),
     "gpt_neox": ("GPTNeoXConfig", {**_LLAMA, "tie_word_embeddings": False}),
     "mixtral": ("MixtralConfig", {**_LLAMA, "num_local_experts": 2}),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        {
+            **_LLAMA,
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 128,
+        },
+    ),
     "ctrl": ("CTRLConfig", {**_GPT, "dff": 2 * HIDDEN}),  # its MLP is an `nn.Sequential`
 }
 

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import families
 import pytest
 import torch
 import yaml
@@ -24,7 +26,7 @@ from lord_quant.budget import (
 )
 from lord_quant.budget_config import BudgetConfig
 from lord_quant.config import CalibrationConfig, JointConfig, LordConfig, LowrankConfig, merge
-from lord_quant.errors import BudgetError, ConfigError, LordError, RankError
+from lord_quant.errors import BudgetError, ConfigError, GroupSizeError, LordError, RankError
 from lord_quant.execution import execute
 from lord_quant.menu import Menu
 from lord_quant.pipeline import make_plan, prepare
@@ -110,6 +112,29 @@ def test_a_size_counts_the_whole_checkpoint(planner: Planner, config: LordConfig
     size = planner.settings(planner.choose(BudgetConfig(target_bpw=3.0)))["planned"]["tensor_bytes"]
     allocation = planner.choose(BudgetConfig(target_size=size))
     assert 0.995 * size < make_plan(apply_plan(config, planner.settings(allocation)))[1].tensor_bytes <= size
+
+
+@pytest.mark.slow
+def test_layers_that_cannot_be_packed_count_and_stay_as_they_are(
+    config: LordConfig, model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The gate of a shared expert has one output."""
+    config = dataclasses.replace(config, model=str(model_folder("qwen2_moe")), output=str(tmp_path / "out"))
+    planner = Planner(config, sense(config), Menu())
+    allocation = planner.choose(BudgetConfig(target_bpw=4.0))
+    run = apply_plan(config, planner.settings(allocation))
+    job = prepare(run)
+    assert "such as model.layers.0.mlp.shared_expert_gate (1x128), stay in float" in " ".join(job.warnings)
+    execute(job, verify=False)
+    stored = measure(tmp_path / "out")
+    assert 3.85 < stored.bpw <= 4.0 and stored.bpw == pytest.approx(planner.bpw(allocation), rel=1e-12)
+    assert stored.tensor_bytes == job.plan.tensor_bytes == planner.settings(allocation)["planned"]["tensor_bytes"]
+    name = "model.layers.1.mlp.shared_expert_gate.weight"
+    assert torch.equal(families.stored_tensors(tmp_path / "out")[name], families.stored_tensors(config.model)[name])
+    size = BudgetConfig(target_size=stored.tensor_bytes)
+    assert planner.choose(size).num_bytes == allocation.num_bytes
+    with pytest.raises(GroupSizeError, match="the naive stack packs every layer, and cannot model"):
+        prepare(dataclasses.replace(config, budget=None, stack="naive", output=None))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

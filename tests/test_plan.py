@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from plans import WITH_BIAS, WITHOUT_BIAS, plan, ratio, shapes, site, sites_of, ways
 
 from lord_quant.config import BITS, GptqConfig
-from lord_quant.errors import GroupSizeError, RankError, TargetError
+from lord_quant.errors import RankError, TargetError
 from lord_quant.layer_bytes import linear_bytes, rank_step
-from lord_quant.plan import check_packable, choose_group_size
 from lord_quant.targets import LinearSite
 
 
@@ -341,36 +340,33 @@ def test_nothing_decomposed_is_an_error_that_helps() -> None:
     assert "--group-size below" not in str(caught.value)
 
 
-def test_a_group_size_that_does_not_divide_names_every_layer_and_the_nearest() -> None:
-    sites = [site("a", 96, 128), site("b", 256, 128), site("c", 320, 128)]
-    with pytest.raises(GroupSizeError) as caught:
-        check_packable(sites, 4, {each.name: 128 for each in sites})
-    text = str(caught.value)
-    assert "h.0.a: group size 128 does not divide 96 inputs; nearest: 32" in text
-    assert "h.0.c: group size 128 does not divide 320 inputs; nearest: 64" in text
-    assert "h.0.b" not in text
-    check_packable(sites, 4, {each.name: 32 for each in sites})
-    check_packable(sites, 16, {each.name: 128 for each in sites})
+def test_layers_that_cannot_be_packed_stay_in_float_beside_those_that_can() -> None:
+    sites = [site("a", 128, 128), site("gate", 128, 1, True), site("b", 128, 256), site("odd", 100, 256)]
+    gptq = GptqConfig(bits=4, group_size=32, bits_pattern={"all": 3})
+    result = plan(sites, itemsize=2, gptq=gptq, rank_pattern={"all": 32}, form_pattern={"all": "pivoted"})
+    a, gate, b, odd = result.layers
+    assert (a.rank, a.bits, a.note, b.rank, b.packed) == (32, 3, "", 32, True)
+    for layer, weight in ((gate, 2 * 128), (odd, 2 * 100 * 256)):
+        assert (layer.rank, layer.bits, layer.up_bits, layer.packed) == (None, 16, 16, False)
+        assert layer.note == "stays in float: its sizes are no multiples of 32" and layer.weight_bytes == weight
+    assert gate.bias_bytes == 2
+    assert result.bits_pattern == {"h.0.a": 3, "h.0.b": 3, "h.0.gate": 16, "h.0.odd": 16}
+    assert result.bpw == 8 * sum(layer.counted_bytes for layer in result.layers) / (128 * (128 + 1 + 256) + 100 * 256)
 
 
-def test_shapes_that_cannot_be_packed_are_named_but_for_float() -> None:
+def test_what_is_asked_of_a_layer_that_cannot_be_packed_is_refused() -> None:
+    sites = [site("a", 128, 128), site("gate", 128, 1)]
+    with pytest.raises(TargetError, match="pattern 'gate' matches no layer"):
+        plan(sites, gptq=GptqConfig(bits_pattern={"gate": 8}), rank_ratio=0.25)
+    with pytest.raises(TargetError, match="pattern 'gate' matches no layer"):
+        plan(sites, rank_pattern={"gate": 32})
+    assert plan(sites, rank_ratio=0.25, ignore=("gate",)).rank_pattern == {"h.0.a": 32}
+
+
+def test_float_ranks_suit_all_shapes() -> None:
     sites = [site("a", 100, 128), site("b", 128, 50), site("c", 128, 128)]
-    with pytest.raises(GroupSizeError) as caught:
-        plan(sites, rank_ratio=0.25)
-    assert "h.0.a: 128x100; wanted multiples of 32" in str(caught.value) and "h.0.b: 50x128" in str(caught.value)
-    assert "h.0.c" not in str(caught.value)
-    with pytest.raises(GroupSizeError, match=r"\[100\] inputs.*--bits 16"):
-        plan(sites, gptq=GptqConfig(), rank_ratio=0.25)
-    # what the message says to do works, without and with a group size
     for gptq in (GptqConfig(bits=16), GptqConfig(bits=16, group_size=32)):
         assert plan(sites, gptq=gptq, rank_ratio=0.25).rank_pattern == {"h.0.a": 32, "h.0.b": 32, "h.0.c": 32}
-
-
-@pytest.mark.parametrize(("inputs", "expected"), [([256, 1024], 128), ([256, 192], 64), ([128, 96], 32), ([640], 128)])
-def test_the_largest_group_size_that_suits_all_is_chosen(inputs: list[int], expected: int) -> None:
-    sites = [site(f"linear{n}", n, 512) for n in inputs]
-    assert {choose_group_size(sites, bits) for bits in BITS} == {expected}
-    assert {plan(sites, gptq=GptqConfig(bits=bits), rank_ratio=1).group_size for bits in BITS} == {expected}
 
 
 @pytest.mark.parametrize(("group", "step"), [(32, 32), (64, 64), (128, 128), (48, 96)])
