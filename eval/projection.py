@@ -15,6 +15,7 @@ The tables lie beside the JSON as Markdown.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,12 +84,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.json")
     args = parser.parse_args()
     _check(args)
-    rows, total = project(args)
+    run, sensing, made = project(args)
     machine = speeds(args)
     settings = {key: value for key, value in vars(args).items() if key != "output"}
     settings |= {"speeds": machine._asdict(), "revision": revision()}
-    write_json(args.output, {"projection": True, "note": NOTE, "settings": settings, "phases": rows, "total": total})
-    text = f"{markdown(rows, total, args)}\n\n{NOTE}"
+    found = {"phases": run.phases, "total": run.total | made, "sensitivity_pass": sensing._asdict()}
+    write_json(args.output, {"projection": True, "note": NOTE, "settings": settings} | found)
+    text = f"{markdown(run, sensing, made, args)}\n\n{NOTE}"
     args.output.with_suffix(".md").write_text(f"{text}\n", encoding="utf-8")
     print(f"{text}\n\nwritten to {args.output} and {args.output.with_suffix('.md')}")
 
@@ -101,10 +103,30 @@ def speeds(args: argparse.Namespace) -> Gpu:
     return chosen._replace(**own, source=f"{chosen.source}; by flags: {', '.join(own)}") if own else chosen
 
 
-def project(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Returns the phases of the run, each with its counts and seconds, and their sums."""
+class Projected(NamedTuple):
+    """Phases, each with its counts and seconds, and their sums."""
+
+    phases: list[dict[str, Any]]
+    total: dict[str, Any]
+
+    @classmethod
+    def of(cls, work: Mapping[str, Any], args: argparse.Namespace) -> Projected:
+        """Turns counts into seconds."""
+        from lord_quant.operations import total
+
+        rows: list[dict[str, Any]] = [
+            {"phase": name, "work": asdict(done), "seconds": seconds_of(done, args)} for name, done in work.items()
+        ]
+        seconds = {part: sum(row["seconds"][part] for row in rows) for part in rows[0]["seconds"]}
+        return cls(rows, {"work": asdict(total(work.values())), "seconds": seconds})
+
+
+def project(args: argparse.Namespace) -> tuple[Projected, Projected, dict[str, Any]]:
+    """Returns the run, the sensitivity pass of a budget, which comes before it, and what the run makes."""
+    from lord_quant.budget import SENSED_TOKENS
     from lord_quant.errors import LordError
-    from lord_quant.operations import Work, Workload, count_phases
+    from lord_quant.operations import Workload, count_phases
+    from lord_quant.probe_work import count_sensing
 
     try:
         plan = make_plan(args)
@@ -112,18 +134,14 @@ def project(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, A
         raise SystemExit(str(error)) from error
     tokens, head = args.num_samples * args.seq_len, args.vocabulary * args.width
     few = min(args.fisher_samples, args.num_samples) * args.seq_len
-    work = count_phases(plan, Workload(tokens, ITEMSIZE, True, args.seq_len, few, head))
-    rows: list[dict[str, Any]] = []
-    for name, found in work.items():
-        rows.append({"phase": name, "work": asdict(found), "seconds": seconds_of(found, args)})
-    whole = {
-        "work": asdict(sum(work.values(), Work())),
-        "seconds": {part: sum(row["seconds"][part] for row in rows) for part in rows[0]["seconds"]},
+    load = Workload(tokens, ITEMSIZE, True, args.seq_len, few, head)
+    sensing = count_sensing(plan, load._replace(fisher_tokens=min(SENSED_TOKENS, tokens)))
+    made = {
         "parameters": sum(layer.dense_weights for layer in plan.layers) + head,
         "tensor_bytes": plan.tensor_bytes,
         "bpw": plan.bpw,
     }
-    return rows, whole
+    return Projected.of(count_phases(plan, load), args), Projected.of(sensing, args), made
 
 
 def make_plan(args: argparse.Namespace) -> Any:
@@ -166,20 +184,26 @@ def seconds_of(work: Any, args: argparse.Namespace) -> dict[str, float]:
     return parts | {"total": sum(parts.values())}
 
 
-def markdown(rows: list[dict[str, Any]], total: dict[str, Any], args: argparse.Namespace) -> str:
+def markdown(run: Projected, sensing: Projected, made: dict[str, Any], args: argparse.Namespace) -> str:
     """Renders counts and seconds per phase."""
-    cells = [_cells(row["phase"], row["work"], row["seconds"]) for row in rows]
-    cells.append(_cells("total", total["work"], total["seconds"]))
+    title = (
+        f"Projection: {made['parameters'] / 1e9:.1f}B parameters ({args.blocks} blocks, width {args.width}), "
+        f"{args.num_samples} x {args.seq_len} tokens, {args.bits} bits, rank ratio {args.rank_ratio}, "
+        f"{args.gpu.upper()} at {args.efficiency:.0%} of its published speeds"
+    )
+    before = "The sensitivity pass of a budget, before such a run and once for all budgets:"
+    return f"{title}\n\n{table(run)}\n\n{before}\n\n{table(sensing)}"
+
+
+def table(projected: Projected) -> str:
+    """Renders phases and their sums."""
     headers = [
         "phase", "bf16 TFLOP", "fp32 TFLOP", "eigen TFLOP", "columns", "GB of files", "GPU, s", "starts, s", "CPU, s",
         "files, s", "projected, s",
     ]  # fmt: skip
-    title = (
-        f"Projection: {total['parameters'] / 1e9:.1f}B parameters ({args.blocks} blocks, width {args.width}), "
-        f"{args.num_samples} x {args.seq_len} tokens, {args.bits} bits, rank ratio {args.rank_ratio}, "
-        f"{args.gpu.upper()} at {args.efficiency:.0%} of its published speeds"
-    )
-    return f"{title}\n\n{grid(headers, cells)}"
+    cells = [_cells(row["phase"], row["work"], row["seconds"]) for row in projected.phases]
+    cells.append(_cells("total", projected.total["work"], projected.total["seconds"]))
+    return grid(headers, cells)
 
 
 def _cells(phase: str, work: dict[str, float], seconds: dict[str, float]) -> list[str]:

@@ -30,6 +30,8 @@ from lord_quant.targets import LinearSite, siblings
 
 LOSSES = 2
 """Whose gradients are taken: that of labels the model draws, and the text's own."""
+READS = 8.0
+"""Of the model from files: forth and back, for both losses and either half of the text."""
 SPECTRA = 3
 """Of every layer: on all of the text, and on either half."""
 DOUBLE = 2
@@ -50,8 +52,8 @@ def count_sensing(plan: Plan, load: Workload) -> dict[str, Work]:
     slopes = sum(gram_flops(layer.out_features, few) + 2.0 * layer.dense_weights * few for layer in layers)
     back = LOSSES * few * (FISHER_PASSES * one_pass + HEAD_PASSES * 2.0 * load.head_weights)
     return {
-        "gradients": Work(passes=back, products=slopes),
-        "moments": Work(passes=load.num_tokens * one_pass, products=moments),
+        "gradients": Work(passes=back, products=slopes, files=READS * dense * load.itemsize * bool(few)),
+        "moments": Work(passes=load.num_tokens * one_pass, products=moments, files=float(dense * load.itemsize)),
         "probe": total(probe_work(layer, bool(few)) for layer in [*layers, *_together(layers)]),
     }
 
