@@ -242,12 +242,12 @@ def test_predicted_bytes_are_the_bytes_in_the_files(label: str, checkpoints: dic
     assert {layer.site.name: layer.rank for layer in stored.layers if layer.rank} == plan.rank_pattern
     forms = {layer.site.name: layer.form.removesuffix(" packed") for layer in stored.layers}
     assert forms == {layer.name: layer.form if layer.rank else "dense" for layer in plan.layers}
-    packed = plan.bits != 16
     packings, wanted = (
         {name: (each.bits, each.group_size, each.up_bits, each.up_group_size) for name, each in layers.items()}
         for layers in ({each.site.name: each for each in stored.layers}, {each.name: each for each in plan.layers})
     )
-    assert packings == (wanted if packed else dict.fromkeys(wanted, (None,) * 4))
+    floats = {layer.name: (None,) * 4 for layer in plan.layers if not layer.packed}
+    assert packings == wanted | floats
     assert {layer.site.name: layer.leader for layer in stored.layers} == {layer.name: layer.leader for layer in plan.layers}
     assert sum(layer.weight_bytes + layer.bias_bytes for layer in stored.layers) == on_disk - plan.other_bytes
 
@@ -293,5 +293,6 @@ def test_configurations_say_nothing_private(checkpoints: dict[str, Checkpoint], 
                 newest = checkpoint.plan.mixed or checkpoint.plan.group_pattern
                 apart = any(one.rank and one.group_size != one.up_group_size for one in checkpoint.plan.layers)
                 columns = "column_pivoted" in checkpoint.plan.form_pattern.values()
-                oldest = 5 if apart and checkpoint.plan.bits != 16 else 3 if newest else 2
+                parts = checkpoint.plan.bits != 16 and not all(one.packed for one in checkpoint.plan.layers)
+                oldest = 5 if apart and checkpoint.plan.bits != 16 else 4 if parts else 3 if newest else 2
                 assert values["format_version"] == (6 if columns else oldest)
