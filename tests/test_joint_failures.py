@@ -48,7 +48,7 @@ def test_weights_that_are_not_finite_name_the_layer(rank_ratio: float) -> None:
     with torch.no_grad():
         model.transformer.h[1].mlp.c_proj.weight[0, 0] = torch.nan
     with pytest.raises(NumericsError, match=r"layer 'transformer\.h\.1\.mlp\.c_proj': .*NaN or inf"):
-        run_joint(model, plan_of(model, rank_ratio=rank_ratio), rounding)
+        run_joint(model, plan_of(model, bits=4, rank_ratio=rank_ratio), rounding)
 
 
 @pytest.mark.parametrize("reached", ["never", "with no token"])

@@ -66,7 +66,7 @@ def test_gradients_are_those_of_two_losses() -> None:
     one_pass = 2 * dense + 4 * 100 * 256
     assert found["gradients"].passes == 2 * 800 * (FISHER_PASSES * one_pass + HEAD_PASSES * 2 * 7000)
     assert found["moments"].passes == 5000 * one_pass
-    assert (found["gradients"].files, found["moments"].files) == (8 * dense, dense)  # 2 bytes a weight
+    assert (found["gradients"].files, found["moments"].files) == (8 * 2 * dense, 2 * dense)
     without = count_sensing(plan, LOAD._replace(fisher_tokens=0))["gradients"]
     assert without.passes == without.files == 0
 

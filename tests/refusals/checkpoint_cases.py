@@ -149,7 +149,9 @@ LOADED = {
     "group size as text": settings(lambda c: c.update(group_size="32"), "ConfigError", "a value that GPTQ cannot have"),
     "damping as text": settings(lambda c: c.update(damp_percent="x"), "ConfigError", "a value that GPTQ cannot have"),
     "format as a number": settings(lambda c: c.update(format=2), "ConfigError", "a value that GPTQ cannot have"),
-    "group size of no kernel": settings(lambda c: c.update(group_size=33), "ConfigError", "33"),
+    "group size of no kernel": settings(
+        lambda c: c.update(group_size=33), "CheckpointError", "group_size is 33; wanted one of 32"
+    ),
     "format nobody packs": settings(lambda c: c.update(format="gptq_v4"), "ConfigError", "'gptq_v4' is not a valid"),
     "kernel nobody has": settings(lambda c: c.update(backend="abacus"), "ConfigError", "abacus"),
     "switch as text": settings(lambda c: c.update(desc_act="no"), "ConfigError", "desc_act is 'no'; wanted true or false"),
