@@ -11,7 +11,6 @@ import torch
 
 from lord_quant.calibration import TokenWindows
 from lord_quant.config import FLOAT_BITS
-from lord_quant.packable import UNPACKABLE
 from lord_quant.plan import Plan
 
 
@@ -63,11 +62,11 @@ def _plan_warnings(plan: Plan, windows: TokenWindows) -> Iterator[str]:
             f"{windows.num_tokens} calibration tokens are fewer than the {widest} inputs of the widest layer: its "
             f"covariance will be singular; wanted at least {widest}, better {10 * widest}"
         )
-    odd = [layer for layer in plan.layers if layer.note == UNPACKABLE]
+    odd = plan.unpackable
     if odd:
-        shape = f"{odd[0].out_features}x{odd[0].in_features}"
-        yield f"{len(odd)} of {len(plan.layers)} layers, such as {odd[0].name} ({shape}), stay in float: no multiples of 32"
-    dense = [layer for layer in plan.layers if layer.note and layer.note != UNPACKABLE]
+        told = f"such as {odd[0].name} ({odd[0].shape}), stay in float: no multiples of 32"
+        yield f"{len(odd)} of {len(plan.layers)} layers, {told}"
+    dense = [layer for layer in plan.layers if layer.note and layer not in odd]
     if dense:
         targeted = len(dense) + len(plan.rank_pattern)
         yield f"{len(dense)} of {targeted} targeted layers stay dense (`optimum-cli lord plan` says why)"

@@ -34,7 +34,6 @@ from lord_quant.joint import minded_layers, minds, stack_model
 from lord_quant.linalg import require_finite
 from lord_quant.operations import Workload
 from lord_quant.outcomes import StackRecord, plan_as_run
-from lord_quant.packable import UNPACKABLE
 from lord_quant.places import tensor_bytes
 from lord_quant.plan import LayerPlan, Plan, build_plan
 from lord_quant.progress import Progress
@@ -151,12 +150,11 @@ def plan_model(model: torch.nn.Module, config: LordConfig, itemsize: int) -> Pla
     sizes = tensor_bytes(model, itemsize)
     other = sum(size for name, size in sizes.items() if name not in planned)
     plan = build_plan(sites, config.lowrank, config.gptq, itemsize=itemsize, other_bytes=other)
-    odd = [layer for layer in plan.layers if layer.note == UNPACKABLE]
+    odd = plan.unpackable
     if odd and config.stack == "naive":
-        shape = f"{odd[0].out_features}x{odd[0].in_features}"
         raise GroupSizeError(
-            f"the naive stack packs every layer, and cannot {odd[0].name} ({shape}), whose sizes are no multiples of 32; "
-            "wanted the joint stack, which leaves such layers in float"
+            f"the naive stack packs every layer, and cannot {odd[0].name} ({odd[0].shape}), whose sizes are no "
+            "multiples of 32; wanted the joint stack, which leaves such layers in float"
         )
     return plan
 

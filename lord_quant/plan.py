@@ -92,6 +92,11 @@ class LayerPlan:
         return self.bits != FLOAT_BITS
 
     @property
+    def shape(self) -> str:
+        """Outputs and inputs, as they are told."""
+        return f"{self.out_features}x{self.in_features}"
+
+    @property
     def biased(self) -> bool:
         """Whether what the layer becomes has a bias."""
         return self.has_bias or self.adds_bias
@@ -158,6 +163,11 @@ class Plan:
     def group_pattern(self) -> dict[str, str]:
         """Leader of every grouped layer that uses another's `down`, by full module path; what the checkpoint records."""
         return {layer.name: layer.leader for layer in self.layers if layer.leader not in ("", layer.name)}
+
+    @property
+    def unpackable(self) -> list[LayerPlan]:
+        """Layers that stay in float beside packed ones, since they cannot be packed."""
+        return [layer for layer in self.layers if layer.note == UNPACKABLE]
 
     @property
     def bits_pattern(self) -> dict[str, int]:

@@ -68,7 +68,7 @@ def plan_table(plan: Plan) -> str:
     rows = [
         [
             layer.name,
-            f"{layer.out_features}x{layer.in_features}",
+            layer.shape,
             layer.rank or "dense",
             *([form_text(layer.form, layer.name, layer.leader) if layer.rank else "-"] if plan.form_pattern else []),
             *(
