@@ -22,7 +22,7 @@ from lord_quant.crossfit import Half
 from lord_quant.engine import gather
 from lord_quant.moments import Moments, PairedMoments
 from lord_quant.probe import LayerLoss, probe
-from lord_quant.sensitivity import Sensitivity, Slope, Steepness
+from lord_quant.sensitivity import Expansion, Steepness
 from lord_quant.solver import Gptq
 from lord_quant.stack import stack_layer
 from lord_quant.stream import Replay, block_kinds, capture
@@ -124,20 +124,19 @@ def collect(model: nn.Module, batches: Sequence[torch.Tensor], backward: Sequenc
     """
     blocks, sites = find_blocks(model), find_linears(model)
     kinds = block_kinds(model, len(blocks.modules))
-    sensitivity, slope = Sensitivity.measure(model, backward, seed=seed), Slope.measure(model, backward)
+    expansion = Expansion.measure(model, backward, seed=seed)
     stream = capture(model, blocks.modules, kinds, batches)
     layers = []
     for index, block in enumerate(blocks.modules):
         prefix = f"{blocks.path}.{index}."
         own = {site.name.removeprefix(prefix): site for site in sites if site.block == index}
-        minded = sensitivity.of_block(index, block, kinds[index], list(own))
-        steep = slope.of_block(index, block, kinds[index], list(own))
+        minded = expansion.of_block(index, block, kinds[index], list(own))
         with gather({name: block.get_submodule(name) for name in own}, torch.float32) as gathered:
             for batch in stream:
                 batch.hidden = batch.run(block, kinds[index])
         moments = gathered.results(prefix)
         layers += [
-            Layer(site, block.get_submodule(name), moments[name], minded[name], steep[name], sensitivity.num_labels)
+            Layer(site, block.get_submodule(name), moments[name], *minded[name], expansion.num_labels)
             for name, site in own.items()
         ]
     return layers

@@ -31,9 +31,16 @@ from lord_quant.planner import Allocation
 from lord_quant.probe_work import count_sensing
 from lord_quant.progress import Progress
 from lord_quant.residency import RESIDENT, Residency
-from lord_quant.sensitivity import Sensitivity, Slope
+from lord_quant.sensitivity import Expansion
 from lord_quant.source import build_skeleton, commit_of, inspect_source, load_model, read_config, stream_source
-from lord_quant.statistics import Statistics, load_statistics, measure_statistics, model_digest, save_statistics
+from lord_quant.statistics import (
+    Statistics,
+    load_statistics,
+    measure_statistics,
+    model_digest,
+    probed_layers,
+    save_statistics,
+)
 from lord_quant.targets import find_linears, select
 from lord_quant.version import __version__
 
@@ -134,28 +141,28 @@ def sense_model(
     """
     samples = _sensed(windows, config)
     config = dataclasses.replace(config, joint=dataclasses.replace(config.joint, fisher_samples=samples))
-    sensitivities, slopes, seed = None, None, config.calibration.seed
+    expansions, seed = None, config.calibration.seed
+    dtype = torch.float64 if config.lowrank.float64 else torch.float32
     if config.joint.fisher:
         passed = fisher_windows(windows, config)
         one, other = in_batches(passed[::2]), in_batches(passed[1::2]) or in_batches(passed)
-        sensitivities = (
-            Sensitivity.measure(model, one, seed=2 * seed, residency=residency, progress=progress),
-            Sensitivity.measure(model, other, seed=2 * seed + 1, residency=residency, progress=progress),
+        asked: dict[str, Any] = {"names": probed_layers(model), "dtype": dtype}
+        expansions = (
+            Expansion.measure(model, one, seed=2 * seed, **asked, residency=residency, progress=progress),
+            Expansion.measure(model, other, seed=2 * seed + 1, **asked, residency=residency, progress=progress),
         )
-        slopes = Slope.measure(model, one, residency, progress), Slope.measure(model, other, residency, progress)
     # By windows, so that both passes cut the text alike however they batch it.
     size = config.calibration.batch_size or windows_at_once(windows.input_ids.shape[1])
     return measure_statistics(
         model,
         (in_batches(windows.input_ids[::2], size), in_batches(windows.input_ids[1::2], size)),
-        sensitivities,
-        slopes,
+        expansions,
         gptq=unplanned(config).gptq,
         options=config.joint,
         origin=_origin(config, windows, commit),
         mean_correction=config.lowrank.mean_correction,
         seed=seed,
-        dtype=torch.float64 if config.lowrank.float64 else torch.float32,
+        dtype=dtype,
         residency=residency,
         progress=progress,
     )

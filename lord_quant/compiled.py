@@ -17,6 +17,8 @@ from numba import njit
 
 TILE = 64
 """Rows at a time: 64 columns of them are 16 kB and stay in the fastest cache."""
+COUPLED_TILE = 32
+"""Rows at a time that hear of each other at once."""
 
 
 def _compiled(loop: Callable[..., None]) -> Any:
@@ -53,6 +55,32 @@ def round_columns(wanted: np.ndarray, upper: np.ndarray, codes: np.ndarray, erro
                     later[i] -= share * error[i]
 
 
+@njit(nogil=True)
+def _add_rows(sums: np.ndarray, rows: np.ndarray, shares: np.ndarray) -> None:
+    """Adds shares of rows, in their order; several at a time, so that a sum is not written and read again for each."""
+    count = len(rows)
+    several = count - count % 8
+    for r in range(0, several, 8):
+        a, b, c, d, e, f, g, h = (
+            rows[r], rows[r + 1], rows[r + 2], rows[r + 3], rows[r + 4], rows[r + 5], rows[r + 6], rows[r + 7]
+        )  # fmt: skip
+        of_a, of_b, of_c, of_d = shares[r], shares[r + 1], shares[r + 2], shares[r + 3]
+        of_e, of_f, of_g, of_h = shares[r + 4], shares[r + 5], shares[r + 6], shares[r + 7]
+        for i in range(len(sums)):
+            found = sums[i] + a[i] * of_a
+            found += b[i] * of_b
+            found += c[i] * of_c
+            found += d[i] * of_d
+            found += e[i] * of_e
+            found += f[i] * of_f
+            found += g[i] * of_g
+            sums[i] = found + h[i] * of_h
+    for r in range(several, count):
+        row, of_row = rows[r], shares[r]
+        for i in range(len(sums)):
+            sums[i] += row[i] * of_row
+
+
 @_compiled
 def round_coupled(
     wanted: np.ndarray,
@@ -63,24 +91,34 @@ def round_coupled(
     errors: np.ndarray,
     largest: int,
 ) -> None:
-    """Does what `kernels.round_coupled` does; `errors` is filled."""
+    """Does what `kernels.round_coupled` does; `errors` is filled.
+
+    A few rows go through all columns before the rows behind them hear of it: what those need of a column is then added up
+    in one go. Every value is what it would be column after column, to the last bit.
+    """
     columns, height = wanted.shape
     least, most = wanted.dtype.type(0), wanted.dtype.type(largest)
-    taken = np.empty(height, wanted.dtype)
-    for j in range(columns):
-        goal, code, error = wanted[j], codes[j], errors[j]
-        taken[:] = least
-        for i in range(height):
-            due = goal[i] - taken[i]
-            code[i] = np.rint(min(max(due, least), most))
-            error[i] = due - code[i]
-            missed, share = code[i] - start[j, i], mix[i]
-            for later in range(i + 1, height):
-                taken[later] += share[later] * missed
-        for k in range(j + 1, columns):
-            share, later = upper[j, k] / upper[j, j], wanted[k]
-            for i in range(height):
-                later[i] -= share * error[i]
+    taken = np.zeros((columns, height), wanted.dtype)
+    missed = np.empty((columns, COUPLED_TILE), wanted.dtype)
+    for begin in range(0, height, COUPLED_TILE):
+        end = min(begin + COUPLED_TILE, height)
+        for j in range(columns):
+            goal, code, error = wanted[j, begin:end], codes[j, begin:end], errors[j, begin:end]
+            first, gone = start[j, begin:end], taken[j, begin:end]
+            for i in range(len(goal)):
+                due = goal[i] - gone[i]
+                code[i] = np.rint(min(max(due, least), most))
+                error[i] = due - code[i]
+                missed[j, i] = code[i] - first[i]
+                share, much = mix[begin + i, begin:end], missed[j, i]
+                for k in range(i + 1, len(goal)):
+                    gone[k] += share[k] * much
+            for k in range(j + 1, columns):
+                passed, later = upper[j, k] / upper[j, j], wanted[k, begin:end]
+                for i in range(len(later)):
+                    later[i] -= passed * error[i]
+        for j in range(columns):
+            _add_rows(taken[j, end:], mix[begin:end, end:], missed[j])
 
 
 @_compiled
@@ -92,14 +130,11 @@ def descend_coupled(
     least, most = codes.dtype.type(0), codes.dtype.type(largest)
     pulls = np.empty(height, codes.dtype)
     for j in range(columns):
-        code, pull, change = codes[j], force[j], moved[j]
+        code, change = codes[j], moved[j]
         own = block[j, j]
         unit = codes.dtype.type(1) / own
         pulls[:] = least
-        for other in range(height):
-            share, much = mix[other], pull[other]
-            for i in range(height):
-                pulls[i] += share[i] * much
+        _add_rows(pulls, mix, force[j])
         for i in range(height):
             best = np.rint(min(max(code[i] - unit * pulls[i], least), most))
             change[i] = best - code[i]

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of the loss at the outputs of layers, one block after another.
+"""Gradients of losses at the outputs of layers, one block after another.
 
 Those of a whole model would not fit in memory. So what is kept is the gradient at every block's output, found by going back
 through the blocks one at a time, each being run again for it; gradients at a block's layers are made when the block's turn
 comes, by going back through that block once more. Whoever has room for all that he makes of them takes them on the first
-way back (`Visit`), and no block is run for them again.
+way back (`Visit`), and no block is run for them again. Several losses share what is run forward.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ ROWS = 512
 """Tokens whose probabilities are held at once."""
 UNLABELLED = -1
 
+_ByLoss = Sequence[torch.Tensor | None]
+"""What each loss says; None where it says nothing."""
 Labels = Callable[[int, torch.Tensor], torch.Tensor]
 """Labels of a batch, by its number and its logits with shape (tokens, vocabulary): with shape (tokens,), on the logits'
 device, `UNLABELLED` where a token has none."""
@@ -39,12 +41,12 @@ class Rows(NamedTuple):
 
     Attributes:
         inputs: With shape (tokens, in_features).
-        gradients: Of the summed loss at the layer's outputs, with shape (tokens, out_features); zero where the loss does
+        gradients: Of every summed loss at the layer's outputs, with shape (tokens, out_features); zero where a loss does
             not depend on them.
     """
 
     inputs: torch.Tensor
-    gradients: torch.Tensor
+    gradients: tuple[torch.Tensor, ...]
 
 
 class Visit(NamedTuple):
@@ -61,15 +63,16 @@ class Visit(NamedTuple):
 
 
 class BlockGradients:
-    """Gradients of the loss of labels at a model's layers, one block after another.
+    """Gradients of the losses of labels at a model's layers, one block after another.
 
     Args:
         stream: The windows on their way through the dense model, in front of its first block.
-        gradients: Gradient of the summed loss at every block's output, per batch of the stream.
-        num_labels: Tokens that have a label.
+        gradients: Gradients of the summed losses at every block's output, per batch of the stream, with one dimension more
+            in front: the losses.
+        num_labels: Tokens that have a label, by loss.
     """
 
-    def __init__(self, stream: list[BlockCall], gradients: list[Kept], num_labels: int) -> None:
+    def __init__(self, stream: list[BlockCall], gradients: list[Kept], num_labels: tuple[int, ...]) -> None:
         self._stream, self._gradients, self._next, self.num_labels = stream, gradients, 0, num_labels
 
     @classmethod
@@ -77,7 +80,7 @@ class BlockGradients:
         cls,
         model: nn.Module,
         batches: Sequence[torch.Tensor],
-        labels: Labels,
+        losses: Sequence[Labels],
         title: str,
         residency: Residency = RESIDENT,
         progress: Progress | None = None,
@@ -87,7 +90,7 @@ class BlockGradients:
         Args:
             model: A causal language model in evaluation mode.
             batches: Token windows with shape (batch, seq_len), all without padding; none is legal.
-            labels: What the loss takes for right.
+            losses: What each loss takes for right.
             title: What the pass is called.
             residency: Which blocks have their weights, and where hidden states and gradients wait, one per block.
             progress: Where it is told how far the pass is.
@@ -99,8 +102,8 @@ class BlockGradients:
         """
         count = len(find_blocks(model).modules)
         if not batches:
-            return cls([], [Kept(()) for _ in range(count)], 0)
-        return cls(*_forth_and_back(model, batches, labels, title, residency, progress))
+            return cls([], [Kept(()) for _ in range(count)], (0,) * len(losses))
+        return cls(*_forth_and_back(model, batches, losses, title, residency, progress))
 
     def through(self, index: int, block: nn.Module, kind: str, names: Sequence[str]) -> Iterator[dict[str, Rows]]:
         """Yields what every batch says of layers of a block, by name; layers that were not called are missing.
@@ -116,53 +119,55 @@ class BlockGradients:
         """
         if index != self._next:
             raise ValueError(f"gradients of block {index}; wanted block {self._next}: each is made once, in order")
-        for call, gradient in zip(self._stream, self._gradients[index].take(), strict=True):
+        for call, gradients in zip(self._stream, self._gradients[index].take(), strict=True):
             run = _Run.of(block, kind, call, call.hidden, names, graph=bool(names))
             call.hidden = run.leaving.detach()
-            yield run.rows(run.back(gradient))
+            yield run.rows(run.back(gradients))
         self._next += 1
 
 
 def visit(
     model: nn.Module,
     batches: Sequence[torch.Tensor],
-    labels: Labels,
+    losses: Sequence[Labels],
     title: str,
     seen: Visit,
     residency: Residency = RESIDENT,
     progress: Progress | None = None,
-) -> int:
+) -> tuple[int, ...]:
     """Runs a model forth and back as `BlockGradients.measure` does and shows the gradients of layers on the way back.
 
     Returns:
-        How many tokens have a label. Without batches nothing is shown.
+        How many tokens have a label, by loss. Without batches nothing is shown.
     """
-    return _forth_and_back(model, batches, labels, title, residency, progress, seen)[2] if batches else 0
+    if not batches:
+        return (0,) * len(losses)
+    return _forth_and_back(model, batches, losses, title, residency, progress, seen)[2]
 
 
 def _forth_and_back(
     model: nn.Module,
     batches: Sequence[torch.Tensor],
-    labels: Labels,
+    losses: Sequence[Labels],
     title: str,
     residency: Residency,
     progress: Progress | None,
     seen: Visit | None = None,
-) -> tuple[list[BlockCall], list[Kept], int]:
+) -> tuple[list[BlockCall], list[Kept], tuple[int, ...]]:
     """Returns what a `BlockGradients` is made of; no gradients where they were seen."""
     progress, count = progress or Progress(), len(find_blocks(model).modules)
     with progress.phase(title, 2 * count - (seen is None)):
-        return _passes(model, batches, labels, residency, progress, seen)
+        return _passes(model, batches, losses, residency, progress, seen)
 
 
 def _passes(
     model: nn.Module,
     batches: Sequence[torch.Tensor],
-    labels: Labels,
+    losses: Sequence[Labels],
     residency: Residency,
     progress: Progress,
     seen: Visit | None,
-) -> tuple[list[BlockCall], list[Kept], int]:
+) -> tuple[list[BlockCall], list[Kept], tuple[int, ...]]:
     path, blocks = find_blocks(model)
     kinds, last = block_kinds(model, len(blocks)), len(blocks) - 1
     with torch.no_grad():
@@ -178,7 +183,7 @@ def _passes(
         _require_finite(hidden, f"hidden states behind {path}.{index}")
         progress.block(f"{path}.{index}")
     ends = [
-        _gradient_at_the_end(model, ways, batch, number, leaving, labels)
+        _gradients_at_the_end(model, ways, batch, number, leaving, losses)
         for number, (batch, leaving) in enumerate(zip(batches, hidden, strict=True))
     ]
     gradient = [found for found, _ in ends]
@@ -196,7 +201,7 @@ def _passes(
         if seen is None:
             gradients.append(residency.keep(gradient))
         progress.block(f"{path}.{index}")
-    return stream, gradients[::-1], sum(count for _, count in ends)
+    return stream, gradients[::-1], tuple(map(sum, zip(*(counts for _, counts in ends), strict=True)))
 
 
 def _require_finite(batches: Sequence[torch.Tensor], name: str) -> None:
@@ -204,15 +209,16 @@ def _require_finite(batches: Sequence[torch.Tensor], name: str) -> None:
         require_finite(batch, f"{name} (the backward pass; --no-fisher does without)")
 
 
-def _rows(inputs: torch.Tensor, outputs: torch.Tensor, gradient: torch.Tensor | None) -> Rows:
-    gradient = torch.zeros_like(outputs) if gradient is None else gradient
-    return Rows(inputs.detach().reshape(-1, inputs.shape[-1]), gradient.reshape(-1, gradient.shape[-1]))
+def _rows(inputs: torch.Tensor, outputs: torch.Tensor, gradients: _ByLoss) -> Rows:
+    given = [torch.zeros_like(outputs) if gradient is None else gradient for gradient in gradients]
+    flat = tuple(gradient.reshape(-1, gradient.shape[-1]) for gradient in given)
+    return Rows(inputs.detach().reshape(-1, inputs.shape[-1]), flat)
 
 
-def _gradient_at_the_end(
-    model: nn.Module, ways: Sequence[Way], batch: torch.Tensor, number: int, leaving: torch.Tensor, labels: Labels
-) -> tuple[torch.Tensor, int]:
-    """Returns the gradient of the loss at the last block's output, and how many labels were counted.
+def _gradients_at_the_end(
+    model: nn.Module, ways: Sequence[Way], batch: torch.Tensor, number: int, leaving: torch.Tensor, losses: Sequence[Labels]
+) -> tuple[torch.Tensor, list[int]]:
+    """Returns the gradients of the losses at the last block's output, on top of each other, and how many labels each has.
 
     Args:
         model: The model.
@@ -220,7 +226,7 @@ def _gradient_at_the_end(
         batch: Tokens.
         number: Which batch it is.
         leaving: The last block's output.
-        labels: What the loss takes for right.
+        losses: What each takes for right.
     """
     leaf = leaving.detach().requires_grad_()
     blocks = find_blocks(model).modules
@@ -231,9 +237,12 @@ def _gradient_at_the_end(
                 f"{len(passed)} calls of {len(blocks)} blocks in one forward pass; wanted one each, in order: --no-fisher "
                 "does without"
             )
-        own = labels(number, logits.detach())
-        (gradient,) = torch.autograd.grad(logits, leaf, loss_gradient(logits.detach(), own))
-    return gradient, int((own != UNLABELLED).sum())
+        found, counts = list[torch.Tensor](), list[int]()
+        for left, labels in zip(range(len(losses) - 1, -1, -1), losses, strict=True):
+            own = labels(number, logits.detach())
+            counts.append(int((own != UNLABELLED).sum()))
+            found += torch.autograd.grad(logits, leaf, loss_gradient(logits.detach(), own), retain_graph=bool(left))
+    return torch.stack(found), counts
 
 
 def _pass_over(index: int, rows: Iterator[dict[str, Rows]]) -> None:
@@ -264,18 +273,23 @@ class _Run(NamedTuple):
             leaving = call.run(block, kind, entering.clone())
         return cls(entering, leaving, calls)
 
-    def back(self, gradient: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor | None]:
-        """Goes back once and returns the gradients at the layers' outputs, then at other tensors; None where unused."""
+    def back(self, gradients: torch.Tensor, *others: torch.Tensor) -> list[_ByLoss]:
+        """Goes back once per loss and returns the gradients at the layers' outputs, then at other tensors."""
         places = [output for _, output in self.calls.values()] + list(others)
         live = [place for place in places if place.requires_grad]  # a router may cut its graph
-        found = iter(torch.autograd.grad(self.leaving, live, gradient, allow_unused=True) if live else ())
-        return [next(found) if place.requires_grad else None for place in places]
+        left = range(len(gradients) - 1, -1, -1)
+        ways = [
+            torch.autograd.grad(self.leaving, live, own, retain_graph=bool(more), allow_unused=True) if live else ()
+            for more, own in zip(left, gradients, strict=True)
+        ]
+        found = iter(zip(*ways, strict=True))
+        return [next(found) if place.requires_grad else (None,) * len(gradients) for place in places]
 
-    def rows(self, gradients: Iterable[torch.Tensor | None]) -> dict[str, Rows]:
+    def rows(self, gradients: Iterable[_ByLoss]) -> dict[str, Rows]:
         """Returns what the batch says of the layers, given the gradients at their outputs."""
         return {
-            name: _rows(inputs, outputs, gradient)
-            for (name, (inputs, outputs)), gradient in zip(self.calls.items(), gradients, strict=True)
+            name: _rows(inputs, outputs, own)
+            for (name, (inputs, outputs)), own in zip(self.calls.items(), gradients, strict=True)
         }
 
 
@@ -291,14 +305,14 @@ def _going_back(
     Args:
         block: The block.
         kind: Its kind.
-        batches: What it is called with, the hidden states in front of it and the gradient at its output.
+        batches: What it is called with, the hidden states in front of it and the gradients at its output.
         names: Its layers, by path inside the block.
         before: What is added to.
     """
-    for call, hidden, gradient in batches:
+    for call, hidden, gradients in batches:
         run = _Run.of(block, kind, call, hidden, names, graph=True)
-        *found, entering = run.back(gradient, run.entering)
-        before.append(torch.zeros_like(hidden) if entering is None else entering)
+        *found, entering = run.back(gradients, run.entering)
+        before.append(torch.stack([torch.zeros_like(hidden) if own is None else own for own in entering]))
         yield run.rows(found)
 
 

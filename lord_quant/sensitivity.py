@@ -15,19 +15,19 @@ gradient at one position sums what it changes at all later ones.
 
 G has as many rows as the layer has outputs, so a few thousand tokens are enough; `stack.py` damps what they leave open.
 
-The gradient of fit says something else: whether the text would rather have the weight as it is (`Slope`).
+The gradient of fit says something else: whether the text would rather have the weight as it is (`Expansion`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from lord_quant.distributed import ALONE, World
-from lord_quant.gradients import ROWS, UNLABELLED, BlockGradients, Rows, Visit, visit
+from lord_quant.gradients import ROWS, UNLABELLED, BlockGradients, Labels, Rows, Visit, visit
 from lord_quant.halves import add_gram
 from lord_quant.kept import Kept
 from lord_quant.progress import Progress
@@ -39,16 +39,16 @@ class Sensitivity:
     """Output sensitivities of a model's layers, one block after another.
 
     Args:
-        gradients: Of the loss of labels drawn from the model's predictions; used up. Or the sums already made of them.
+        sums: Made of the gradients of the loss of labels drawn from the model's predictions; used up.
         world: The processes, each with gradients of its own windows.
 
     Attributes:
         num_labels: Tokens whose gradients were taken, over all processes.
     """
 
-    def __init__(self, gradients: BlockGradients | _Sums, world: World = ALONE) -> None:
-        self._gradients, self._world = gradients, world
-        self.num_labels = sum(world.gather(gradients.num_labels))
+    def __init__(self, sums: _Sums, world: World = ALONE) -> None:
+        self._sums, self._world = sums, world
+        self.num_labels = sum(world.gather(sums.num_labels[0]))
 
     @classmethod
     def measure(
@@ -79,20 +79,9 @@ class Sensitivity:
         Raises:
             CalibrationError: The model does not call every block once.
         """
-        counts = [batch.numel() for batch in batches]
-        generator = torch.Generator().manual_seed(seed)
-        chances = torch.rand(sum(counts), generator=generator, dtype=torch.float64, device="cpu").split(counts)
-        own = world.share([chance.view(batch.shape) for chance, batch in zip(chances, batches, strict=True)])
-
-        def drawn(number: int, logits: torch.Tensor) -> torch.Tensor:
-            return _draw(logits, own[number].flatten())
-
-        arguments = model, world.share(batches), drawn, "sensitivity"
-        if not names or _nbytes(model, names, dtype) > residency.spare_bytes:
-            return cls(BlockGradients.measure(*arguments, residency, progress), world)
-        sums = _Sums(names, dtype, residency)
-        sums.num_labels = visit(*arguments, Visit(names, sums.take), residency, progress)
-        return cls(sums, world)
+        chances, own = world.share(_chances(batches, seed)), world.share(batches)
+        asked = _Asked(_add_outer, lambda outputs, inputs: outputs**2, names, dtype)
+        return cls(_Sums.measure(model, own, [_drawn(chances)], asked, residency.spare_bytes, residency, progress), world)
 
     def of_block(
         self, index: int, block: nn.Module, kind: str, names: Sequence[str], dtype: torch.dtype = torch.float32
@@ -113,63 +102,9 @@ class Sensitivity:
         Raises:
             ValueError: It is another block's turn, or layers or a dtype are asked for that `measure` was not told of.
         """
-        if isinstance(self._gradients, _Sums):
-            sums = self._gradients.of_block(index, names, dtype)
-        else:
-            sums = _summed(self._gradients.through(index, block, kind, names), dtype)
+        sums = {name: total for name, (total,) in self._sums.of_block(index, block, kind, names, dtype).items()}
         totals = self._world.totals(sums, next(block.parameters()).device)
         return {name: total.div_(self.num_labels) for name, total in totals.items()}
-
-
-class _Sums:
-    """Sums of outer products of the gradients of all blocks, which wait for their turn.
-
-    Args:
-        names: Layers by path inside their block, per block.
-        dtype: dtype of the sums.
-        residency: Where they wait.
-
-    Attributes:
-        num_labels: Tokens that have a label.
-    """
-
-    def __init__(self, names: Sequence[Sequence[str]], dtype: torch.dtype, residency: Residency) -> None:
-        self._names, self._dtype, self._residency, self.num_labels = names, dtype, residency, 0
-        self._waiting: dict[int, tuple[list[str], Kept]] = {}
-        self._next = 0
-
-    def take(self, index: int, batches: Iterator[dict[str, Rows]]) -> None:
-        """Sums up what the batches say of a block's layers, and lets it wait."""
-        sums = _summed(batches, self._dtype)
-        self._waiting[index] = list(sums), self._residency.keep(list(sums.values()))
-
-    def of_block(self, index: int, names: Sequence[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Returns the sums of layers of a block, once, blocks in order."""
-        if index != self._next:
-            raise ValueError(f"sensitivities of block {index}; wanted block {self._next}: each is there once, in order")
-        if set(names) - set(self._names[index]) or dtype != self._dtype:
-            raise ValueError(f"sensitivities of {', '.join(names)} in {dtype}; wanted layers and dtype as measured")
-        self._next += 1
-        found, kept = self._waiting.pop(index, ([], Kept(())))
-        return {name: total for name, total in zip(found, kept.take(), strict=True) if name in names}
-
-
-def _summed(batches: Iterable[dict[str, Rows]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Returns the sums of g gᵀ over all tokens, by layer."""
-    sums: dict[str, torch.Tensor] = {}
-    for batch in batches:
-        for name, rows in batch.items():
-            gradients = rows.gradients.to(dtype)
-            features = gradients.shape[1]
-            add_gram(sums.setdefault(name, gradients.new_zeros(features, features)), gradients)
-    return sums
-
-
-def _nbytes(model: nn.Module, names: Sequence[Sequence[str]], dtype: torch.dtype) -> int:
-    """Returns how much all sums would take together."""
-    blocks = find_blocks(model).modules
-    layers = [block.get_submodule(name) for block, own in zip(blocks, names, strict=True) for name in own]
-    return sum(len(dense_weight(layer)) ** 2 * dtype.itemsize for layer in layers)
 
 
 class Steepness(NamedTuple):
@@ -184,54 +119,190 @@ class Steepness(NamedTuple):
     bias: torch.Tensor
 
 
-class Slope:
-    """The slope of the text's own loss in a model's weights, one block after another.
+class Derivatives(NamedTuple):
+    """What a layer's errors cost at second order and at first.
+
+    Attributes:
+        sensitivity: G with shape (m, m), as `Sensitivity` has it.
+        slope: That of the text's own loss.
+    """
+
+    sensitivity: torch.Tensor
+    slope: Steepness
+
+
+class Expansion:
+    """The loss around a model's weights: output sensitivities, and the slope of the text's own loss, block after block.
 
     An error D of a weight costs ⟨∂ loss / ∂ W, D⟩ at first order. Of errors at random that would be a matter of chance.
     Those of truncation are not: it takes away small parts of what was learnt, and they are small for not having been learnt
     to the end. Text that was not learnt by heart would rather have them larger. Rounding does so too, by less, see
     `steepness.py`.
 
+    Both losses share what is run forward.
+
     Args:
-        gradients: Of the loss of the text; used up.
+        sums: Made of the gradients of both losses; used up.
+
+    Attributes:
+        num_labels: Tokens the sensitivities are of.
+        num_following: Tokens the slopes are of: all but the last of each window.
     """
 
-    def __init__(self, gradients: BlockGradients) -> None:
-        self._gradients = gradients
-
-    @property
-    def num_labels(self) -> int:
-        """Tokens whose loss it is of: all but the last of each window."""
-        return self._gradients.num_labels
+    def __init__(self, sums: _Sums) -> None:
+        self._sums = sums
+        self.num_labels, self.num_following = sums.num_labels
 
     @classmethod
     def measure(
         cls,
         model: nn.Module,
         batches: Sequence[torch.Tensor],
+        *,
+        seed: int = 0,
+        names: Sequence[Sequence[str]] = (),
+        dtype: torch.dtype = torch.float32,
         residency: Residency = RESIDENT,
         progress: Progress | None = None,
-    ) -> Slope:
-        """Runs a model forth and back, as `Sensitivity.measure` does."""
+    ) -> Expansion:
+        """Runs a model forth and back, as `Sensitivity.measure` does; two of these may wait at a time, one of each half."""
 
         def following(number: int, logits: torch.Tensor) -> torch.Tensor:
             return _following(batches[number]).to(logits.device)
 
-        return cls(BlockGradients.measure(model, batches, following, "slope", residency, progress))
+        asked = _Asked(_add_both, lambda outputs, inputs: outputs**2 + outputs * inputs + outputs, names, dtype)
+        losses = [_drawn(_chances(batches, seed)), following]
+        return cls(_Sums.measure(model, batches, losses, asked, residency.spare_bytes // 2, residency, progress))
 
     def of_block(
         self, index: int, block: nn.Module, kind: str, names: Sequence[str], dtype: torch.dtype = torch.float32
-    ) -> dict[str, Steepness]:
-        """Returns the slopes of layers of a block, as `Sensitivity.of_block` does."""
-        sums: dict[str, Steepness] = {}
-        for batch in self._gradients.through(index, block, kind, names):
+    ) -> dict[str, Derivatives]:
+        """Returns the sensitivities and slopes of layers of a block, as `Sensitivity.of_block` does."""
+        found = {}
+        for name, (outer, weight, bias) in self._sums.of_block(index, block, kind, names, dtype).items():
+            slope = Steepness(weight.div_(self.num_following), bias.div_(self.num_following))
+            found[name] = Derivatives(outer.div_(self.num_labels), slope)
+        return found
+
+
+class _Asked(NamedTuple):
+    """What is summed up over tokens, and of which layers it will be asked for.
+
+    Attributes:
+        add: Adds what a batch says of a layer to sums that begin as an empty list.
+        size: How many values the sums of a layer with so many outputs and inputs have.
+        names: Layers by path inside their block, per block; none if that is not known yet.
+        dtype: dtype of the sums, likewise.
+    """
+
+    add: Callable[[list[torch.Tensor], Rows, torch.dtype], None]
+    size: Callable[[int, int], int]
+    names: Sequence[Sequence[str]]
+    dtype: torch.dtype
+
+    def nbytes(self, model: nn.Module) -> int:
+        """Returns how much all sums take together."""
+        blocks = find_blocks(model).modules
+        layers = [block.get_submodule(name) for block, own in zip(blocks, self.names, strict=True) for name in own]
+        return sum(self.size(*dense_weight(layer).shape) for layer in layers) * self.dtype.itemsize
+
+    def summed(self, batches: Iterable[dict[str, Rows]], dtype: torch.dtype) -> dict[str, list[torch.Tensor]]:
+        """Returns the sums over all tokens, by layer."""
+        sums: dict[str, list[torch.Tensor]] = {}
+        for batch in batches:
             for name, rows in batch.items():
-                gradients = rows.gradients.to(dtype)
-                own = Steepness(gradients.T @ rows.inputs.to(dtype), gradients.sum(dim=0))
-                before = sums.get(name)
-                sums[name] = own if before is None else Steepness(before.weight + own.weight, before.bias + own.bias)
-        count = self.num_labels
-        return {name: Steepness(total.weight / count, total.bias / count) for name, total in sums.items()}
+                self.add(sums.setdefault(name, []), rows, dtype)
+        return sums
+
+
+class _Sums:
+    """Sums over tokens of what gradients say of layers, a block after another: made in its turn, or waiting for it.
+
+    Args:
+        asked: What is summed up.
+        residency: Where sums wait.
+        gradients: What sums are made of, if they are not made on the way back.
+
+    Attributes:
+        num_labels: Tokens that have a label, by loss.
+    """
+
+    def __init__(self, asked: _Asked, residency: Residency, gradients: BlockGradients | None = None) -> None:
+        self._asked, self._residency, self._gradients = asked, residency, gradients
+        self._waiting: dict[int, tuple[list[str], Kept]] = {}
+        self._next, self.num_labels = 0, () if gradients is None else gradients.num_labels
+
+    @classmethod
+    def measure(
+        cls,
+        model: nn.Module,
+        batches: Sequence[torch.Tensor],
+        losses: Sequence[Labels],
+        asked: _Asked,
+        spare_bytes: int,
+        residency: Residency,
+        progress: Progress | None,
+    ) -> _Sums:
+        """Runs a model forth and back; sums that fit into so many bytes are made on the way."""
+        arguments = model, batches, losses, "sensitivity"
+        if not asked.names or asked.nbytes(model) > spare_bytes:
+            return cls(asked, residency, BlockGradients.measure(*arguments, residency, progress))
+        sums = cls(asked, residency)
+        sums.num_labels = visit(*arguments, Visit(asked.names, sums._take), residency, progress)
+        return sums
+
+    def _take(self, index: int, batches: Iterator[dict[str, Rows]]) -> None:
+        sums = self._asked.summed(batches, self._asked.dtype)
+        self._waiting[index] = list(sums), self._residency.keep([total for each in sums.values() for total in each])
+
+    def of_block(
+        self, index: int, block: nn.Module, kind: str, names: Sequence[str], dtype: torch.dtype
+    ) -> dict[str, list[torch.Tensor]]:
+        """Returns the sums of layers of a block, once, blocks in order."""
+        if self._gradients is not None:
+            return self._asked.summed(self._gradients.through(index, block, kind, names), dtype)
+        if index != self._next:
+            raise ValueError(f"sensitivities of block {index}; wanted block {self._next}: each is there once, in order")
+        if set(names) - set(self._asked.names[index]) or dtype != self._asked.dtype:
+            raise ValueError(f"sensitivities of {', '.join(names)} in {dtype}; wanted layers and dtype as measured")
+        self._next += 1
+        found, kept = self._waiting.pop(index, ([], Kept(())))
+        totals = kept.take()
+        each = len(totals) // max(1, len(found))
+        return {name: totals[at * each : (at + 1) * each] for at, name in enumerate(found) if name in names}
+
+
+def _add_outer(sums: list[torch.Tensor], rows: Rows, dtype: torch.dtype) -> None:
+    """Adds g gᵀ of the first loss, over all tokens."""
+    gradients = rows.gradients[0].to(dtype)
+    if not sums:
+        sums.append(gradients.new_zeros(gradients.shape[1], gradients.shape[1]))
+    add_gram(sums[0], gradients)
+
+
+def _add_both(sums: list[torch.Tensor], rows: Rows, dtype: torch.dtype) -> None:
+    """Adds g gᵀ of the first loss, and what the second says of weight and bias."""
+    _add_outer(sums, rows, dtype)
+    gradients = rows.gradients[1].to(dtype)
+    own = gradients.T @ rows.inputs.to(dtype), gradients.sum(dim=0)
+    if len(sums) == 1:
+        sums += own
+        return
+    for total, part in zip(sums[1:], own, strict=True):
+        total += part
+
+
+def _chances(batches: Sequence[torch.Tensor], seed: int) -> list[torch.Tensor]:
+    """Draws for every token where in the cumulated probabilities its label lies, float64, in the shape of its batch."""
+    counts = [batch.numel() for batch in batches]
+    generator = torch.Generator().manual_seed(seed)
+    chances = torch.rand(sum(counts), generator=generator, dtype=torch.float64, device="cpu").split(counts)
+    return [chance.view(batch.shape) for chance, batch in zip(chances, batches, strict=True)]
+
+
+def _drawn(chances: Sequence[torch.Tensor]) -> Labels:
+    """Returns labels that are drawn from the model's predictions."""
+    return lambda number, logits: _draw(logits, chances[number].flatten())
 
 
 def _following(batch: torch.Tensor) -> torch.Tensor:

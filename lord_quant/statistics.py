@@ -29,7 +29,7 @@ from lord_quant.probe import PROBED_BITS, SLOPES, FactorNoise, LayerLoss, Orders
 from lord_quant.progress import Progress
 from lord_quant.reading import open_tensors, parse_json
 from lord_quant.residency import RESIDENT, Residency
-from lord_quant.sensitivity import Sensitivity, Slope, Steepness
+from lord_quant.sensitivity import Derivatives, Expansion, Steepness
 from lord_quant.steepness import RoundingSlope
 from lord_quant.stream import block_kinds, capture
 from lord_quant.targets import LinearSite, dense_weight, find_blocks, find_linears, siblings
@@ -67,12 +67,18 @@ class Statistics(NamedTuple):
         return together[0]._replace(out_features=height, has_bias=biased)
 
 
+def probed_layers(model: nn.Module) -> list[list[str]]:
+    """Returns the layers that are measured, by path inside their block, per block."""
+    blocks, names = find_blocks(model), [site.name for site in packable_of(find_linears(model))]
+    prefixes = [f"{blocks.path}.{index}." for index in range(len(blocks.modules))]
+    return [[name.removeprefix(prefix) for name in names if name.startswith(prefix)] for prefix in prefixes]
+
+
 @torch.no_grad()
 def measure_statistics(
     model: nn.Module,
     halves: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]],
-    sensitivities: tuple[Sensitivity, Sensitivity] | None,
-    slopes: tuple[Slope, Slope] | None,
+    expansions: tuple[Expansion, Expansion] | None,
     *,
     gptq: GptqConfig,
     options: JointConfig,
@@ -89,9 +95,7 @@ def measure_statistics(
         model: A loaded dense model in evaluation mode.
         halves: Token windows of either half of the text with shape (batch, seq_len), all without padding; the other one may
             be empty, and losses are then those of the text that chose.
-        sensitivities: How much the loss minds errors in outputs, from either half of the text; used up. None counts output
-            errors alike.
-        slopes: Those of the loss of either half; used up. None counts the loss as flat.
+        expansions: How much the loss minds errors, from either half of the text; used up. None counts output errors alike.
         gptq: How layers would be quantized.
         options: How they would be stacked.
         origin: What the file is to say of where it comes from.
@@ -111,15 +115,14 @@ def measure_statistics(
     settings: dict[str, Any] = {"mean_correction": mean_correction, "gptq": gptq, "options": options}
     losses: dict[str, LayerLoss] = {}
     groups: dict[tuple[str, ...], LayerLoss] = {}
-    labels = [each.num_labels for each in sensitivities] if sensitivities else [None, None]
+    labels = [each.num_labels for each in expansions] if expansions else [None, None]
     progress = progress or Progress()
     with progress.phase("probe", len(blocks.modules)):
         for index, block in enumerate(blocks.modules):
             with residency.of(index, then=index + 1):
                 prefix = f"{blocks.path}.{index}."
                 layers = {site.name.removeprefix(prefix): site for site in sites if site.block == index}
-                minded = [each.of_block(index, block, kinds[index], list(layers), dtype) for each in sensitivities or ()]
-                steep = [each.of_block(index, block, kinds[index], list(layers), dtype) for each in slopes or ()]
+                minded = [each.of_block(index, block, kinds[index], list(layers), dtype) for each in expansions or ()]
                 moments = []
                 for stream in streams:
                     with gather({name: block.get_submodule(name) for name in layers}, dtype) as gathered:
@@ -137,7 +140,7 @@ def measure_statistics(
                     weight = torch.cat(list(weights.values()))
                     metrics = [_together(each, weights) for each in minded]
                     first, second = metrics or (None, None)
-                    falls = [_stacked(each, weights) for each in steep]
+                    falls = [_stacked(each, weights) for each in minded]
                     one, other = falls or (None, None)
                     seen = (
                         Half(moments[0][names[0]], first, one, labels[0]),
@@ -153,23 +156,23 @@ def measure_statistics(
                     else:
                         groups[tuple(prefix + name for name in names)] = loss
             progress.block(f"{blocks.path}.{index}")
-    if slopes:
-        slope = RoundingSlope.of(list(losses.values()), sum(each.num_labels for each in slopes))
+    if expansions:
+        slope = RoundingSlope.of(list(losses.values()), sum(each.num_following for each in expansions))
         losses = {name: slope.counted(loss) for name, loss in losses.items()}
         groups = {names: slope.counted(loss) for names, loss in groups.items()}
     return Statistics(losses, {site.name: site for site in sites}, groups, origin)
 
 
-def _together(minded: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _together(minded: Mapping[str, Derivatives], weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Returns the sensitivity of layers on top of each other; the loss does not depend on one that was not called."""
     silent = {name: weight.new_zeros(len(weight), len(weight)) for name, weight in weights.items() if name not in minded}
-    return torch.block_diag(*(silent[name] if name in silent else minded[name] for name in weights))
+    return torch.block_diag(*(silent[name] if name in silent else minded[name].sensitivity for name in weights))
 
 
-def _stacked(steep: Mapping[str, Steepness], weights: Mapping[str, torch.Tensor]) -> Steepness:
+def _stacked(minded: Mapping[str, Derivatives], weights: Mapping[str, torch.Tensor]) -> Steepness:
     """Returns the slopes of layers on top of each other; flat where one was not called."""
     flat = {name: Steepness(torch.zeros_like(weight), weight.new_zeros(len(weight))) for name, weight in weights.items()}
-    parts = [steep.get(name, flat[name]) for name in weights]
+    parts = [minded[name].slope if name in minded else flat[name] for name in weights]
     return Steepness(torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts]))
 
 

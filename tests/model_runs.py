@@ -16,7 +16,7 @@ from lord_quant.config import GptqConfig, JointConfig, LowrankConfig
 from lord_quant.joint import StackedModel, stack_model
 from lord_quant.plan import Plan, build_plan
 from lord_quant.refine import Quantized
-from lord_quant.sensitivity import Sensitivity, Slope, Steepness
+from lord_quant.sensitivity import Expansion, Sensitivity, Steepness
 from lord_quant.stream import block_kinds
 from lord_quant.targets import find_blocks, find_linears
 
@@ -74,7 +74,8 @@ def sensitivities(
 
 def slopes(model: nn.Module, names: Sequence[str], batches: Sequence[torch.Tensor] = BATCHES) -> dict[str, Steepness]:
     """Slopes of the text's loss, likewise."""
-    return block_by_block(model, names, Slope.measure(model, batches))
+    found = block_by_block(model, names, Expansion.measure(model, batches))
+    return {name: both.slope for name, both in found.items()}
 
 
 def block_by_block(model: nn.Module, names: Sequence[str], measured: Any) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def zeroes(number: int, logits: torch.Tensor) -> torch.Tensor:
 
 def went_through(model: nn.Module) -> BlockGradients:
     """Goes through all blocks of a llama, the queries and the last layer of each being looked at."""
-    measured = BlockGradients.measure(model, BATCHES, zeroes, "test")
+    measured = BlockGradients.measure(model, BATCHES, [zeroes], "test")
     blocks = model.model.layers
     for index, (block, kind) in enumerate(zip(blocks, block_kinds(model, len(blocks)), strict=True)):
         assert all(list(batch) == ["self_attn.q_proj", "mlp.down_proj"] for batch in measured.through(
@@ -60,7 +60,7 @@ def test_a_block_that_changes_an_output_in_place_is_seen_before_that() -> None:
 
 def test_blocks_are_asked_for_in_order_and_once() -> None:
     model = tiny_model("llama")
-    measured = BlockGradients.measure(model, BATCHES, nothing, "test")
+    measured = BlockGradients.measure(model, BATCHES, [nothing], "test")
     blocks = model.model.layers
     with pytest.raises(ValueError, match="block 1; wanted block 0"):
         list(measured.through(1, blocks[1], "block", []))
@@ -82,7 +82,7 @@ def test_the_gradient_of_the_loss_is_the_one_autograd_finds(rows: int, monkeypat
 
 def test_labels_are_counted_and_those_that_are_missing_move_nothing() -> None:
     model = tiny_model("llama")
-    assert went_through(model).num_labels == sum(batch.numel() - 1 for batch in BATCHES)
-    silent = BlockGradients.measure(model, BATCHES, nothing, "test")
+    assert went_through(model).num_labels == (sum(batch.numel() - 1 for batch in BATCHES),)
+    silent = BlockGradients.measure(model, BATCHES, [nothing], "test")
     found = next(silent.through(0, model.model.layers[0], "block", ["mlp.down_proj"]))["mlp.down_proj"]
-    assert silent.num_labels == 0 and not found.gradients.any() and found.inputs.any()
+    assert silent.num_labels == (0,) and not found.gradients[0].any() and found.inputs.any()

@@ -19,7 +19,7 @@ from lord_quant.crossfit import Half
 from lord_quant.errors import CheckpointError, NumericsError, OutputError
 from lord_quant.moments import Moments
 from lord_quant.probe import probe
-from lord_quant.sensitivity import Sensitivity, Slope
+from lord_quant.sensitivity import Expansion
 from lord_quant.statistics import (
     METADATA,
     Statistics,
@@ -37,10 +37,9 @@ GPTQ, OPTIONS = GptqConfig(), JointConfig(refine=1)
 
 def measured(model: Any, fisher: bool = True, **changes: Any) -> Statistics:
     text = BATCHES[::2], BATCHES[1::2]
-    halves = Sensitivity.measure(model, text[0], seed=0), Sensitivity.measure(model, text[1], seed=1)
-    slopes = Slope.measure(model, BATCHES[::2]), Slope.measure(model, BATCHES[1::2])
+    expansions = Expansion.measure(model, text[0], seed=0), Expansion.measure(model, text[1], seed=1)
     settings: dict[str, Any] = {"gptq": GPTQ, "options": OPTIONS, "origin": {"seed": 0}, "dtype": torch.float64} | changes
-    return measure_statistics(model, text, halves if fisher else None, slopes if fisher else None, **settings)
+    return measure_statistics(model, text, expansions if fisher else None, **settings)
 
 
 @pytest.fixture(scope="module")
