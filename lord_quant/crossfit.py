@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 
 from lord_quant.decompose import output_spectrum
+from lord_quant.halves import symmetric_product
 from lord_quant.moments import Moments
 from lord_quant.sensitivity import Steepness
 from lord_quant.truncation import unit_metric, weigh
@@ -73,16 +74,16 @@ def _chosen_on(weight: torch.Tensor, fitted: Half, other: Half, centred: bool) -
         return nothing, nothing
     seen, root = weigh(weight, metric)
     vectors = output_spectrum(seen, _seen(fitted.moments, fitted.moments, centred)).vectors
-    right = (vectors.T @ seen).double()
-    left = (vectors if root is None else torch.linalg.solve_triangular(root, vectors, upper=True)).double()
-    minded = left.T @ left if other.sensitivity is None else left.T @ other.sensitivity.double() @ left
-    products = minded * (right @ _seen(other.moments, fitted.moments, centred).double() @ right.T)
+    right = vectors.T @ seen
+    left = vectors if root is None else torch.linalg.solve_triangular(root, vectors, upper=True)
+    minded = symmetric_product(left.T if other.sensitivity is None else left.T @ other.sensitivity.to(left), left)
+    products = symmetric_product(right @ _seen(other.moments, fitted.moments, centred), right.T).double() * minded
     curved = 0.5 * products.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
     sloped = torch.zeros_like(curved)
     if other.slope is not None:
         shift = fitted.moments.mean if centred else torch.zeros_like(fitted.moments.mean)
-        slope = other.slope.weight.double() - torch.outer(other.slope.bias, shift).double()
-        sloped = -((left.T @ slope) * right).sum(dim=1).flip(0).cumsum(0).flip(0)
+        slope = other.slope.weight.to(left) - torch.outer(other.slope.bias, shift).to(left)
+        sloped = -((left.T @ slope) * right).sum(dim=1, dtype=torch.float64).flip(0).cumsum(0).flip(0)
     return _ending_at_zero(curved), _ending_at_zero(sloped)
 
 

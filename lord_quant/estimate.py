@@ -49,8 +49,10 @@ def estimate(plan: Plan, load: Workload, device: torch.device) -> Estimate:
 
 def seconds_of(work: Work, device: torch.device) -> float:
     """Predicts how long work takes on `device`, in seconds."""
+    on_cpu = device.type == "cpu"
     speed, straight = matrix_flops(device), work.passes + work.products + work.rotations + work.solves
-    turns = work.looped * LOOP_SECONDS if device.type == "cpu" else work.columns * COLUMN_SECONDS
+    straight += work.coupled if on_cpu else 0.0
+    turns = work.looped * LOOP_SECONDS if on_cpu else work.columns * COLUMN_SECONDS
     return straight / speed + work.eigen / (speed * EIGEN_EFFICIENCY) + turns
 
 

@@ -65,6 +65,7 @@ class Work:
     Attributes:
         passes: Operations of passes through the model, in the dtype it computes in.
         products: Operations of matrix products, triangular solves and Cholesky and QR factorizations in float32.
+        coupled: Of matrix products in float32 that only a CPU makes, where rows know of each other.
         eigen: Operations of eigendecompositions in float32.
         solves: Operations of solvers that go column by column, in float32, polishing not counted.
         columns: Columns such solvers go through, on a GPU.
@@ -77,6 +78,7 @@ class Work:
 
     passes: float = 0
     products: float = 0
+    coupled: float = 0
     eigen: float = 0
     solves: float = 0
     columns: float = 0
@@ -208,7 +210,7 @@ def truncation_work(layer: LayerPlan, of_loss: bool) -> Work:
 def stack_work(layer: LayerPlan, coupled: bool) -> Work:
     """Counts what quantizes a layer or, with gauge, metrics and refit, its factors; `coupled`, on both sides."""
     solves = total(rounding_work(*shape, coupled) for shape in layer.factor_shapes().values())
-    return solves if layer.rank is None else solves + refit_work(layer, coupled)
+    return solves if layer.rank is None else solves + gauge_work(layer, coupled) + refit_work(layer, coupled)
 
 
 def rounding_work(inputs: int, outputs: int, coupled: bool) -> Work:
@@ -216,25 +218,38 @@ def rounding_work(inputs: int, outputs: int, coupled: bool) -> Work:
     steps = GPU_STEPS if coupled else 1
     loops = Work(looped=float(inputs * outputs) * (COUPLED_LOOPS if coupled else 1))
     one_sided = solve_work(inputs, outputs, steps) + refine_work(inputs, outputs, steps) + loops
-    return one_sided + rows_work(inputs, outputs) if coupled else one_sided
+    if not coupled:
+        return one_sided
+    # What is off before the first sweep, along which line scales move, and what is off wherever a sweep has been.
+    more = 2.0 * inputs**2 * outputs * (1 + SWEEPS + (SWEEPS - 1) / 2)
+    return one_sided + rows_work(inputs, outputs) + Work(coupled=more)
 
 
-def refit_work(layer: LayerPlan, coupled: bool) -> Work:
-    """Counts the gauge of a layer's factors, the metrics they are rounded in, and the refit of one for the other."""
+def gauge_work(layer: LayerPlan, coupled: bool) -> Work:
+    """Counts the gauge of a layer's factors and the metrics of the one that is rounded first."""
     m, n, r = layer.out_features, layer.in_features, layer.rank or 0
     rotation = Work(products=2.0 * r**2 * (m + n), rotations=qr_flops(r, r))
     if coupled and m <= n:  # G deflated
         rotation += Work(products=2.0 * r * m**2 * (1 + share_left(m)) + 4.0 * r**2 * m + cholesky_flops(r))
     elif coupled:  # AᵀG A
         rotation += Work(products=2.0 * r * m**2 + 2.0 * r**2 * m * share_left(r))
-    if m < n + coupled:  # up first in the metric B H Bᵀ, then down refitted for it
-        bottleneck = 2.0 * r * n**2 * share_left(n) + 2.0 * r**2 * n
-        refit = bottleneck + 2.0 * m**2 * r + 2.0 * m * n * r + 2.0 * m * r**2 + cholesky_flops(r) + 2.0 * n * r**2
-    else:  # deflated metric, down, then up refitted for it in the metric B H Bᵀ
-        bottleneck = 2.0 * r * n**2 + 2.0 * r**2 * n * share_left(r)
-        deflated = bottleneck + cholesky_flops(r) + 2.0 * n * r**2 + 2.0 * r * n**2 * share_left(n)
-        refit = deflated + bottleneck + 4.0 * m * n * r + cholesky_flops(r) + 2.0 * m * r**2
-    return rotation + Work(products=refit)
+    if m < n + coupled:  # up in the metric B H Bᵀ
+        return rotation + Work(products=2.0 * r * n**2 * share_left(n) + 2.0 * r**2 * n)
+    deflated = _bottleneck(r, n) + cholesky_flops(r) + 2.0 * n * r**2 + 2.0 * r * n**2 * share_left(n)
+    return rotation + Work(products=deflated)
+
+
+def refit_work(layer: LayerPlan, coupled: bool) -> Work:
+    """Counts the refit of the second factor for the first, and its metrics."""
+    m, n, r = layer.out_features, layer.in_features, layer.rank or 0
+    if m < n + coupled:  # of down
+        return Work(products=2.0 * m**2 * r + 2.0 * m * n * r + 2.0 * m * r**2 + cholesky_flops(r) + 2.0 * n * r**2)
+    return Work(products=_bottleneck(r, n) + 4.0 * m * n * r + cholesky_flops(r) + 2.0 * m * r**2)
+
+
+def _bottleneck(rank: int, inputs: int) -> float:
+    """Returns the operations of B H Bᵀ, of which B H is wanted as well."""
+    return 2.0 * rank * inputs**2 + 2.0 * rank**2 * inputs * share_left(rank)
 
 
 def rows_work(inputs: int, outputs: int) -> Work:

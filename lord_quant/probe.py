@@ -36,11 +36,12 @@ from lord_quant.halves import energy
 from lord_quant.layer_bytes import PACK_MULTIPLE, Packing, pivoted_forms
 from lord_quant.linalg import relative_error, require_finite
 from lord_quant.moments import merged
+from lord_quant.refine import Quantized
 from lord_quant.sensitivity import Steepness
 from lord_quant.solver import Gptq, Solver, Solvers, exact
-from lord_quant.stack_forms import Objective, Polished, stack_factors
+from lord_quant.stack_forms import Objective, Polished, stack_factors, two_factor_stages
 from lord_quant.truncation import factors_of, in_form, unit_metric, weigh
-from lord_quant.two_sided import round_rows
+from lord_quant.two_sided import round_each, round_rows
 
 
 ROWS = 2048
@@ -197,17 +198,22 @@ def probe(
     slopes = halves[0].slope, halves[1].slope
     steep = [None if slope is None else Steepness(slope.weight[rows], slope.bias[rows]) for slope in slopes]
 
-    def noise(bits: int, group_size: int) -> Orders:
-        error = round_rows(solver(bits, group_size), part, seen, coupled).weight() - part
+    def noise(quantized: Quantized) -> Orders:
+        error = quantized.weight() - part
         one, other = (_first_order(slope, error, mean if has_bias else None) for slope in steep)
         second, scale = unit * energy(error, seen, within), len(weight) / len(part)
         return Orders(scale * one, scale * other, scale * second, scale**2 * second)
 
-    probed = {bits: noise(bits, usual) for bits in PROBED_BITS}
+    rounded = round_each([solver(bits, usual) for bits in PROBED_BITS], part, seen, coupled)
+    probed = {bits: noise(quantized) for bits, quantized in zip(PROBED_BITS, rounded, strict=True)}
     dense = {bits: orders.second for bits, orders in probed.items()}
     floor = torch.finfo(torch.float32).tiny  # of a layer that loses nothing
     finest = max(dense[GROUP_BITS], floor)
-    groups = {size: 1.0 if size == usual else noise(GROUP_BITS, size).second / finest for size in fitting}
+
+    def of_group(size: int) -> float:
+        return noise(round_rows(solver(GROUP_BITS, size), part, seen, coupled)).second / finest
+
+    groups = {size: 1.0 if size == usual else of_group(size) for size in fitting}
     if weight.shape[1] % 256 == 0:
         groups[256] = groups[128] * groups[128] / groups[64]
     joint = covariance if has_bias or mean_correction else seen
@@ -299,14 +305,25 @@ class _Problem(NamedTuple):
     options: JointConfig
     seed: int
 
+    @property
+    def objective(self) -> Objective:
+        """What a run would have its factors be near."""
+        return Objective(self.weight, self.covariance, self.believed)
+
+    def pull(self, product: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Returns G E H of the error E of a product in its place, and what that costs in itself, tr G E H Eᵀ."""
+        error = product - self.weight
+        seen = error @ self.covariance
+        pull = seen if self.metric is None else self.metric @ seen
+        return pull, float((pull * error).sum(dtype=torch.float64))
+
     def error(self, product: torch.Tensor) -> float:
         """Returns what a product in its place loses, relative to the whole."""
         return relative_error(product, self.weight, self.covariance, self.metric, self.whole)
 
     def quantized(self, factors: Factors, solvers: Solvers) -> torch.Tensor:
         """Returns the product of factors quantized in the form they are in."""
-        objective = Objective(self.weight, self.covariance, self.believed)
-        made = stack_factors(objective, factors, solvers, self.options, self.seed)
+        made = stack_factors(self.objective, factors, solvers, self.options, self.seed)
         return factors._replace(down=made[".down"].weight(), up=made[".up"].weight()).product()
 
 
@@ -333,21 +350,26 @@ def _rounded(problem: _Problem, factors: Factors, solvers: Mapping[int, Solver],
         solvers: By bits, all with one group size.
         relative: Noise in groups of that size, relative to those of the usual one.
     """
-    before = factors.product()
-    cut, orders = problem.error(before), list[Orders]()
+    before, orders = factors.product(), list[Orders]()
+    pull, cut = problem.pull(before)
 
-    def lost(solvers: Solvers) -> float:
-        product = problem.quantized(factors, solvers)
-        beyond = max(problem.error(product) - cut, 0.0)
-        moved = product - before
+    def lost(made: Mapping[str, Quantized]) -> float:
+        """What D costs on top of what the truncation has missed, E, is tr G D H Dᵀ + 2 ⟨G E H, D⟩."""
+        moved = factors._replace(down=made[".down"].weight(), up=made[".up"].weight()).product() - before
         one, other = (_first_order(slope, moved, problem.mean) for slope in problem.slopes)
-        chance = problem.unit * energy(moved, problem.covariance, problem.metric)
-        orders.append(Orders(one, other, problem.unit * problem.whole * beyond, chance))
-        return beyond / (1 - cut) / relative if cut < 1 else 0.0
+        own = energy(moved, problem.covariance, problem.metric)
+        beyond = max(own + 2 * float((pull * moved).sum(dtype=torch.float64)), 0.0)
+        orders.append(Orders(one, other, problem.unit * beyond, problem.unit * own))
+        return beyond / (problem.whole - cut) / relative if cut < problem.whole else 0.0
 
-    down = {bits: lost(Solvers(solve, exact)) for bits, solve in solvers.items()}
-    up = {bits: lost(Solvers(exact, solve)) for bits, solve in solvers.items()}
-    return _Sides(down, up, _sum(orders))
+    stages = two_factor_stages(problem.objective, factors, problem.options, problem.seed)
+    name, other, kept = stages.first, stages.second, exact(*stages.part[:2])
+    rounded = zip(solvers, stages.part.rounded(*solvers.values()), strict=True)
+    first = {bits: lost({name: made, other: exact(*stages.then(made)[:2])}) for bits, made in rounded}
+    rounded = zip(solvers, stages.then(kept).rounded(*solvers.values()), strict=True)
+    second = {bits: lost({name: kept, other: made}) for bits, made in rounded}
+    shares = {name: first, other: second}
+    return _Sides(shares[".down"], shares[".up"], _sum(orders))
 
 
 def _pivoted_noise(problem: _Problem, factors: Factors, solve: Solver, forms: Sequence[str]) -> dict[str, float]:

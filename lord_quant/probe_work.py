@@ -11,10 +11,10 @@ from dataclasses import replace
 from lord_quant.halves import share_left
 from lord_quant.layer_bytes import TWO_FACTOR, pivoted_forms
 from lord_quant.operations import (
-    FISHER_PASSES,
-    HEAD_PASSES,
+    FLOAT_BYTES,
     Work,
     Workload,
+    gauge_work,
     gram_flops,
     pass_flops,
     refit_work,
@@ -25,17 +25,21 @@ from lord_quant.operations import (
 )
 from lord_quant.plan import LayerPlan, Plan
 from lord_quant.probe import PIVOTED_SIZE, PROBED_BITS, PROBED_GROUPS, PROBED_RANKS, ROWS
+from lord_quant.residency import Streamed
 from lord_quant.targets import LinearSite, siblings
 
 
-LOSSES = 2
-"""Whose gradients are taken: that of labels the model draws, and the text's own."""
-READS = 8.0
-"""Of the model from files: forth and back, for both losses and either half of the text."""
+BACK_PASSES = 7
+"""Of the dense model: forward once, and through every block twice, forward and back for either loss: that of labels the
+model draws, and the text's own."""
+BACK_PASSES_AT_ONCE = 4
+"""Through every block once, where what is summed up may wait."""
+BACK_HEAD_PASSES = 3
+"""Of the head: forward, and back for either loss."""
+READS = 4.0
+"""Of the model from files: forth and back for either half of the text."""
 SPECTRA = 3
 """Of every layer: on all of the text, and on either half."""
-DOUBLE = 2
-"""What an operation in float64 takes, in those of float32."""
 
 
 def count_sensing(plan: Plan, load: Workload) -> dict[str, Work]:
@@ -50,7 +54,9 @@ def count_sensing(plan: Plan, load: Workload) -> dict[str, Work]:
     one_pass = pass_flops(plan, load, dense)
     moments = sum(gram_flops(layer.in_features, load.num_tokens) for layer in layers)
     slopes = sum(gram_flops(layer.out_features, few) + 2.0 * layer.dense_weights * few for layer in layers)
-    back = LOSSES * few * (FISHER_PASSES * one_pass + HEAD_PASSES * 2.0 * load.head_weights)
+    waiting = sum(layer.out_features**2 + layer.dense_weights + layer.out_features for layer in layers) * FLOAT_BYTES
+    passes = BACK_PASSES_AT_ONCE if waiting <= Streamed.spare_bytes // 2 else BACK_PASSES
+    back = few * (passes * one_pass + BACK_HEAD_PASSES * 2.0 * load.head_weights)
     return {
         "gradients": Work(passes=back, products=slopes, files=READS * dense * load.itemsize * bool(few)),
         "moments": Work(passes=load.num_tokens * one_pass, products=moments, files=float(dense * load.itemsize)),
@@ -73,14 +79,18 @@ def probe_work(layer: LayerPlan, of_loss: bool) -> Work:
     k, rounded = min(m, n), len(PROBED_BITS) + sum(n % size == 0 for size in PROBED_GROUPS) - 1
     whole = truncation_work(_at(layer, k), of_loss) * SPECTRA
     done = whole + (rounding_work(n, rows, of_loss) + _energy(n, rows, of_loss)) * rounded
-    crossed = 2.0 * k * (n**2 + k * n + k * m + m * n + of_loss * (m**2 + m * n))
-    done += Work(products=(SPECTRA - 1) * DOUBLE * crossed)
+    done += _factored(n, rows, of_loss) * -(len(PROBED_BITS) - 1)
+    crossed = 2.0 * k * (n**2 + m * n + k * (n + m) * share_left(k) + of_loss * (m**2 + m * n))
+    done += Work(products=(SPECTRA - 1) * crossed)
     for part, widths in zip(PROBED_RANKS, (len(PROBED_BITS), 1), strict=True):
         cut = _at(layer, max(1, round(part * k)))
-        both = total(rounding_work(*shape, of_loss) for shape in cut.factor_shapes().values())
-        each = refit_work(cut, of_loss) + _energy(n, m, of_loss) * 2
-        done += (both + each * 2) * widths  # one factor is rounded at a time, the other refitted
-        done += Work(products=2.0 * m * n * (cut.rank or 0) * (2 * widths + 1))  # their products
+        shapes = cut.factor_shapes().values()
+        done += total(rounding_work(*shape, of_loss) * widths for shape in shapes)
+        done += total(_factored(*shape, of_loss) * -(widths - 1) for shape in shapes)
+        done += gauge_work(cut, of_loss) + refit_work(cut, of_loss) * (widths + 1)  # one is rounded at a time
+        done += _energy(n, m, of_loss) * 2 * widths
+        done += Work(products=2.0 * m * n * (n + of_loss * m))  # what the truncation has missed
+        done += Work(products=2.0 * m * n * (cut.rank or 0) * (2 * widths + 1))  # products of factors
     if layer.dense_weights <= PIVOTED_SIZE:
         forms = 1 + len(list(pivoted_forms(n, m)))
         done += (stack_work(_at(layer, max(1, k // 2)), of_loss) + _energy(n, m, of_loss)) * forms
@@ -89,6 +99,11 @@ def probe_work(layer: LayerPlan, of_loss: bool) -> Work:
 
 def _at(layer: LayerPlan, rank: int) -> LayerPlan:
     return replace(layer, rank=rank, form=TWO_FACTOR, leader="")
+
+
+def _factored(inputs: int, outputs: int, coupled: bool) -> Work:
+    """Counts what several bit widths share, as `solve_work` and `rows_work` have it."""
+    return Work(solves=float(inputs) ** 3, products=float(outputs) ** 3 * coupled)
 
 
 def _energy(inputs: int, outputs: int, of_loss: bool) -> Work:

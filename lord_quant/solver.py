@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -107,19 +107,24 @@ class Gptq:
         done = self.of(hessian)(weight)
         return done._replace(seconds=time.perf_counter() - start)
 
-    def of(self, hessian: torch.Tensor) -> Rounding:
-        """Factors a Hessian and returns what quantizes any number of weights in its metric, without timing it."""
+    def of(self, hessian: torch.Tensor, like: Rounding | None = None) -> Rounding:
+        """Factors a Hessian and returns what quantizes any number of weights in its metric, without timing it.
+
+        Args:
+            hessian: H with shape (n, n).
+            like: What was prepared in the same Hessian before; its factor is taken if it differs in bits alone.
+        """
+        if isinstance(like, _Factored) and like.solver._with_bits(self.settings.bits) == self:
+            return replace(like, solver=self)
         require_finite(hessian, "Hessian to quantize in")
         order = _column_order(hessian.diagonal(), self.group_size, self.settings)
         size = hessian.diagonal().double().mean()
         dtype = torch.promote_types(hessian.dtype, torch.float32)
         feedback, damp = Feedback.of(hessian, size, order, self.settings.damp_percent, dtype)
+        return _Factored(self, feedback, order, float(size), damp)
 
-        def rounded(weight: torch.Tensor, coupling: Coupling | None = None) -> Quantized:
-            done = self._solve(weight.detach().to(dtype), feedback, order, coupling)
-            return done._replace(loss=(done.loss or 0.0) * float(size) / self.num_tokens, damp_percent=damp)
-
-        return rounded
+    def _with_bits(self, bits: int) -> Gptq:
+        return replace(self, settings=replace(self.settings, bits=bits))
 
     def _solve(self, weight: torch.Tensor, feedback: Feedback, order: torch.Tensor, coupling: Coupling | None) -> Quantized:
         gptq, group_size = self.settings, self.group_size
@@ -156,6 +161,30 @@ class Gptq:
             bits=gptq.bits,
             loss=loss,
         )
+
+
+@dataclass(frozen=True)
+class _Factored:
+    """A solver in the metric of one Hessian: a `Rounding`.
+
+    Attributes:
+        solver: The solver.
+        feedback: How columns are fed back, in the dtype that is worked in.
+        order: In which order they are rounded.
+        size: What H was divided by.
+        damp: Damping it was factored with.
+    """
+
+    solver: Gptq
+    feedback: Feedback
+    order: torch.Tensor
+    size: float
+    damp: float
+
+    def __call__(self, weight: torch.Tensor, coupling: Coupling | None = None) -> Quantized:
+        """Quantizes a weight."""
+        done = self.solver._solve(weight.detach().to(self.feedback.inverse), self.feedback, self.order, coupling)
+        return done._replace(loss=(done.loss or 0.0) * self.size / self.solver.num_tokens, damp_percent=self.damp)
 
 
 class CoupledRows(NamedTuple):
@@ -204,10 +233,16 @@ def _round_group(
     return codes, missed
 
 
-def prepared(solve: Solver, hessian: torch.Tensor) -> Rounding:
-    """Returns what quantizes several weights in one metric: factored once and for coupled rows, if the solver knows how."""
+def prepared(solve: Solver, hessian: torch.Tensor, like: Rounding | None = None) -> Rounding:
+    """Returns what quantizes several weights in one metric: factored once and for coupled rows, if the solver knows how.
+
+    Args:
+        solve: The solver.
+        hessian: The metric.
+        like: What another solver prepared in the same metric; what both have in common is not made again.
+    """
     of = getattr(solve, "of", None)
-    return (lambda weight, coupling=None: solve(weight, hessian)) if of is None else of(hessian)
+    return (lambda weight, coupling=None: solve(weight, hessian)) if of is None else of(hessian, like)
 
 
 def _column_order(diagonal: torch.Tensor, group_size: int, gptq: GptqConfig) -> torch.Tensor:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from lord_quant.halves import seen_through, symmetric_product
 from lord_quant.linalg import Note, damped_right_solve, random_orthogonal
 from lord_quant.refine import Quantized, refine
 from lord_quant.solver import Rounding, Solver, Solvers, prepared
-from lord_quant.two_sided import round_rows
+from lord_quant.two_sided import round_each, round_rows
 
 
 REFIT_DAMPING = 0.01
@@ -84,10 +85,61 @@ def stack_factors(
     return stack_pivoted(objective, factors, quantize, options)
 
 
+class Part(NamedTuple):
+    """A matrix that is to be rounded.
+
+    Attributes:
+        weight: What it should be, with shape (m, n).
+        hessian: What errors cost by its inputs, with shape (n, n).
+        outputs: What they cost by its outputs, with shape (m, m); None counts them alike.
+    """
+
+    weight: torch.Tensor
+    hessian: torch.Tensor
+    outputs: torch.Tensor | None
+
+    def rounded(self, *solvers: Solver) -> Iterator[Quantized]:
+        """Yields what each of some solvers makes of it."""
+        return round_each(solvers, *self)
+
+
+class Stages(NamedTuple):
+    """Two factors of which the second is rounded for what the first has become.
+
+    Attributes:
+        first: Name of the factor that goes first, as in a module: ".down" or ".up".
+        part: That factor.
+        then: Returns the other one for the first as it was rounded.
+    """
+
+    first: str
+    part: Part
+    then: Callable[[Quantized], Part]
+
+    @property
+    def second(self) -> str:
+        """Name of the factor that goes second."""
+        return ".up" if self.first == ".down" else ".down"
+
+    def rounded(self, quantize: Solvers) -> dict[str, Quantized]:
+        """Rounds both."""
+        solvers = {".down": quantize.down, ".up": quantize.up}
+        first = next(self.part.rounded(solvers[self.first]))
+        second = next(self.then(first).rounded(solvers[self.second]))
+        return {".down": first, ".up": second} if self.first == ".down" else {".down": second, ".up": first}
+
+
 def stack_two_factor(
     objective: Objective, factors: Factors, quantize: Solvers, options: JointConfig, seed: int, note: Note | None = None
 ) -> dict[str, Quantized]:
     """Quantizes two plain factors."""
+    return two_factor_stages(objective, factors, options, seed, note).rounded(quantize)
+
+
+def two_factor_stages(
+    objective: Objective, factors: Factors, options: JointConfig, seed: int, note: Note | None = None
+) -> Stages:
+    """Chooses gauge, order and metrics of two plain factors, which do not depend on how they are rounded."""
     target, covariance, metric = objective
     down, up, rank = factors.down, factors.up, len(factors.down)
     if options.rotate:
@@ -101,46 +153,39 @@ def stack_two_factor(
     up_has_fewer = outputs < inputs or (outputs == inputs and coupled is not None)
     if options.order == "up_first" or (options.order == "auto" and up_has_fewer):
         outside = deflated(coupled, up.T, note=note) if absorbing and coupled is not None else coupled
-        first = round_rows(quantize.up, up, seen_through(down, covariance), outside)
-        grid = first.weight() if options.refit else up
-        seen = grid if metric is None else metric @ grid
-        weights = grid.T @ seen
-        if options.refit:
+
+        def refitted(first: Quantized) -> Part:
+            grid = first.weight() if options.refit else up
+            seen = grid if metric is None else metric @ grid
+            weights = grid.T @ seen
             # A backward stable solve with a metric whose damping bounds its condition: near the optimum in what it costs.
-            down = damped_right_solve(target.T @ seen, weights, 1e-7, note).T
-        second = round_rows(quantize.down, down, covariance, None if coupled is None else weights)
-        return {".down": second, ".up": first}
+            best = damped_right_solve(target.T @ seen, weights, 1e-7, note).T if options.refit else down
+            return Part(best, covariance, None if coupled is None else weights)
+
+        return Stages(".up", Part(up, seen_through(down, covariance), outside), refitted)
     left = deflated(covariance, down, note=note) if absorbing else covariance
     rows = None if coupled is None else symmetric_product(up.T @ coupled, up)
-    return _down_first(target, covariance, down, up, _Metrics(left, coupled, rows), quantize, options.refit, note)
-
-
-class _Metrics(NamedTuple):
-    """What errors cost: of `down` by its inputs, of `up` by its outputs, of `down` by its rows; None counts them alike."""
-
-    inputs: torch.Tensor
-    outputs: torch.Tensor | None
-    rows: torch.Tensor | None
+    return _down_first(target, covariance, up, Part(down, left, rows), coupled, options.refit, note)
 
 
 def _down_first(
     target: torch.Tensor,
     covariance: torch.Tensor,
-    down: torch.Tensor,
     up: torch.Tensor,
-    metrics: _Metrics,
-    quantize: Solvers,
+    down: Part,
+    outputs: torch.Tensor | None,
     refit: bool,
     note: Note | None = None,
-) -> dict[str, Quantized]:
-    """Quantizes `down`, then `up`, or its optimum for the quantized `down`, in the metric of the bottleneck."""
-    first = round_rows(quantize.down, down, metrics.inputs, metrics.rows)
-    grid = first.weight()
-    if refit:
-        up, seen = refit_up(target, covariance, grid, up, note=note)
-    else:
-        seen = seen_through(grid, covariance)
-    return {".down": first, ".up": round_rows(quantize.up, up, seen, metrics.outputs)}
+) -> Stages:
+    """Has `down` go first, then `up`, or its optimum for the quantized `down`, in the metric of the bottleneck."""
+
+    def refitted(first: Quantized) -> Part:
+        grid = first.weight()
+        if refit:
+            return Part(*refit_up(target, covariance, grid, up, note=note), outputs)
+        return Part(up, seen_through(grid, covariance), outputs)
+
+    return Stages(".down", down, refitted)
 
 
 def stack_pivoted(objective: Objective, factors: Factors, quantize: Solvers, options: JointConfig) -> dict[str, Quantized]:
@@ -156,9 +201,8 @@ def stack_pivoted(objective: Objective, factors: Factors, quantize: Solvers, opt
         coupled = coupled[others[:, None], others]
     if options.order == "down_first":
         rows = None if rows is None else symmetric_product(spread.T @ rows, spread)
-        return _down_first(
-            target[others], covariance, down, up, _Metrics(covariance, coupled, rows), quantize, options.refit
-        )
+        first_down = Part(down, covariance, rows)
+        return _down_first(target[others], covariance, up, first_down, coupled, options.refit).rounded(quantize)
     first = round_rows(quantize.up, up, seen_through(down, covariance), coupled)
     if not options.refit:
         return {".down": quantize.down(down, covariance), ".up": first}
@@ -204,11 +248,20 @@ class Polished:
         """Quantizes a weight."""
         return refine(weight, hessian, self.solve(weight, hessian).to(weight), self.sweeps)
 
-    def of(self, hessian: torch.Tensor) -> Rounding:
-        """Returns what quantizes several weights in one metric."""
-        rounded = prepared(self.solve, hessian)
+    def of(self, hessian: torch.Tensor, like: Rounding | None = None) -> Rounding:
+        """Returns what quantizes several weights in one metric; `like` is what another one returned for it."""
+        inner = like.rounded if isinstance(like, _Polishing) else None
+        return _Polishing(prepared(self.solve, hessian, inner), hessian, self.sweeps)
 
-        def polished(weight: torch.Tensor, coupling: Coupling | None = None) -> Quantized:
-            return refine(weight, hessian, rounded(weight, coupling).to(weight), self.sweeps, coupling)
 
-        return polished
+@dataclass(frozen=True)
+class _Polishing:
+    """What a solver has prepared in one metric, and how its results are refined there."""
+
+    rounded: Rounding
+    hessian: torch.Tensor
+    sweeps: int
+
+    def __call__(self, weight: torch.Tensor, coupling: Coupling | None = None) -> Quantized:
+        """Quantizes a weight."""
+        return refine(weight, self.hessian, self.rounded(weight, coupling).to(weight), self.sweeps, coupling)

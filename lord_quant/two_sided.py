@@ -25,12 +25,13 @@ product are factored and rows and columns are fed back together.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from lord_quant.coupling import Coupling
 from lord_quant.refine import Quantized
-from lord_quant.solver import Feedback, Solver, prepared
+from lord_quant.solver import Feedback, Rounding, Solver, prepared
 
 
 STEPS = 8
@@ -71,15 +72,43 @@ def round_rows(
     Raises:
         NumericsError: The solver raises it, or G is not positive definite.
     """
+    return next(round_each([solve], weight, hessian, outputs, steps))
+
+
+def round_each(
+    solvers: Sequence[Solver],
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    outputs: torch.Tensor | None,
+    steps: int | None = None,
+) -> Iterator[Quantized]:
+    """Does what `round_rows` does with one solver after another; those that differ in bits alone factor H once."""
     if outputs is None or len(weight) == 1:
-        return solve(weight, hessian)
-    start, on_cpu = time.perf_counter(), weight.device.type == "cpu"
-    steps = steps or num_steps(len(weight), on_gpu=not on_cpu)
+        yield from (solve(weight, hessian) for solve in solvers)
+        return
+    start, steps = time.perf_counter(), steps or num_steps(len(weight), on_gpu=weight.device.type != "cpu")
     cost = outputs.diagonal() * (weight.square() @ hessian.diagonal())
     order = torch.argsort(cost, descending=True, stable=True)
     size = outputs.diagonal().double().mean()
     feedback, _ = Feedback.of(outputs, size, order, DAMPING, weight.dtype)
-    quantize, rest, parts, losses = prepared(solve, hessian), weight[order], list[Quantized](), list[float | None]()
+    back, quantize = torch.argsort(order), None
+    for solve in solvers:
+        quantize = prepared(solve, hessian, quantize)
+        found = _by_rows(quantize, weight[order], feedback, steps)
+        yield found._replace(
+            codes=found.codes[back],
+            scales=found.scales[back],
+            zeros=found.zeros[back],
+            loss=None if found.loss is None else float(size) * found.loss,
+            seconds=time.perf_counter() - start,
+        )
+        start = time.perf_counter()
+
+
+def _by_rows(quantize: Rounding, rest: torch.Tensor, feedback: Feedback, steps: int) -> Quantized:
+    """Quantizes rows in their order, with shape (m, n), which are overwritten; ``loss`` is in units of the feedback."""
+    parts, losses = list[Quantized](), list[float | None]()
+    on_cpu = rest.device.type == "cpu"
     for chosen in torch.arange(len(rest)).tensor_split(min(steps, len(rest))):
         first, last = int(chosen[0]), int(chosen[-1]) + 1
         own, later = feedback.rows(first, last)
@@ -90,12 +119,10 @@ def round_rows(
         losses.append(None if parts[-1].loss is None else weight_left * parts[-1].loss)
         missed = torch.linalg.solve_triangular(own.T, parts[-1].weight() - rest[first:last], upper=False)
         rest[last:].addmm_(later.T, missed)
-    back = torch.argsort(order)
     return parts[0]._replace(
-        codes=torch.cat([part.codes for part in parts])[back],
-        scales=torch.cat([part.scales for part in parts])[back],
-        zeros=torch.cat([part.zeros for part in parts])[back],
-        loss=None if None in losses else float(size) * sum(loss for loss in losses if loss is not None),
+        codes=torch.cat([part.codes for part in parts]),
+        scales=torch.cat([part.scales for part in parts]),
+        zeros=torch.cat([part.zeros for part in parts]),
+        loss=None if None in losses else sum(loss for loss in losses if loss is not None),
         damp_percent=max(part.damp_percent for part in parts),
-        seconds=time.perf_counter() - start,
     )

@@ -57,7 +57,9 @@ def test_time_is_that_of_the_phases_at_their_speeds() -> None:
     straight = sum(one.passes + one.products + one.rotations + one.solves + one.eigen / 0.15 for one in work) / 1e10
     looped, columns = sum(one.looped for one in work), sum(one.columns for one in work)
     assert looped > 0 and columns > 0
-    assert estimate(plan, load, CPU).seconds == pytest.approx(straight + 1.2e-7 * looped)
+    coupled = sum(one.coupled for one in work) / 1e10  # rows know of each other on a CPU alone
+    assert coupled > 0
+    assert estimate(plan, load, CPU).seconds == pytest.approx(straight + coupled + 1.2e-7 * looped)
     assert seconds_of(total(work), torch.device("cuda")) == pytest.approx(straight + 2.5e-5 * columns)
 
 

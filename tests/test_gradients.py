@@ -10,8 +10,9 @@ from models import tiny_model
 from torch import nn
 
 from lord_quant import gradients
-from lord_quant.gradients import UNLABELLED, BlockGradients, _calls
+from lord_quant.gradients import UNLABELLED, BlockGradients, Labels, Rows, Visit, _calls, visit
 from lord_quant.stream import block_kinds
+from lord_quant.targets import find_blocks
 
 
 def nothing(number: int, logits: torch.Tensor) -> torch.Tensor:
@@ -56,6 +57,38 @@ def test_a_block_that_changes_an_output_in_place_is_seen_before_that() -> None:
         y = block["q_proj"](x).clamp_(-1e-9, 1e-9)
     (gradient,) = torch.autograd.grad(y.sum(), calls["q_proj"][1])
     assert gradient.abs().max() == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "bigcode", "qwen2"])
+@pytest.mark.parametrize("at_once", [False, True])
+def test_two_losses_that_share_the_way_are_each_what_it_is_alone(family: str, at_once: bool) -> None:
+    model = tiny_model(family)
+    blocks = find_blocks(model).modules
+    kinds, names = block_kinds(model, len(blocks)), ["mlp.down_proj", "mlp.c_fc", "attn.c_attn", "self_attn.q_proj"]
+    own = [[name for name in names if name in dict(block.named_modules())] for block in blocks]
+
+    def words(number: int, logits: torch.Tensor) -> torch.Tensor:
+        return (torch.arange(len(logits)) + number) % logits.shape[-1]
+
+    def gone_through(losses: list[Labels]) -> tuple[dict[int, list[dict[str, Rows]]], tuple[int, ...]]:
+        if at_once:
+            seen: dict[int, list[dict[str, Rows]]] = {}
+            counts = visit(model, BATCHES, losses, "test", Visit(own, lambda at, rows: seen.update({at: list(rows)})))
+            return seen, counts
+        measured = BlockGradients.measure(model, BATCHES, losses, "test")
+        turns = enumerate(zip(blocks, kinds, own, strict=True))
+        return {at: list(measured.through(at, *each)) for at, each in turns}, measured.num_labels
+
+    both, counts = gone_through([zeroes, words])
+    for place, loss in enumerate((zeroes, words)):
+        alone, (count,) = gone_through([loss])
+        assert counts[place] == count > 0
+        for index in range(len(blocks)):
+            for together, apart in zip(both[index], alone[index], strict=True):
+                assert set(together) == set(apart) == set(own[index]) != set()
+                for name, rows in apart.items():
+                    assert torch.equal(together[name].inputs, rows.inputs)
+                    assert torch.equal(together[name].gradients[place], rows.gradients[0]) and rows.gradients[0].any()
 
 
 def test_blocks_are_asked_for_in_order_and_once() -> None:

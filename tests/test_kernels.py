@@ -93,7 +93,7 @@ def test_descent_takes_each_column_to_its_optimum(columns: int, height: int, bit
 
 
 coupled_problems = given(
-    columns=st.integers(1, 12), rows=st.integers(1, 9), bits=st.sampled_from([2, 3, 4, 8]), seed=st.integers(0, 2**16)
+    columns=st.integers(1, 12), rows=st.integers(1, 20), bits=st.sampled_from([2, 3, 4, 8]), seed=st.integers(0, 2**16)
 )
 
 
@@ -126,6 +126,30 @@ def test_what_coupled_rows_miss_is_what_they_cost(columns: int, rows: int, bits:
     first = round_columns(start.clone(), upper, alone, largest)
     torch.testing.assert_close(missed[:, 0], first[:, 0])  # the first row knows of no other
     torch.testing.assert_close(codes[:, 0], alone[:, 0])
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 31, 32, 33, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_rows_at_a_time_change_no_bit_of_coupled_rounding(rows: int, dtype: torch.dtype) -> None:
+    """Against one row after the other in one column after the other, all that is known of both taken into account."""
+    columns, largest, metric = 9, 7, covariance(9, rows)
+    coupling, scale = coupling_of(rows, rows + 1)
+    upper = torch.linalg.cholesky(torch.linalg.inv(metric)).T.contiguous().to(dtype)
+    start = (3 + 2 * values(columns, rows, seed=rows)).to(dtype)
+    mix = coupling.on_later(scale).to(dtype)
+    wanted, codes, missed = start.clone(), torch.empty_like(start), torch.empty_like(start)
+    for j in range(columns):
+        taken = torch.zeros(rows, dtype=dtype)
+        for i in range(rows):
+            due = wanted[j, i] - taken[i]
+            codes[j, i] = due.round().clamp(0, largest)
+            missed[j, i] = due - codes[j, i]
+            taken[i + 1 :] += mix[i, i + 1 :] * (codes[j, i] - start[j, i])
+        for k in range(j + 1, columns):
+            wanted[k] -= (upper[j, k] / upper[j, j]) * missed[j]
+    found = torch.empty_like(start)
+    assert torch.equal(round_coupled(start.clone(), start, upper, mix, found, largest), missed)
+    assert torch.equal(found, codes)
 
 
 @coupled_problems

@@ -131,6 +131,19 @@ def test_coupled_rows_are_refined_as_one_by_one_if_nothing_couples_them() -> Non
     assert objective(apart, weight, metric) < 0.9 * objective(start, weight, metric)
 
 
+@pytest.mark.parametrize("rows", [1, 9])
+def test_two_sweeps_are_one_and_another(rows: int) -> None:
+    """What a sweep leaves off is what the next one begins with."""
+    weight, hessian, start = problem(rows, 3, 80, seed=0, bits=3)  # more columns than are done at a time
+    weight, hessian, start = weight.double(), hessian.double(), start.to(weight.double())
+    root = torch.linalg.cholesky(hessian_of(rows, 7).double() + torch.eye(rows, dtype=F64))
+    for coupling in (None, Coupling.of(torch.linalg.inv(root).T.contiguous().triu())):
+        both = refine(weight, hessian, start, 2, coupling)
+        after = refine(weight, hessian, refine(weight, hessian, start, 1, coupling), 1, coupling)
+        assert torch.equal(both.codes, after.codes) and torch.equal(both.scales, after.scales)
+        assert not torch.equal(both.codes, refine(weight, hessian, start, 1, coupling).codes)
+
+
 def test_more_sweeps_are_better_on_average() -> None:
     total = dict.fromkeys((0, 1, 2, 4), 0.0)
     for seed in range(8):

@@ -16,7 +16,7 @@ from torch import nn
 
 from lord_quant.errors import NumericsError
 from lord_quant.residency import Residency
-from lord_quant.sensitivity import Sensitivity, _draw
+from lord_quant.sensitivity import Expansion, Sensitivity, _draw
 from lord_quant.targets import find_blocks
 
 
@@ -211,6 +211,29 @@ def test_slopes_are_the_gradients_that_training_would_follow(family: str) -> Non
         if layer.bias is not None:
             expected = layer.bias.grad
             torch.testing.assert_close(steepness.bias, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
+
+
+def test_an_expansion_is_sensitivities_and_slopes_wherever_its_sums_wait() -> None:
+    model, names = tiny_model("llama"), FAMILIES["llama"]
+    inside = [[name.split(f".{index}.")[1] for name in names if f".{index}." in name] for index in range(2)]
+    wanted, falls = sensitivities(model, names, seed=5), slopes(model, names)
+    room = 8 * sum(part.numel() for name in names for part in (wanted[name], *falls[name]))
+    for spare, runs in ((2 * room - 1, 2 * len(BATCHES)), (2 * room, 0)):  # two may wait, one of each half
+        residency, seen = Residency(), Counter[bool]()
+        residency.spare_bytes = spare
+        expansion = Expansion.measure(model, BATCHES, seed=5, names=inside, dtype=F64, residency=residency)
+        handles = [
+            block.register_forward_pre_hook(lambda *_, seen=seen: seen.update([True])) for block in model.model.layers
+        ]
+        found = block_by_block(model, names, expansion)
+        for handle in handles:
+            handle.remove()
+        assert seen.total() == runs and list(found) == names
+        for name, (sensitivity, slope) in found.items():
+            assert torch.equal(sensitivity, wanted[name])
+            assert all(torch.equal(ours, other) for ours, other in zip(slope, falls[name], strict=True))
+        tokens = sum(batch.numel() for batch in BATCHES)
+        assert (expansion.num_labels, expansion.num_following) == (tokens, tokens - sum(map(len, BATCHES)))
 
 
 def test_batches_change_no_slope() -> None:

@@ -12,9 +12,9 @@ from layer_problems import F64, crude, exact, layer_of, problem
 from lord_quant.config import GptqConfig
 from lord_quant.errors import NumericsError
 from lord_quant.refine import Quantized
-from lord_quant.solver import Gptq
+from lord_quant.solver import Feedback, Gptq
 from lord_quant.stack_forms import Polished
-from lord_quant.two_sided import round_rows
+from lord_quant.two_sided import round_each, round_rows
 
 
 seeds = st.integers(0, 2**16)
@@ -136,13 +136,33 @@ def test_a_hessian_is_factored_once(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     of = Gptq.of
 
-    def counted(self: Gptq, metric: torch.Tensor) -> object:
+    def counted(self: Gptq, metric: torch.Tensor, like: object = None) -> object:
         seen.append(len(metric))
-        return of(self, metric)
+        return of(self, metric, like)
 
     monkeypatch.setattr(Gptq, "of", counted)
     round_rows(Polished(Gptq(GptqConfig(), 32, 1), 1), weight, hessian, coupled(32))
     assert seen == [64]
+
+
+def test_several_bit_widths_share_factors_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is what it is alone; other groups mean another order of columns, and one more factor."""
+    weight, hessian = layer_of(48, 64)
+    outputs = coupled(48)
+    solves = [
+        Polished(Gptq(GptqConfig(bits=bits), size, 1), 1) for bits, size in ((2, 32), (3, 32), (4, 32), (3, 64), (2, 64))
+    ]
+    alone = [round_rows(solve, weight, hessian, outputs) for solve in solves]
+    factored: list[int] = []
+    of = Feedback.of
+    counted = staticmethod(lambda metric, *rest: (factored.append(len(metric)), of(metric, *rest))[1])
+    monkeypatch.setattr(Feedback, "of", counted)
+    together = list(round_each(solves, weight, hessian, outputs))
+    assert factored == [48, 64, 64]
+    for one, same in zip(alone, together, strict=True):
+        assert torch.equal(one.weight(), same.weight()) and (one.loss, one.bits) == (same.loss, same.bits)
+    plain = list(round_each(solves[:2], weight, hessian, None))
+    assert all(torch.equal(done.codes, solve(weight, hessian).codes) for done, solve in zip(plain, solves[:2], strict=True))
 
 
 def test_codes_are_those_of_the_layer_in_its_own_order() -> None:
