@@ -32,7 +32,7 @@ SWEEPS = 2
 """Of `refine` after each solve."""
 FLOAT_BYTES = 4
 """Of a value of the algebra."""
-COUPLED_LOOPS = 5
+COUPLED_LOOPS = 2
 """What compiled loops take for a weight of rows that know of each other, over what they take for others."""
 HOST_LOOPS = 8
 """What the host's solver takes for a weight on the CPU, over the same."""
