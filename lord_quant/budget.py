@@ -18,7 +18,7 @@ from lord_quant import planner
 from lord_quant.budget_config import BudgetConfig
 from lord_quant.calibration import TokenWindows, windows_at_once
 from lord_quant.checkpoint import whole_path
-from lord_quant.claim import sensed_beside
+from lord_quant.claim import sensed_beside, sensing_beside
 from lord_quant.config import FLOAT_BITS, LordConfig
 from lord_quant.errors import BudgetError, CheckpointError, OutputError
 from lord_quant.estimate import seconds_of
@@ -33,14 +33,7 @@ from lord_quant.progress import Progress
 from lord_quant.residency import RESIDENT, Residency
 from lord_quant.sensitivity import Expansion
 from lord_quant.source import build_skeleton, commit_of, inspect_source, load_model, read_config, stream_source
-from lord_quant.statistics import (
-    Statistics,
-    load_statistics,
-    measure_statistics,
-    model_digest,
-    probed_layers,
-    save_statistics,
-)
+from lord_quant.statistics import SoFar, Statistics, load_statistics, measure_statistics, model_digest, save_statistics
 from lord_quant.targets import find_linears, select
 from lord_quant.version import __version__
 
@@ -77,14 +70,16 @@ def statistics_of(
     if not keep or config.output is None:
         return sense(config, progress)
     job = dense_job(config)
-    kept = sensed_beside(whole_path(config.output), _told_apart(config, job))
+    output, pass_sha256 = whole_path(config.output), told_apart(config, job)
+    kept, so_far = sensed_beside(output, pass_sha256), sensing_beside(output, pass_sha256)
     if not again:
         with contextlib.suppress(CheckpointError):  # there is none, or it is spoilt
             return load_statistics(kept)
-    statistics = sense(config, progress, job)
+    statistics = sense(config, progress, job, so_far)
     with contextlib.suppress(OSError, OutputError):  # it serves a run that is cut off; this one has what it needs
         kept.parent.mkdir(parents=True, exist_ok=True)
         save_statistics(statistics, kept)
+        so_far.unlink(missing_ok=True)
     return statistics
 
 
@@ -97,20 +92,23 @@ def dense_job(config: LordConfig) -> Job:
     return prepare(dataclasses.replace(unplanned(config), output=None))
 
 
-def _told_apart(config: LordConfig, job: Job) -> str:
+def told_apart(config: LordConfig, job: Job) -> str:
     """Returns a SHA-256 of all that statistics depend on, and of what they do not but for the budget."""
     settings = {name: value for name, value in config.to_dict().items() if name not in ("output", "model", "budget")}
     made_of = [settings, digest_of(config.model), job.windows.sha256, __version__]
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
 
-def sense(config: LordConfig, progress: Progress | None = None, job: Job | None = None) -> Statistics:
+def sense(
+    config: LordConfig, progress: Progress | None = None, job: Job | None = None, so_far: Path | None = None
+) -> Statistics:
     """Runs the sensitivity pass of a model.
 
     Args:
         config: Model, calibration and solver; ranks and bits in it do not matter.
         progress: Where it is told how far the pass is.
         job: The run prepared for dense layers, where it is already.
+        so_far: Where what is measured waits for a pass that goes on; whoever has it all removes the file.
 
     Raises:
         LordError: Whatever is wrong with model or calibration.
@@ -118,7 +116,7 @@ def sense(config: LordConfig, progress: Progress | None = None, job: Job | None 
     job = job or dense_job(config)
     streamed = stream_source(job.source, job.device)
     model, residency = streamed or (load_model(job.source, job.device), RESIDENT)
-    return sense_model(model, job.windows, config, residency, progress)
+    return sense_model(model, job.windows, config, residency, progress, so_far=so_far)
 
 
 def sense_model(
@@ -128,6 +126,7 @@ def sense_model(
     residency: Residency = RESIDENT,
     progress: Progress | None = None,
     commit: str | None = None,
+    so_far: Path | None = None,
 ) -> Statistics:
     """Runs the sensitivity pass of a dense model, which is left as it was.
 
@@ -138,15 +137,16 @@ def sense_model(
         residency: Which blocks have their weights.
         progress: Where it is told how far the pass is.
         commit: That of a hub model; None is the one its name stands for.
+        so_far: Where what is measured waits, as for `sense`.
     """
     samples = _sensed(windows, config)
     config = dataclasses.replace(config, joint=dataclasses.replace(config.joint, fisher_samples=samples))
-    expansions, seed = None, config.calibration.seed
+    expansions, seed, before = None, config.calibration.seed, SoFar(so_far, _origin(config, windows, commit))
     dtype = torch.float64 if config.lowrank.float64 else torch.float32
     if config.joint.fisher:
         passed = fisher_windows(windows, config)
         one, other = in_batches(passed[::2]), in_batches(passed[1::2]) or in_batches(passed)
-        asked: dict[str, Any] = {"names": probed_layers(model), "dtype": dtype}
+        asked: dict[str, Any] = {"names": before.probed_layers(model), "dtype": dtype}
         expansions = (
             Expansion.measure(model, one, seed=2 * seed, **asked, residency=residency, progress=progress),
             Expansion.measure(model, other, seed=2 * seed + 1, **asked, residency=residency, progress=progress),
@@ -159,7 +159,7 @@ def sense_model(
         expansions,
         gptq=unplanned(config).gptq,
         options=config.joint,
-        origin=_origin(config, windows, commit),
+        so_far=before,
         mean_correction=config.lowrank.mean_correction,
         seed=seed,
         dtype=dtype,

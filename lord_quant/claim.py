@@ -31,10 +31,16 @@ def sensed_beside(output: Path, run_sha256: str) -> Path:
     return output.parent / f".{output.name}.sensed-{run_sha256[:16]}"
 
 
+def sensing_beside(output: Path, run_sha256: str) -> Path:
+    """Returns where a sensitivity pass keeps what it has measured so far, likewise."""
+    return output.parent / f".{output.name}.sensing-{run_sha256[:16]}"
+
+
 def forget_sensed(output: Path) -> None:
     """Removes what runs into an output kept of their sensitivity passes."""
-    for path in output.parent.glob(f".{glob.escape(output.name)}.sensed-*"):
-        path.unlink(missing_ok=True)
+    for kind in ("sensed", "sensing"):
+        for path in output.parent.glob(f".{glob.escape(output.name)}.{kind}-*"):
+            path.unlink(missing_ok=True)
 
 
 class Claim:

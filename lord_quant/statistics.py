@@ -5,10 +5,14 @@ One pass over the calibration data, one backward, a few solves per layer (`probe
 file alone, without the model: it holds spectra and a few numbers per layer, not the moments. It says what it was made
 from: statistics of another model or of another way of rounding are refused. The calibration is named, but a plan may be run
 on another.
+
+Solves take most of the time. What they told of a block is kept in a file when the block is done, and a pass that was cut
+off goes on behind it; the passes through the model are made again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -22,7 +26,7 @@ from lord_quant.checkpoint import atomic_file
 from lord_quant.config import GptqConfig, JointConfig
 from lord_quant.crossfit import Half
 from lord_quant.engine import gather
-from lord_quant.errors import CheckpointError, NumericsError
+from lord_quant.errors import CheckpointError, NumericsError, OutputError
 from lord_quant.layer_bytes import COLUMN_PIVOTED, PACK_MULTIPLE, PIVOTED
 from lord_quant.packable import packable_of
 from lord_quant.probe import PROBED_BITS, SLOPES, FactorNoise, LayerLoss, Orders, probe
@@ -67,11 +71,41 @@ class Statistics(NamedTuple):
         return together[0]._replace(out_features=height, has_bias=biased)
 
 
-def probed_layers(model: nn.Module) -> list[list[str]]:
-    """Returns the layers that are measured, by path inside their block, per block."""
-    blocks, names = find_blocks(model), [site.name for site in packable_of(find_linears(model))]
-    prefixes = [f"{blocks.path}.{index}." for index in range(len(blocks.modules))]
-    return [[name.removeprefix(prefix) for name in names if name.startswith(prefix)] for prefix in prefixes]
+class SoFar:
+    """What a pass has measured, kept in a file after every block until whoever wanted it has all.
+
+    Args:
+        path: The file; None keeps nothing.
+        origin: What the pass is made from; what another one kept does not count.
+
+    Attributes:
+        statistics: Of the first blocks, as they were measured.
+        blocks: How many these are.
+    """
+
+    def __init__(self, path: Path | None, origin: dict[str, Any]) -> None:
+        self.path, self.statistics, self.blocks = path, Statistics({}, {}, {}, origin), 0
+        if path is not None:
+            with contextlib.suppress(CheckpointError):  # there is none, or it is spoilt
+                found, blocks = _read(path)
+                if found.origin == origin and blocks is not None:
+                    self.statistics, self.blocks = found, blocks
+
+    def probed_layers(self, model: nn.Module) -> list[list[str]]:
+        """Returns the layers that are still to be measured, by path inside their block, per block."""
+        blocks, names = find_blocks(model), [site.name for site in packable_of(find_linears(model))]
+        own = [
+            [name.removeprefix(f"{blocks.path}.{index}.") for name in names if name.startswith(f"{blocks.path}.{index}.")]
+            for index in range(len(blocks.modules))
+        ]
+        return [[] for _ in own[: self.blocks]] + own[self.blocks :]
+
+    def keep(self, statistics: Statistics, blocks: int) -> None:
+        """Keeps what was measured of the first blocks, if that is possible: it serves a pass that is cut off."""
+        if self.path is not None:
+            with contextlib.suppress(OSError, OutputError):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                save_statistics(statistics, self.path, blocks)
 
 
 @torch.no_grad()
@@ -82,7 +116,7 @@ def measure_statistics(
     *,
     gptq: GptqConfig,
     options: JointConfig,
-    origin: dict[str, Any],
+    so_far: SoFar,
     mean_correction: bool = True,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
@@ -98,7 +132,7 @@ def measure_statistics(
         expansions: How much the loss minds errors, from either half of the text; used up. None counts output errors alike.
         gptq: How layers would be quantized.
         options: How they would be stacked.
-        origin: What the file is to say of where it comes from.
+        so_far: What was measured before, and what the statistics are to say of where they come from.
         mean_correction: Whether factors get a bias their layer did not have.
         seed: Of the probes.
         dtype: dtype of moments and algebra.
@@ -113,15 +147,16 @@ def measure_statistics(
     kinds = block_kinds(model, len(blocks.modules))
     streams = [capture(model, blocks.modules, kinds, half, residency) for half in halves if half]
     settings: dict[str, Any] = {"mean_correction": mean_correction, "gptq": gptq, "options": options}
-    losses: dict[str, LayerLoss] = {}
-    groups: dict[tuple[str, ...], LayerLoss] = {}
+    losses, groups = so_far.statistics.losses, so_far.statistics.groups
+    found = Statistics(losses, {site.name: site for site in sites}, groups, so_far.statistics.origin)
     labels = [each.num_labels for each in expansions] if expansions else [None, None]
     progress = progress or Progress()
-    with progress.phase("probe", len(blocks.modules)):
+    with progress.phase("probe", len(blocks.modules), so_far.blocks):
         for index, block in enumerate(blocks.modules):
             with residency.of(index, then=index + 1):
                 prefix = f"{blocks.path}.{index}."
-                layers = {site.name.removeprefix(prefix): site for site in sites if site.block == index}
+                to_come = [site for site in sites if site.block == index >= so_far.blocks]
+                layers = {site.name.removeprefix(prefix): site for site in to_come}
                 minded = [each.of_block(index, block, kinds[index], list(layers), dtype) for each in expansions or ()]
                 moments = []
                 for stream in streams:
@@ -155,12 +190,14 @@ def measure_statistics(
                         losses[prefix + names[0]] = loss
                     else:
                         groups[tuple(prefix + name for name in names)] = loss
-            progress.block(f"{blocks.path}.{index}")
+            if index >= so_far.blocks:
+                progress.block(f"{blocks.path}.{index}")
+                so_far.keep(found, index + 1)
     if expansions:
         slope = RoundingSlope.of(list(losses.values()), sum(each.num_following for each in expansions))
         losses = {name: slope.counted(loss) for name, loss in losses.items()}
         groups = {names: slope.counted(loss) for names, loss in groups.items()}
-    return Statistics(losses, {site.name: site for site in sites}, groups, origin)
+    return found._replace(losses=losses, groups=groups)
 
 
 def _together(minded: Mapping[str, Derivatives], weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -176,8 +213,13 @@ def _stacked(minded: Mapping[str, Derivatives], weights: Mapping[str, torch.Tens
     return Steepness(torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts]))
 
 
-def save_statistics(statistics: Statistics, path: str | Path) -> None:
+def save_statistics(statistics: Statistics, path: str | Path, blocks: int | None = None) -> None:
     """Writes a safetensors file: spectra as tensors, the rest as JSON in its header. It appears by one rename.
+
+    Args:
+        statistics: What was measured.
+        path: Where it goes.
+        blocks: Of how many blocks it is all there is, if it is not of all of them.
 
     Raises:
         OutputError: It cannot be written.
@@ -187,6 +229,7 @@ def save_statistics(statistics: Statistics, path: str | Path) -> None:
     layers = {name: statistics.sites[name]._asdict() | _plain(loss) for name, loss in statistics.losses.items()}
     groups = {JOINED.join(names): _plain(loss) for names, loss in statistics.groups.items()}
     about = {"version": VERSION, "origin": statistics.origin, "layers": layers, "groups": groups}
+    about |= {} if blocks is None else {"blocks": blocks}
     every = statistics.losses | {JOINED.join(names): loss for names, loss in statistics.groups.items()}
     tensors = {name: torch.stack((loss.tail, loss.cut)) for name, loss in every.items()}
     with atomic_file(path) as staging:
@@ -197,8 +240,19 @@ def load_statistics(path: str | Path) -> Statistics:
     """Reads what `save_statistics` wrote.
 
     Raises:
-        CheckpointError: The file is missing, not one of ours, newer, or its parts do not fit together.
+        CheckpointError: The file is missing, not one of ours, newer, not finished, or its parts do not fit together.
     """
+    statistics, blocks = _read(path)
+    if blocks is not None:
+        raise CheckpointError(
+            f"statistics {str(path)!r} are what a pass that was cut off had measured of the first {blocks} blocks; wanted "
+            "those of all: start it again as before, and it goes on"
+        )
+    return statistics
+
+
+def _read(path: str | Path) -> tuple[Statistics, int | None]:
+    """Returns what a file holds, and of how many blocks, if not of all."""
     from safetensors import SafetensorError
 
     try:
@@ -220,7 +274,10 @@ def load_statistics(path: str | Path) -> Statistics:
                     statistics.losses[key] = loss
                 else:
                     statistics.groups[names] = loss
-            return statistics
+            blocks, last = about.get("blocks"), max((site.block for site in sites.values()), default=0)
+            if not (blocks is None or (type(blocks) is int and blocks > last)):
+                raise ValueError(f"layers of {blocks!r} blocks")
+            return statistics, blocks
     except CheckpointError:  # a ValueError too
         raise
     except (OSError, SafetensorError) as error:

@@ -22,6 +22,7 @@ from lord_quant.probe import probe
 from lord_quant.sensitivity import Expansion
 from lord_quant.statistics import (
     METADATA,
+    SoFar,
     Statistics,
     load_statistics,
     measure_statistics,
@@ -38,7 +39,8 @@ GPTQ, OPTIONS = GptqConfig(), JointConfig(refine=1)
 def measured(model: Any, fisher: bool = True, **changes: Any) -> Statistics:
     text = BATCHES[::2], BATCHES[1::2]
     expansions = Expansion.measure(model, text[0], seed=0), Expansion.measure(model, text[1], seed=1)
-    settings: dict[str, Any] = {"gptq": GPTQ, "options": OPTIONS, "origin": {"seed": 0}, "dtype": torch.float64} | changes
+    settings: dict[str, Any] = {"gptq": GPTQ, "options": OPTIONS, "dtype": torch.float64}
+    settings |= {"so_far": SoFar(None, {"seed": 0})} | changes
     return measure_statistics(model, text, expansions if fisher else None, **settings)
 
 
@@ -95,6 +97,68 @@ def test_a_file_gives_back_what_was_written(statistics: Statistics, tmp_path: Pa
         other = again.losses[name]
         assert torch.equal(loss.tail, other.tail) and torch.equal(loss.cut, other.cut) and loss[2:] == other[2:]
     assert [path.name for path in tmp_path.iterdir()] == ["a.stats"]
+
+
+class CutOff(Exception):
+    """The pass ends here."""
+
+
+def cut_off_in_block(index: int, path: Path, patch: pytest.MonkeyPatch) -> None:
+    """Runs a pass over a llama until the second layer of a block is to be measured."""
+    calls, per_block = [0], len(find_linears(tiny_model("llama"))) // 2 + 2  # and q, k and v and gate and up together
+
+    def probe_until(*arguments: Any, **settings: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == index * per_block + 2:
+            raise CutOff
+        return probe(*arguments, **settings)
+
+    with patch.context() as context:
+        context.setattr("lord_quant.statistics.probe", probe_until)
+        with pytest.raises(CutOff):
+            measured(tiny_model("llama"), so_far=SoFar(path, {"seed": 0}))
+
+
+def test_a_pass_that_was_cut_off_goes_on_behind_the_last_block(
+    statistics: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = tmp_path / "new" / "so-far"
+    cut_off_in_block(0, kept, monkeypatch)
+    assert not kept.exists()
+    cut_off_in_block(1, kept, monkeypatch)
+    with pytest.raises(CheckpointError, match=r"cut off had measured of the first 1 blocks.*start it again"):
+        load_statistics(kept)
+    model, before = tiny_model("llama"), SoFar(kept, {"seed": 0})
+    names = before.probed_layers(model)
+    assert before.blocks == 1 and names[0] == [] and len(names[1]) == len(before.statistics.losses) == 7
+    seen: list[int] = []
+
+    def counted(weight: torch.Tensor, *others: Any, **settings: Any) -> Any:
+        seen.append(len(weight))
+        return probe(weight, *others, **settings)
+
+    monkeypatch.setattr("lord_quant.statistics.probe", counted)
+    done = measured(model, so_far=before)
+    assert len(seen) == 9  # seven layers, and both groups
+    for name, one in (("whole", statistics), ("resumed", done)):
+        save_statistics(one, tmp_path / name)
+    assert (tmp_path / "whole").read_bytes() == (tmp_path / "resumed").read_bytes()
+    again = SoFar(kept, {"seed": 0})
+    assert again.blocks == 2 and again.statistics.losses.keys() == done.losses.keys()
+
+
+def test_what_another_pass_kept_or_what_is_spoilt_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = tmp_path / "so-far"
+    cut_off_in_block(1, kept, monkeypatch)
+    assert (SoFar(kept, {"seed": 0}).blocks, SoFar(kept, {"seed": 1}).blocks) == (1, 0)
+    for blocks in (0, "1", True, None):
+        spoil(kept, lambda about, tensors, blocks=blocks: about.update(blocks=blocks))
+        assert SoFar(kept, {"seed": 0}).blocks == 0
+    kept.write_bytes(b"spoilt")
+    assert SoFar(kept, {"seed": 0}).statistics == Statistics({}, {}, {}, {"seed": 0})
+    nowhere = SoFar(kept / "below a file", {"seed": 0})
+    nowhere.keep(nowhere.statistics, 1)  # what cannot be kept is done again
+    assert kept.read_bytes() == b"spoilt"
 
 
 def spoil(path: Path, change: Any) -> None:

@@ -41,8 +41,9 @@ def run(args: argparse.Namespace) -> int:
     from lord_quant.silence import import_hosts
 
     import_hosts()
-    from lord_quant.budget import dense_job, sense, sensing_seconds
+    from lord_quant.budget import dense_job, sense, sensing_seconds, told_apart
     from lord_quant.checkpoint import check_file
+    from lord_quant.claim import forget_sensed, sensing_beside
     from lord_quant.progress import Progress
     from lord_quant.report import human_bytes, human_seconds
     from lord_quant.statistics import save_statistics
@@ -55,8 +56,9 @@ def run(args: argparse.Namespace) -> int:
     sys.stdout.write(f"estimate      about {expected} on {job.device} (within a factor of three)\n")
     sys.stdout.flush()
     with Progress(args.log, about=places, apart=places) as progress:
-        statistics = sense(config, progress, job)
+        statistics = sense(config, progress, job, sensing_beside(path, told_apart(config, job)))
         save_statistics(statistics, path)
+    forget_sensed(path)
     took = human_seconds(time.perf_counter() - start)
     size = human_bytes(path.stat().st_size)
     sys.stdout.write(f"{len(statistics.losses)} layers measured in {took}; {size} written to {output}\n")

@@ -70,6 +70,35 @@ def test_every_resume_ends_with_the_same_bytes(
     print(f"{kills} kills, {resumed} blocks resumed")
 
 
+def test_a_killed_sensitivity_pass_goes_on_and_ends_with_the_same_bytes(
+    model_folder: Callable[..., Path], corpus_file: Path, tmp_path: Path
+) -> None:
+    model = model_folder("llama", num_hidden_layers=4)
+
+    def sense(name: str, *flags: str) -> subprocess.Popen[str]:
+        given = ["--model", model, "--dataset", corpus_file, "--output", tmp_path / name / "x.stats", "--seq-len", "64"]
+        command = [sys.executable, "-c", START, "lord", "sensitivity", *map(str, given), "--num-samples", "16", *flags]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    whole = sense("whole")
+    _, errors = whole.communicate(timeout=300)
+    assert whole.returncode == 0, errors
+    killed, until = sense("killed"), time.monotonic() + 300
+    while not list((tmp_path / "killed").glob(".x.stats.sensing-*")):
+        assert killed.poll() is None and time.monotonic() < until
+        time.sleep(0.01)
+    killed.kill()
+    killed.communicate()
+    assert not (tmp_path / "killed" / "x.stats").exists()
+    again = sense("killed", "--log", str(tmp_path / "log"))
+    said, errors = again.communicate(timeout=300)
+    assert again.returncode == 0 and "layers measured" in said, errors
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert 1 <= sum(line.get("phase") == "probe" and line["event"] == "block" for line in lines) <= 3
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == ["x.stats"]
+    assert (tmp_path / "killed" / "x.stats").read_bytes() == (tmp_path / "whole" / "x.stats").read_bytes()
+
+
 def test_a_finished_run_says_so_and_does_nothing(
     model_folder: Callable[..., Path], corpus_file: Path, tmp_path: Path
 ) -> None:

@@ -73,7 +73,7 @@ def _guarded(module: ModuleType, args: Namespace) -> int:
     except KeyboardInterrupt as end:
         word, code = ("terminated", 143) if isinstance(end, Terminated) else ("interrupted", 130)
         if launched().first:
-            resumes = module is quantize_command
+            resumes = module in (quantize_command, sensitivity_command)
             told = "finished blocks are kept, the same command goes on" if resumes else "nothing was written"
             sys.stderr.write(f"optimum-cli lord: {word}; {told}\n")
         return code
