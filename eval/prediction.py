@@ -160,10 +160,10 @@ def prepare(args: argparse.Namespace) -> Setting:
     import torch
     from bench import collect
 
-    from lord_quant.budget import sensed_samples
     from lord_quant.calibration import sample_windows
     from lord_quant.corpus import load_corpus
     from lord_quant.crossfit import crossed_tail
+    from lord_quant.sensing import sensed_samples
     from lord_quant.source import inspect_source, load_model
     from lord_quant.steepness import RoundingSlope
     from lord_quant.targets import dense_weight

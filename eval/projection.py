@@ -123,10 +123,10 @@ class Projected(NamedTuple):
 
 def project(args: argparse.Namespace) -> tuple[Projected, Projected, dict[str, Any]]:
     """Returns the run, the sensitivity pass of a budget, which comes before it, and what the run makes."""
-    from lord_quant.budget import SENSED_TOKENS
     from lord_quant.errors import LordError
     from lord_quant.operations import Workload, count_phases
     from lord_quant.probe_work import count_sensing
+    from lord_quant.sensing import SENSED_TOKENS
 
     try:
         plan = make_plan(args)

@@ -11,7 +11,7 @@ of everything else. `joint.py` is the loop that knows what quantization did befo
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +21,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lord_quant.decompose import decompose
+from lord_quant.distributed import ALONE, World
 from lord_quant.errors import CalibrationError, NumericsError
-from lord_quant.moments import MomentAccumulator, Moments
+from lord_quant.moments import MomentAccumulator, Moments, pooled_alone
 from lord_quant.plan import LayerPlan, Plan
 from lord_quant.stream import block_kinds, capture
 from lord_quant.surgery import replace_layer
@@ -127,25 +128,39 @@ def _decompose_layer(
 class Gathered:
     """Accumulators of one block, one per *distinct input*: layers fed the same tensor (q, k and v) share one."""
 
-    def __init__(self, layers: Iterable[str]) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         self.layers = tuple(layers)
+        self.device = next((dense_weight(layer).device for layer in layers.values()), torch.device("cpu"))
         self.leader: dict[str, str] = {}
         self.accumulators: dict[str, MomentAccumulator] = {}
 
-    def results(self, prefix: str) -> dict[str, Moments]:
-        """Returns the moments of every layer; `prefix` completes layer names in errors."""
-        unseen = [
-            prefix + name
-            for name in self.layers
-            if name not in self.leader or not self.accumulators[self.leader[name]].num_tokens
-        ]
+    def results(self, prefix: str, world: World = ALONE) -> dict[str, Moments]:
+        """Returns the moments of every layer, over all processes; the same ones for layers of one input.
+
+        Args:
+            prefix: Completes layer names in errors.
+            world: The processes, each with windows of its own.
+
+        Raises:
+            CalibrationError: No token reached a layer.
+            NumericsError: Moments hold NaN or inf.
+        """
+        seen = {name: own for name, own in self.accumulators.items() if own.num_tokens}
+        leaders: dict[str, str] = {}
+        for told in world.gather({name: leader for name, leader in self.leader.items() if leader in seen}):
+            leaders = told | leaders
+        unseen = [prefix + name for name in self.layers if name not in leaders]
         if unseen:
             raise CalibrationError(f"no calibration token reached {', '.join(unseen)}; use more text, or --ignore them")
-        moments = {name: accumulator.result() for name, accumulator in self.accumulators.items()}
+        own = {name: accumulator.result() for name, accumulator in seen.items()}
+        moments = {
+            leader: own[leader] if world.size == 1 else pooled_alone(own.get(leader), world, self.device)
+            for leader in dict.fromkeys(leaders[name] for name in self.layers)
+        }
         for name, statistics in moments.items():
             if not (torch.isfinite(statistics.mean).all() and torch.isfinite(statistics.covariance).all()):
                 raise NumericsError(f"inputs of layer {prefix + name!r} hold NaN or inf; wanted finite activations")
-        return {name: moments[leader] for name, leader in self.leader.items()}
+        return {name: moments[leaders[name]] for name in self.layers}
 
 
 @contextmanager

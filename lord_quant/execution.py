@@ -148,6 +148,17 @@ def refuse_several(config: LordConfig, world: World) -> None:
         raise ConfigError(f"stack is {config.stack!r} in {world.size} processes; {own}, or --stack joint")
     if config.output is None:
         raise ConfigError(f"a run in {world.size} processes writes its blocks, and output is not given; {own}, or a folder")
+    refuse_unshared(config, world)
+
+
+def refuse_unshared(config: LordConfig, world: World) -> None:
+    """Refuses windows and devices that several processes cannot share.
+
+    Raises:
+        ConfigError: There are fewer windows than processes, or a GPU is named.
+    """
+    if world.size == 1:
+        return
     if config.calibration.num_samples < world.size:
         raise ConfigError(
             f"num_samples is {config.calibration.num_samples} in {world.size} processes, each with windows of its own: "

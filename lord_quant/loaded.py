@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-from lord_quant.budget import Planner, digest_of, sense_model, unplanned
+from lord_quant.budget import Planner
 from lord_quant.budget_config import BudgetConfig
 from lord_quant.calibration import TokenWindows
 from lord_quant.cautions import log_cautions
@@ -15,6 +15,7 @@ from lord_quant.errors import ModelError
 from lord_quant.menu import Menu
 from lord_quant.pipeline import DEFAULT_SEQ_LEN, Compressed, calibrate, compress_model, plan_model, vocabulary_of
 from lord_quant.plan_file import apply_plan
+from lord_quant.sensing import digest_of, sense_model, unplanned
 from lord_quant.source import own_memory, refuse_unfit, refuse_unready
 from lord_quant.statistics import load_statistics
 

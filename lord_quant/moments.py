@@ -151,6 +151,24 @@ class PairedMoments(NamedTuple):
         )
 
 
+def pooled_alone(moments: Moments | None, world: World, device: torch.device) -> Moments:
+    """Returns the moments of what all processes saw together of one stream, of which some may have seen nothing.
+
+    Raises:
+        RuntimeError: None has seen anything.
+    """
+    count = 0 if moments is None else moments.num_tokens
+    total = sum(world.gather(count))
+    if not total:
+        raise RuntimeError("no token was seen: moments are undefined")
+    own: dict[str, torch.Tensor] = {} if moments is None else {"mean": count / total * moments.mean}
+    mean = world.totals(own, device)["mean"]
+    if moments is not None:
+        shift = moments.mean - mean
+        own = {"covariance": count / total * (moments.covariance + torch.outer(shift, shift))}
+    return Moments(mean, world.totals(own, device)["covariance"], total)
+
+
 def pooled(moments: PairedMoments, world: World) -> PairedMoments:
     """Returns the moments of what all processes saw together; each gives those of its own tokens, of which it has some."""
     if world.size == 1:

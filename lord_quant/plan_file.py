@@ -10,11 +10,12 @@ from typing import Any
 
 import yaml
 
-from lord_quant.budget import PLANNED, digest_of, require_same
+from lord_quant.budget import PLANNED, require_same
 from lord_quant.checkpoint import REPORT_NAME, atomic_file
 from lord_quant.config import LordConfig, read_yaml
 from lord_quant.errors import ConfigError
 from lord_quant.reading import parse_json
+from lord_quant.sensing import digest_of
 
 
 CHOSEN = {

@@ -40,15 +40,14 @@ class Sensitivity:
 
     Args:
         sums: Made of the gradients of the loss of labels drawn from the model's predictions; used up.
-        world: The processes, each with gradients of its own windows.
 
     Attributes:
         num_labels: Tokens whose gradients were taken, over all processes.
     """
 
-    def __init__(self, sums: _Sums, world: World = ALONE) -> None:
-        self._sums, self._world = sums, world
-        self.num_labels = sum(world.gather(sums.num_labels[0]))
+    def __init__(self, sums: _Sums) -> None:
+        self._sums = sums
+        (self.num_labels,) = sums.num_labels
 
     @classmethod
     def measure(
@@ -79,9 +78,11 @@ class Sensitivity:
         Raises:
             CalibrationError: The model does not call every block once.
         """
-        chances, own = world.share(_chances(batches, seed)), world.share(batches)
+        losses = [_drawn(world.share(_chances(batches, seed)))]
         asked = _Asked(_add_outer, lambda outputs, inputs: outputs**2, names, dtype)
-        return cls(_Sums.measure(model, own, [_drawn(chances)], asked, residency.spare_bytes, residency, progress), world)
+        return cls(
+            _Sums.measure(model, world.share(batches), losses, asked, residency.spare_bytes, residency, progress, world)
+        )
 
     def of_block(
         self, index: int, block: nn.Module, kind: str, names: Sequence[str], dtype: torch.dtype = torch.float32
@@ -102,9 +103,8 @@ class Sensitivity:
         Raises:
             ValueError: It is another block's turn, or layers or a dtype are asked for that `measure` was not told of.
         """
-        sums = {name: total for name, (total,) in self._sums.of_block(index, block, kind, names, dtype).items()}
-        totals = self._world.totals(sums, next(block.parameters()).device)
-        return {name: total.div_(self.num_labels) for name, total in totals.items()}
+        sums = self._sums.of_block(index, block, kind, names, dtype)
+        return {name: total.div_(self.num_labels) for name, (total,) in sums.items()}
 
 
 class Steepness(NamedTuple):
@@ -164,15 +164,17 @@ class Expansion:
         dtype: torch.dtype = torch.float32,
         residency: Residency = RESIDENT,
         progress: Progress | None = None,
+        world: World = ALONE,
     ) -> Expansion:
         """Runs a model forth and back, as `Sensitivity.measure` does; two of these may wait at a time, one of each half."""
+        own = world.share(batches)
 
         def following(number: int, logits: torch.Tensor) -> torch.Tensor:
-            return _following(batches[number]).to(logits.device)
+            return _following(own[number]).to(logits.device)
 
         asked = _Asked(_add_both, lambda outputs, inputs: outputs**2 + outputs * inputs + outputs, names, dtype)
-        losses = [_drawn(_chances(batches, seed)), following]
-        return cls(_Sums.measure(model, batches, losses, asked, residency.spare_bytes // 2, residency, progress))
+        losses = [_drawn(world.share(_chances(batches, seed))), following]
+        return cls(_Sums.measure(model, own, losses, asked, residency.spare_bytes // 2, residency, progress, world))
 
     def of_block(
         self, index: int, block: nn.Module, kind: str, names: Sequence[str], dtype: torch.dtype = torch.float32
@@ -221,16 +223,17 @@ class _Sums:
     Args:
         asked: What is summed up.
         residency: Where sums wait.
-        gradients: What sums are made of, if they are not made on the way back.
+        world: The processes, each with gradients of its own windows.
 
     Attributes:
-        num_labels: Tokens that have a label, by loss.
+        num_labels: Tokens that have a label, over all processes, by loss.
     """
 
-    def __init__(self, asked: _Asked, residency: Residency, gradients: BlockGradients | None = None) -> None:
-        self._asked, self._residency, self._gradients = asked, residency, gradients
+    def __init__(self, asked: _Asked, residency: Residency, world: World) -> None:
+        self._asked, self._residency, self._world = asked, residency, world
+        self._gradients: BlockGradients | None = None
         self._waiting: dict[int, tuple[list[str], Kept]] = {}
-        self._next, self.num_labels = 0, () if gradients is None else gradients.num_labels
+        self._next, self.num_labels = 0, tuple[int, ...]()
 
     @classmethod
     def measure(
@@ -242,13 +245,16 @@ class _Sums:
         spare_bytes: int,
         residency: Residency,
         progress: Progress | None,
+        world: World,
     ) -> _Sums:
         """Runs a model forth and back; sums that fit into so many bytes are made on the way."""
-        arguments = model, batches, losses, "sensitivity"
+        arguments, sums = (model, batches, losses, "sensitivity"), cls(asked, residency, world)
         if not asked.names or asked.nbytes(model) > spare_bytes:
-            return cls(asked, residency, BlockGradients.measure(*arguments, residency, progress))
-        sums = cls(asked, residency)
-        sums.num_labels = visit(*arguments, Visit(asked.names, sums._take), residency, progress)
+            sums._gradients = BlockGradients.measure(*arguments, residency, progress)
+            own = sums._gradients.num_labels
+        else:
+            own = visit(*arguments, Visit(asked.names, sums._take), residency, progress)
+        sums.num_labels = tuple(map(sum, zip(*world.gather(own), strict=True)))
         return sums
 
     def _take(self, index: int, batches: Iterator[dict[str, Rows]]) -> None:
@@ -258,7 +264,19 @@ class _Sums:
     def of_block(
         self, index: int, block: nn.Module, kind: str, names: Sequence[str], dtype: torch.dtype
     ) -> dict[str, list[torch.Tensor]]:
-        """Returns the sums of layers of a block, once, blocks in order."""
+        """Returns the sums of layers of a block, over all processes, once, blocks in order."""
+        own = self._own_of_block(index, block, kind, names, dtype)
+        if self._world.size == 1:
+            return own
+        apart = {f"{name}:{at}": total for name, totals in own.items() for at, total in enumerate(totals)}
+        sums: dict[str, list[torch.Tensor]] = {}
+        for key, total in self._world.totals(apart, next(block.parameters()).device).items():  # by name
+            sums.setdefault(key.rpartition(":")[0], []).append(total)
+        return sums
+
+    def _own_of_block(
+        self, index: int, block: nn.Module, kind: str, names: Sequence[str], dtype: torch.dtype
+    ) -> dict[str, list[torch.Tensor]]:
         if self._gradients is not None:
             return self._asked.summed(self._gradients.through(index, block, kind, names), dtype)
         if index != self._next:

@@ -1,13 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sensitivity pass: what every layer of a model would lose, measured once and kept in a file.
+"""What every layer of a model would lose, measured once (`sensing.py`) and kept in a file.
 
-One pass over the calibration data, one backward, a few solves per layer (`probe.py`). Any budget can be planned from the
-file alone, without the model: it holds spectra and a few numbers per layer, not the moments. It says what it was made
-from: statistics of another model or of another way of rounding are refused. The calibration is named, but a plan may be run
-on another.
-
-Solves take most of the time. What they told of a block is kept in a file when the block is done, and a pass that was cut
-off goes on behind it; the passes through the model are made again.
+Any budget can be planned from the file alone, without the model: it holds spectra and a few numbers per layer, not the
+moments. It says what it was made from: statistics of another model or of another way of rounding are refused. The
+calibration is named, but a plan may be run on another.
 """
 
 from __future__ import annotations
@@ -23,20 +19,12 @@ import torch
 from torch import nn
 
 from lord_quant.checkpoint import atomic_file
-from lord_quant.config import GptqConfig, JointConfig
-from lord_quant.crossfit import Half
-from lord_quant.engine import gather
-from lord_quant.errors import CheckpointError, NumericsError, OutputError
+from lord_quant.errors import CheckpointError, OutputError
 from lord_quant.layer_bytes import COLUMN_PIVOTED, PACK_MULTIPLE, PIVOTED
 from lord_quant.packable import packable_of
-from lord_quant.probe import PROBED_BITS, SLOPES, FactorNoise, LayerLoss, Orders, probe
-from lord_quant.progress import Progress
+from lord_quant.probe import PROBED_BITS, SLOPES, FactorNoise, LayerLoss, Orders
 from lord_quant.reading import open_tensors, parse_json
-from lord_quant.residency import RESIDENT, Residency
-from lord_quant.sensitivity import Derivatives, Expansion, Steepness
-from lord_quant.steepness import RoundingSlope
-from lord_quant.stream import block_kinds, capture
-from lord_quant.targets import LinearSite, dense_weight, find_blocks, find_linears, siblings
+from lord_quant.targets import LinearSite, find_blocks, find_linears
 
 
 VERSION = 7
@@ -106,111 +94,6 @@ class SoFar:
             with contextlib.suppress(OSError, OutputError):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 save_statistics(statistics, self.path, blocks)
-
-
-@torch.no_grad()
-def measure_statistics(
-    model: nn.Module,
-    halves: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]],
-    expansions: tuple[Expansion, Expansion] | None,
-    *,
-    gptq: GptqConfig,
-    options: JointConfig,
-    so_far: SoFar,
-    mean_correction: bool = True,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    residency: Residency = RESIDENT,
-    progress: Progress | None = None,
-) -> Statistics:
-    """Measures every linear layer of the blocks; the model is left as it was.
-
-    Args:
-        model: A loaded dense model in evaluation mode.
-        halves: Token windows of either half of the text with shape (batch, seq_len), all without padding; the other one may
-            be empty, and losses are then those of the text that chose.
-        expansions: How much the loss minds errors, from either half of the text; used up. None counts output errors alike.
-        gptq: How layers would be quantized.
-        options: How they would be stacked.
-        so_far: What was measured before, and what the statistics are to say of where they come from.
-        mean_correction: Whether factors get a bias their layer did not have.
-        seed: Of the probes.
-        dtype: dtype of moments and algebra.
-        residency: Which blocks have their weights.
-        progress: Where it is told how far the pass is.
-
-    Raises:
-        NumericsError: Activations, gradients or weights hold NaN or inf; the layer is named.
-        CalibrationError: No token reached a layer.
-    """
-    blocks, sites = find_blocks(model), packable_of(find_linears(model))
-    kinds = block_kinds(model, len(blocks.modules))
-    streams = [capture(model, blocks.modules, kinds, half, residency) for half in halves if half]
-    settings: dict[str, Any] = {"mean_correction": mean_correction, "gptq": gptq, "options": options}
-    losses, groups = so_far.statistics.losses, so_far.statistics.groups
-    found = Statistics(losses, {site.name: site for site in sites}, groups, so_far.statistics.origin)
-    labels = [each.num_labels for each in expansions] if expansions else [None, None]
-    progress = progress or Progress()
-    with progress.phase("probe", len(blocks.modules), so_far.blocks):
-        for index, block in enumerate(blocks.modules):
-            with residency.of(index, then=index + 1):
-                prefix = f"{blocks.path}.{index}."
-                to_come = [site for site in sites if site.block == index >= so_far.blocks]
-                layers = {site.name.removeprefix(prefix): site for site in to_come}
-                minded = [each.of_block(index, block, kinds[index], list(layers), dtype) for each in expansions or ()]
-                moments = []
-                for stream in streams:
-                    with gather({name: block.get_submodule(name) for name in layers}, dtype) as gathered:
-                        for batch in stream:
-                            batch.hidden = batch.run(block, kinds[index])
-                    moments.append(gathered.results(prefix))
-                    leaders = gathered.leader
-                together = [
-                    [site.name.removeprefix(prefix) for site in found]
-                    for found in siblings(list(layers.values()))
-                    if len({leaders[site.name.removeprefix(prefix)] for site in found}) == 1
-                ]
-                for names in [*([name] for name in layers), *together]:
-                    weights = {name: dense_weight(block.get_submodule(name)) for name in names}
-                    weight = torch.cat(list(weights.values()))
-                    metrics = [_together(each, weights) for each in minded]
-                    first, second = metrics or (None, None)
-                    falls = [_stacked(each, weights) for each in minded]
-                    one, other = falls or (None, None)
-                    seen = (
-                        Half(moments[0][names[0]], first, one, labels[0]),
-                        Half(moments[-1][names[0]], second, other, labels[1]),
-                    )
-                    has_bias, number = all(layers[name].has_bias for name in names), len(losses) + len(groups)
-                    try:
-                        loss = probe(weight, seen, has_bias=has_bias, seed=seed * 2 * len(sites) + number, **settings)
-                    except NumericsError as error:
-                        raise NumericsError(f"layer {prefix + names[0]!r}: {error}") from error
-                    if len(names) == 1:
-                        losses[prefix + names[0]] = loss
-                    else:
-                        groups[tuple(prefix + name for name in names)] = loss
-            if index >= so_far.blocks:
-                progress.block(f"{blocks.path}.{index}")
-                so_far.keep(found, index + 1)
-    if expansions:
-        slope = RoundingSlope.of(list(losses.values()), sum(each.num_following for each in expansions))
-        losses = {name: slope.counted(loss) for name, loss in losses.items()}
-        groups = {names: slope.counted(loss) for names, loss in groups.items()}
-    return found._replace(losses=losses, groups=groups)
-
-
-def _together(minded: Mapping[str, Derivatives], weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Returns the sensitivity of layers on top of each other; the loss does not depend on one that was not called."""
-    silent = {name: weight.new_zeros(len(weight), len(weight)) for name, weight in weights.items() if name not in minded}
-    return torch.block_diag(*(silent[name] if name in silent else minded[name].sensitivity for name in weights))
-
-
-def _stacked(minded: Mapping[str, Derivatives], weights: Mapping[str, torch.Tensor]) -> Steepness:
-    """Returns the slopes of layers on top of each other; flat where one was not called."""
-    flat = {name: Steepness(torch.zeros_like(weight), weight.new_zeros(len(weight))) for name, weight in weights.items()}
-    parts = [minded[name].slope if name in minded else flat[name] for name in weights]
-    return Steepness(torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts]))
 
 
 def save_statistics(statistics: Statistics, path: str | Path, blocks: int | None = None) -> None:

@@ -88,6 +88,8 @@ LAYERS = [
         "streaming",
         "execution",
         "statistics",
+        "probing",
+        "sensing",
         "pipeline",
         "budget",
         "plan_file",

@@ -16,14 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from lord_quant.budget import (
-    Planner,
-    _rounded_up,
-    sense,
-    sensed_samples,
-    statistics_of,
-    unplanned,
-)
+from lord_quant.budget import Planner, _rounded_up
 from lord_quant.budget_config import BudgetConfig
 from lord_quant.config import CalibrationConfig, JointConfig, LordConfig, LowrankConfig, merge
 from lord_quant.errors import BudgetError, ConfigError, GroupSizeError, LordError, RankError
@@ -31,6 +24,7 @@ from lord_quant.execution import execute
 from lord_quant.menu import Menu
 from lord_quant.pipeline import make_plan, prepare
 from lord_quant.plan_file import apply_plan, read_plan, write_plan
+from lord_quant.sensing import sense, sensed_samples, statistics_of, unplanned
 from lord_quant.statistics import Statistics
 from lord_quant.stored import measure
 

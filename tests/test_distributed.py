@@ -25,6 +25,7 @@ from lord_quant.config import LordConfig
 from lord_quant.distributed import ALONE, World, joined
 from lord_quant.errors import ConfigError, OutputError
 from lord_quant.execution import refuse_several
+from lord_quant.statistics import load_statistics
 
 
 START = "from optimum.commands.optimum_cli import main; main()"
@@ -215,6 +216,40 @@ def values_of(runs: Runs, count: int, file: str) -> dict[str, Any]:
 def test_any_number_of_processes_runs_the_same_plan(runs: Runs) -> None:
     plans = [values_of(runs, count, "config.json")["quantization_config"] for count in (1, 2, 4)]
     assert plans[0]["rank_pattern"] and plans[0] == plans[1] == plans[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_sensitivity_pass_is_that_of_one_process(
+    count: int, model_folder: Callable[..., Path], corpus_file: Path, tmp_path: Path
+) -> None:
+    """Of three processes one has no window of a half in the backward pass, and two none of the other. Either half has more
+    tokens than layers have features: directions that it never saw would be in no order."""
+    text = ["--num-samples", "16", "--seq-len", "64", "--batch-size", "2", "--float64"]
+    flags = ["--model", model_folder("llama"), "--dataset", corpus_file, *text, *MEASURED, "--output"]
+    alone(sensitivity_command, *flags, tmp_path / "alone" / "x.stats")
+    ended = torchrun(count, START, tmp_path / "job", "lord", "sensitivity", *flags, tmp_path / "x.stats")
+    assert ended.code == 0, ended.stderr
+    assert "layers measured" in ended.stdout[0] and ended.stdout[1:] == [""] * (count - 1)
+    one, other = load_statistics(tmp_path / "alone" / "x.stats"), load_statistics(tmp_path / "x.stats")
+    assert (other.origin, other.sites) == (one.origin, one.sites)
+    assert list(other.losses) == list(one.losses) and list(other.groups) == list(one.groups) != []
+    for name, loss in [*one.losses.items(), *one.groups.items()]:
+        found = (other.losses | other.groups)[name]  # type: ignore[operator]
+        for ours, theirs in ((found.tail, loss.tail), (found.cut, loss.cut)):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9 * float(loss.tail[0]))
+        assert found.dense == pytest.approx(loss.dense, rel=1e-6) and found.groups == pytest.approx(loss.groups, rel=1e-6)
+        assert found.dense_orders == pytest.approx(loss.dense_orders, rel=1e-5, abs=1e-9 * loss.dense_orders.second)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "job", "x.stats"]
+
+
+@pytest.mark.slow
+def test_a_budget_is_measured_together_and_gives_the_plan_of_one_process(runs: Runs, tmp_path: Path) -> None:
+    ended = quantize(2, START, tmp_path / "out", *runs.source, *PLANNED)
+    assert ended.code == 0, ended.stderr
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"] == values_of(runs, 1, "config.json")["quantization_config"]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def code_share(one: Path, other: Path) -> float:

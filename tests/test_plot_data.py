@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from lord_quant import plot_data
-from lord_quant.budget import Planner, _solver, digest_of
+from lord_quant.budget import Planner
 from lord_quant.budget_config import BudgetConfig
 from lord_quant.config import LordConfig, LowrankConfig
 from lord_quant.layer_bytes import PIVOTED, TWO_FACTOR
 from lord_quant.menu import DENSE, Candidate, Menu
 from lord_quant.planner import total
 from lord_quant.probe import FactorNoise, LayerLoss
+from lord_quant.sensing import _solver, digest_of
 from lord_quant.source import build_skeleton, inspect_source
 from lord_quant.statistics import Statistics
 from lord_quant.targets import LinearSite, find_linears, layer_type

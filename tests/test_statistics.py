@@ -19,13 +19,13 @@ from lord_quant.crossfit import Half
 from lord_quant.errors import CheckpointError, NumericsError, OutputError
 from lord_quant.moments import Moments
 from lord_quant.probe import probe
+from lord_quant.probing import measure_statistics
 from lord_quant.sensitivity import Expansion
 from lord_quant.statistics import (
     METADATA,
     SoFar,
     Statistics,
     load_statistics,
-    measure_statistics,
     model_digest,
     save_statistics,
 )
@@ -114,7 +114,7 @@ def cut_off_in_block(index: int, path: Path, patch: pytest.MonkeyPatch) -> None:
         return probe(*arguments, **settings)
 
     with patch.context() as context:
-        context.setattr("lord_quant.statistics.probe", probe_until)
+        context.setattr("lord_quant.probing.probe", probe_until)
         with pytest.raises(CutOff):
             measured(tiny_model("llama"), so_far=SoFar(path, {"seed": 0}))
 
@@ -137,7 +137,7 @@ def test_a_pass_that_was_cut_off_goes_on_behind_the_last_block(
         seen.append(len(weight))
         return probe(weight, *others, **settings)
 
-    monkeypatch.setattr("lord_quant.statistics.probe", counted)
+    monkeypatch.setattr("lord_quant.probing.probe", counted)
     done = measured(model, so_far=before)
     assert len(seen) == 9  # seven layers, and both groups
     for name, one in (("whole", statistics), ("resumed", done)):

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from lord_quant.budget import Planner
     from lord_quant.config import LordConfig
     from lord_quant.menu import Menu
-    from lord_quant.progress import Progress
 
 
 FRONTIER = (2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0, 4.25)
@@ -91,13 +90,12 @@ def menu_from(args: argparse.Namespace) -> Menu:
     return Menu(**restricted)
 
 
-def planner_from(
-    args: argparse.Namespace, config: LordConfig, progress: Progress | None = None, *, keep: bool = False
-) -> Planner:
-    """Makes a planner from statistics in a file, or measured now, and then kept if a run is to write what is planned."""
-    from lord_quant.budget import Planner, statistics_of
+def planner_from(args: argparse.Namespace, config: LordConfig) -> Planner:
+    """Makes a planner from statistics in a file, or measured now."""
+    from lord_quant.budget import Planner
+    from lord_quant.sensing import statistics_of
 
-    return Planner(config, statistics_of(config, progress, keep=keep, again=args.overwrite), menu_from(args))
+    return Planner(config, statistics_of(config), menu_from(args))
 
 
 def frontier_of(planner: Planner) -> str:

@@ -10,7 +10,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from lord_quant.commands.budget_options import add_budget_flags, menu_from, planner_from, run_of
+from lord_quant.commands.budget_options import add_budget_flags, menu_from, run_of
 from lord_quant.commands.options import add_log_flag, add_plan_flags, add_run_flags
 from lord_quant.commands.termination import terminable
 from lord_quant.distributed import World, joined
@@ -94,12 +94,13 @@ def _checked(args: argparse.Namespace, world: World) -> tuple[LordConfig, Progre
 
 def _prepare(args: argparse.Namespace, config: LordConfig, progress: Progress, world: World) -> Job | None:
     """Plans the job and prints what is to be done; returns None if that is nothing."""
-    from lord_quant.budget import PLANNED, other_settings
+    from lord_quant.budget import PLANNED
     from lord_quant.checkpoint import REPORT_NAME, whole_path
     from lord_quant.execution import clear_away, is_finished
     from lord_quant.pipeline import prepare
     from lord_quant.plan_file import apply_plan, origin_of_plan
     from lord_quant.report import human_bytes, human_seconds, plan_summary, plan_table
+    from lord_quant.sensing import other_settings
 
     say = sys.stdout.write if world.first else str
     origin = origin_of_plan(args.plan) if args.plan else {}
@@ -145,11 +146,12 @@ def _choose(
 
     If a finished run with the same budget wrote the folder that is there, it is that one's plan: nothing is measured.
     """
-    from lord_quant.budget import PLANNED, sensing_seconds, unplanned
+    from lord_quant.budget import PLANNED, Planner
     from lord_quant.execution import asked_of
     from lord_quant.pipeline import prepare
     from lord_quant.plan_file import chosen_before
     from lord_quant.report import human_seconds
+    from lord_quant.sensing import sensing_seconds, statistics_of, unplanned
 
     assert config.budget is not None  # the caller asked
     budget, dense, menu = config.budget, unplanned(config), menu_from(args)
@@ -168,9 +170,9 @@ def _choose(
         say(_calibration(job))
         say("planned       nothing: that takes statistics, and --dry-run reads no weights; all else is in order\n")
         return None
-    settings = {}
-    if world.first:  # one process measures and chooses, so that all run the same plan
-        planner = planner_from(args, config, progress, keep=True)
+    settings, statistics = {}, statistics_of(config, progress, world, keep=True, again=args.overwrite)
+    if world.first:  # one process chooses, so that all run the same plan
+        planner = Planner(config, statistics, menu)
         allocation = planner.choose(budget)
         settings = planner.settings(allocation)
         asked = {"asked_sha256": asked_of(job, config, menu, world.size), "budget": budget.asked}

@@ -8,7 +8,7 @@ import sys
 import time
 
 from lord_quant.commands.options import add_log_flag, add_run_flags, add_source_flags, config_from
-from lord_quant.distributed import refuse_torchrun
+from lord_quant.distributed import World, joined
 
 
 HELP = "Measure what every layer would lose, once; `lord plan` and `lord quantize` plan any budget from the file."
@@ -28,12 +28,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures and writes.
+    """Measures, in all processes that torchrun started if it did, and writes.
 
     Raises:
         LordError: Anything wrong, before any weight is read.
     """
-    refuse_torchrun("the sensitivity pass")
+    from lord_quant.errors import ElsewhereError
+
+    try:
+        with joined() as world, world.together():
+            _measure(args, world)
+        return 0
+    except ElsewhereError:  # told by the process that failed; torchrun tells of one that is gone
+        return 2
+
+
+def _measure(args: argparse.Namespace, world: World) -> None:
     output = args.output
     del args.output  # a file, not the folder of a run
     args.rank_ratio = 1.0
@@ -41,25 +51,30 @@ def run(args: argparse.Namespace) -> int:
     from lord_quant.silence import import_hosts
 
     import_hosts()
-    from lord_quant.budget import dense_job, sense, sensing_seconds, told_apart
     from lord_quant.checkpoint import check_file
     from lord_quant.claim import forget_sensed, sensing_beside
+    from lord_quant.execution import refuse_unshared
     from lord_quant.progress import Progress
     from lord_quant.report import human_bytes, human_seconds
+    from lord_quant.sensing import dense_job, sense, sensing_seconds, told_apart
     from lord_quant.statistics import save_statistics
 
+    refuse_unshared(config, world)
+    say = sys.stdout.write if world.first else str
     places = {"model": config.model, "dataset": config.calibration.dataset}
     path = check_file(output, overwrite=args.overwrite, **places)
     places["output"], start = output, time.perf_counter()
     job = dense_job(config)
-    expected = human_seconds(sensing_seconds(job))
-    sys.stdout.write(f"estimate      about {expected} on {job.device} (within a factor of three)\n")
+    if world.size > 1:
+        say(f"processes     {world.size}, each with its share of the windows; the estimate is for one that has them all\n")
+    say(f"estimate      about {human_seconds(sensing_seconds(job))} on {job.device} (within a factor of three)\n")
     sys.stdout.flush()
-    with Progress(args.log, about=places, apart=places) as progress:
-        statistics = sense(config, progress, job, sensing_beside(path, told_apart(config, job)))
-        save_statistics(statistics, path)
-    forget_sensed(path)
+    with Progress(args.log if world.first else None, about=places, apart=places, quiet=not world.first) as progress:
+        statistics = sense(config, progress, job, sensing_beside(path, told_apart(config, job)), world)
+        if world.first:
+            save_statistics(statistics, path)
+            forget_sensed(path)
     took = human_seconds(time.perf_counter() - start)
-    size = human_bytes(path.stat().st_size)
-    sys.stdout.write(f"{len(statistics.losses)} layers measured in {took}; {size} written to {output}\n")
-    return 0
+    if world.first:
+        size = human_bytes(path.stat().st_size)
+        say(f"{len(statistics.losses)} layers measured in {took}; {size} written to {output}\n")

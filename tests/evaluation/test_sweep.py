@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from lord_quant.budget import Planner, sense
+from lord_quant.budget import Planner
 from lord_quant.budget_config import BudgetConfig
 from lord_quant.config import CalibrationConfig, JointConfig, LordConfig, LowrankConfig
 from lord_quant.corpus import Corpus, load_corpus
@@ -24,6 +24,7 @@ from lord_quant.execution import execute
 from lord_quant.menu import Menu
 from lord_quant.pipeline import prepare
 from lord_quant.plan_file import apply_plan
+from lord_quant.sensing import sense
 
 
 BUDGETS = [2.4, 4.0]

@@ -13,13 +13,14 @@ from typing import Any
 import families
 import pytest
 
-from lord_quant.budget import Planner, sense, statistics_of
+from lord_quant.budget import Planner
 from lord_quant.config import JointConfig, LordConfig
 from lord_quant.errors import BudgetError, ConfigError
 from lord_quant.execution import execute
 from lord_quant.menu import Menu
 from lord_quant.pipeline import prepare
 from lord_quant.plan_file import apply_plan
+from lord_quant.sensing import sense, statistics_of
 from lord_quant.statistics import save_statistics
 
 
