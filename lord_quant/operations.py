@@ -220,8 +220,9 @@ def rounding_work(inputs: int, outputs: int, coupled: bool) -> Work:
     one_sided = solve_work(inputs, outputs, steps) + refine_work(inputs, outputs, steps) + loops
     if not coupled:
         return one_sided
-    # What is off before the first sweep, along which line scales move, and what is off wherever a sweep has been.
-    more = 2.0 * inputs**2 * outputs * (1 + SWEEPS + (SWEEPS - 1) / 2)
+    # Five products a sweep: what rows miss, what they have, along which line scales move, and two as for others; the latter
+    # take one before the first sweep, and two in each.
+    more = 2.0 * inputs**2 * outputs * (5 * SWEEPS - (1 + 2 * SWEEPS))
     return one_sided + rows_work(inputs, outputs) + Work(coupled=more)
 
 

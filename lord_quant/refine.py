@@ -21,6 +21,7 @@ so that directions the calibration never saw do not run away.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -104,19 +105,13 @@ def refine(
     # All transposed, so that a column of the weight is contiguous.
     target, codes = weight.T[perm], quantized.codes.T[perm]
     scales, zeros = quantized.scales.T.contiguous(), quantized.zeros.T.contiguous()
-    pull, residual = metric.times(target), None
-    for sweep in range(sweeps):
-        steps = codes - zeros[groups]
-        if coupling is None:
-            fitted = _fit_scales(pull, metric, steps, scales, groups)
-        else:
-            if residual is None:
-                residual = metric.times((steps * scales[groups]).sub_(target))
-            fitted = _fit_coupled_scales(pull, residual, coupling.metric, metric, steps, scales, groups)
-        scales = _stored(fitted, scales)
-        residual = metric.times(steps.mul_(scales[groups]).sub_(target))
-        wanted_after = coupling is not None and sweep + 1 < sweeps
-        _descend_(codes, residual, metric, scales, groups, 2**quantized.bits - 1, coupling, whole=wanted_after)
+    if coupling is None:
+        fit = functools.partial(_fit_scales, metric.times(target), metric)
+    else:
+        fit = functools.partial(_fit_coupled_scales, coupling.metric, target, metric)
+    for _ in range(sweeps):
+        scales = _stored(fit(codes - zeros[groups], scales, groups), scales)
+        _descend_(codes, target, metric, scales, zeros, groups, 2**quantized.bits - 1, coupling)
     return quantized._replace(codes=codes[back].T.contiguous(), scales=scales.T.contiguous())
 
 
@@ -180,9 +175,8 @@ def _fit_scales(
 
 
 def _fit_coupled_scales(
-    pull: torch.Tensor,
-    residual: torch.Tensor,
     rows: torch.Tensor,
+    target: torch.Tensor,
     metric: _Damped,
     steps: torch.Tensor,
     scales: torch.Tensor,
@@ -191,11 +185,11 @@ def _fit_coupled_scales(
     """Returns better scales for coupled rows, with shape (groups, m): towards the best of each row, as far as it pays.
 
     What is best for a row while the others stay is a fit to a target that has moved; all rows go there at once, by the
-    share of the way that is best for all. `pull` is the metric's product with the target, `residual` that with by how much
-    the present weight is off.
+    share of the way that is best for all.
     """
-    missed = (residual @ rows).neg_()
-    aims = (pull + residual).add_(missed / rows.diagonal())
+    now = steps * scales[groups]
+    missed = metric.times(target - now) @ rows
+    aims = metric.times(now).add_(missed / rows.diagonal())
     way = _fit_scales(aims, metric, steps, scales, groups).to(scales) - scales
     wide = steps * way[groups]
     bend = (wide * (metric.times(wide) @ rows)).sum().clamp_min(torch.finfo(scales.dtype).tiny)
@@ -212,19 +206,16 @@ def _stored(fitted: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 def _descend_(
     codes: torch.Tensor,
-    residual: torch.Tensor,
+    target: torch.Tensor,
     metric: _Damped,
     scales: torch.Tensor,
+    zeros: torch.Tensor,
     groups: torch.Tensor,
     largest: int,
     coupling: Coupling | None,
-    *,
-    whole: bool,
 ) -> None:
-    """Improves codes in place, with shape (n, m). Within a group, whose scale is one, in units of codes.
-
-    The residual follows for columns whose turn has yet to come; for all if `whole`.
-    """
+    """Improves codes in place, with shape (n, m). Within a group, whose scale is one, in units of codes."""
+    residual = metric.times((codes - zeros[groups]).mul_(scales[groups]).sub_(target))
     for start, stop in _spans(groups.tolist()):
         step, own = scales[groups[start]], metric.block(start, stop)
         place = codes[start:stop], residual[start:stop] / step, own
@@ -233,11 +224,7 @@ def _descend_(
             if coupling is None
             else descend_coupled(*place, coupling.on_others(step), largest)
         )
-        moved.mul_(step)
-        if whole:
-            residual[start:stop].add_(moved, alpha=DAMPING)
-        first = 0 if whole else stop
-        residual[first:].addmm_(metric.hessian[first:, start:stop], moved, alpha=metric.unit)
+        residual[stop:].addmm_(metric.hessian[stop:, start:stop], moved.mul_(step), alpha=metric.unit)
 
 
 def _spans(groups: list[int]) -> Iterator[tuple[int, int]]:
