@@ -223,10 +223,10 @@ def test_a_gradient_that_is_not_finite_names_the_block_and_doing_without_survive
 ) -> None:
     back = gradients._Run.back
 
-    def spoil(*arguments: Any) -> list[torch.Tensor | None]:
-        *others, entering = back(*arguments)
+    def spoil(*arguments: Any) -> list[Any]:
+        *others, (entering,) = back(*arguments)
         assert entering is not None
-        return [*others, entering.index_fill(-1, torch.tensor([3]), NAN)]
+        return [*others, (entering.index_fill(-1, torch.tensor([3]), NAN),)]
 
     monkeypatch.setattr(gradients._Run, "back", spoil)
     config = spoilt(Case("llama", nothing), "factors", folders, corpus_file, tmp_path)
