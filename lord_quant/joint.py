@@ -33,6 +33,7 @@ from lord_quant.errors import CalibrationError, NumericsError
 from lord_quant.kept import Batches
 from lord_quant.linalg import is_finite, require_finite
 from lord_quant.moments import PairedMoments, pooled
+from lord_quant.operations import relative_cost
 from lord_quant.outcomes import Outcome, StackRecord, outcome_of
 from lord_quant.pairing import Inputs, Runner, gather, record_inputs
 from lord_quant.plan import LayerPlan, Plan
@@ -146,7 +147,7 @@ class JointRun:
                     together = [layers[name] for name in names]
                     own = {name: sources.pop(name) for name in names}
                     tasks.append(functools.partial(self._compress, together, own, moments[leader], minded, number))
-                    costs.append(_cost(together))
+                    costs.append(relative_cost(together))
                     units.append([prefix + name for name in names])
                     number += len(names)
                     open_layers.difference_update(names)
@@ -267,12 +268,6 @@ def minded_layers(model: nn.Module, plan: Plan, options: JointConfig) -> list[li
 def minds(layer: LayerPlan, options: JointConfig) -> bool:
     """Tells whether what a layer becomes depends on how much the loss minds errors in its outputs."""
     return layer.rank is not None or (options.two_sided and layer.bits != FLOAT_BITS)
-
-
-def _cost(layers: Sequence[LayerPlan]) -> float:
-    """Returns the operations that compressing layers as one takes, up to a factor."""
-    height, width = sum(layer.out_features for layer in layers), layers[0].in_features
-    return float(height * width * (height + width))
 
 
 def _groups(layers: Mapping[str, LayerPlan], inputs: Inputs) -> dict[str, list[list[str]]]:

@@ -9,7 +9,7 @@ factors; a pivoted one differs by its choice of pivots, a grouped one by what it
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from lord_quant.config import FLOAT_BITS
 from lord_quant.halves import share_left
 from lord_quant.plan import LayerPlan, Plan
 from lord_quant.solver import COLUMNS
+from lord_quant.targets import LinearSite
 from lord_quant.two_sided import GPU_STEPS
 
 
@@ -163,6 +164,12 @@ def _naive_phases(plan: Plan, load: Workload) -> dict[str, Work]:
 def total(parts: Iterable[Work]) -> Work:
     """Returns the sum."""
     return sum(parts, Work())
+
+
+def relative_cost(layers: Sequence[LayerPlan | LinearSite]) -> float:
+    """Returns the operations that compressing or probing layers of one input as one takes, up to a factor."""
+    height, width = sum(layer.out_features for layer in layers), layers[0].in_features
+    return float(height * width * (height + width))
 
 
 def gram_flops(features: int, tokens: int) -> float:

@@ -21,6 +21,7 @@ from lord_quant.distributed import ALONE, World
 from lord_quant.engine import gather
 from lord_quant.errors import NumericsError
 from lord_quant.moments import Moments
+from lord_quant.operations import relative_cost
 from lord_quant.packable import packable_of
 from lord_quant.probe import LayerLoss, probe
 from lord_quant.progress import Progress
@@ -102,7 +103,7 @@ def measure_statistics(
                     functools.partial(seen.probed, names, seed=own, **settings)
                     for names, own in zip(units, seeds, strict=True)
                 ]
-                costs = [seen.cost(names) for names in units]
+                costs = [relative_cost([layers[name] for name in names]) for names in units]
                 for names, loss in zip(units, world.share_out(tasks, costs, number, "cpu"), strict=True):
                     if len(names) == 1:
                         losses[prefix + names[0]] = loss
@@ -152,11 +153,6 @@ class _Seen(NamedTuple):
             return probe(torch.cat(list(weights.values())), (first, second), has_bias=has_bias, **settings)
         except NumericsError as error:
             raise NumericsError(f"layer {self.layers[names[0]].name!r}: {error}") from error
-
-    def cost(self, names: Sequence[str]) -> float:
-        """Returns the operations that this takes, up to a factor."""
-        height, width = sum(self.layers[name].out_features for name in names), self.layers[names[0]].in_features
-        return float(height * width * (height + width))
 
 
 def _together(minded: Mapping[str, Derivatives], weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
