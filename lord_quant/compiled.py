@@ -17,7 +17,7 @@ from numba import njit
 
 TILE = 64
 """Rows at a time: 64 columns of them are 16 kB and stay in the fastest cache."""
-COUPLED_TILE = 32
+COUPLED_TILE = 16
 """Rows at a time that hear of each other at once."""
 
 
@@ -93,32 +93,40 @@ def round_coupled(
 ) -> None:
     """Does what `kernels.round_coupled` does; `errors` is filled.
 
-    A few rows go through all columns before the rows behind them hear of it: what those need of a column is then added up
-    in one go. Every value is what it would be column after column, to the last bit.
+    A few rows go through all columns before the rows behind them hear of it: what those need is then added up in one go,
+    all columns of a row at a time. Every value is what it would be column after column, to the last bit.
     """
     columns, height = wanted.shape
     least, most = wanted.dtype.type(0), wanted.dtype.type(largest)
-    taken = np.zeros((columns, height), wanted.dtype)
-    missed = np.empty((columns, COUPLED_TILE), wanted.dtype)
+    taken = np.zeros((height, columns), wanted.dtype)
+    missed = np.empty((COUPLED_TILE, columns), wanted.dtype)
+    gone = np.empty((columns, COUPLED_TILE), wanted.dtype)
+    shares = np.empty(COUPLED_TILE, wanted.dtype)
     for begin in range(0, height, COUPLED_TILE):
         end = min(begin + COUPLED_TILE, height)
+        count = end - begin
+        for i in range(count):
+            for j in range(columns):
+                gone[j, i] = taken[begin + i, j]
         for j in range(columns):
             goal, code, error = wanted[j, begin:end], codes[j, begin:end], errors[j, begin:end]
-            first, gone = start[j, begin:end], taken[j, begin:end]
-            for i in range(len(goal)):
-                due = goal[i] - gone[i]
+            first, moved = start[j, begin:end], gone[j, :count]
+            for i in range(count):
+                due = goal[i] - moved[i]
                 code[i] = np.rint(min(max(due, least), most))
                 error[i] = due - code[i]
-                missed[j, i] = code[i] - first[i]
-                share, much = mix[begin + i, begin:end], missed[j, i]
-                for k in range(i + 1, len(goal)):
-                    gone[k] += share[k] * much
+                missed[i, j] = code[i] - first[i]
+                share, much = mix[begin + i, begin:end], missed[i, j]
+                for k in range(i + 1, count):
+                    moved[k] += share[k] * much
             for k in range(j + 1, columns):
                 passed, later = upper[j, k] / upper[j, j], wanted[k, begin:end]
-                for i in range(len(later)):
+                for i in range(count):
                     later[i] -= passed * error[i]
-        for j in range(columns):
-            _add_rows(taken[j, end:], mix[begin:end, end:], missed[j])
+        for k in range(end, height):
+            for i in range(count):
+                shares[i] = mix[begin + i, k]
+            _add_rows(taken[k], missed[:count], shares[:count])
 
 
 @_compiled
