@@ -21,7 +21,14 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 pytest.register_assert_rewrite("families", "model_runs")  # helpers whose assertions tests rely on
 
-LONGEST = ("test_readme.py", "test_distributed.py", "test_reload.py", "test_kill.py", "test_bench_compress.py")
+LONGEST = (
+    "test_readme.py",
+    "test_distributed.py",
+    "test_elsewhere.py",
+    "test_reload.py",
+    "test_kill.py",
+    "test_bench_compress.py",
+)
 """Modules that go first, so that no worker is left alone with one of them."""
 CALIBRATION_FILES = ("textwrap.py", "bisect.py", "heapq.py", "shlex.py", "string.py", "fnmatch.py", "glob.py")
 
