@@ -3,8 +3,9 @@
 
 Operations and bytes of every phase are counted from shapes (`lord_quant/operations.py`) and divided by the published speeds
 of a GPU, of which a share is taken to be reached. Passes through the model run in bfloat16, all algebra in float32 without
-TF32. Column by column solvers are bound by starting kernels, so these are counted too. Rotations are drawn and weights are
-packed on the CPU. Phases are added up as if nothing overlapped.
+TF32. Solvers hand a few columns at a time to loops on the host's processor, so what starts kernels and copies is counted,
+and what the loops take. Rotations are drawn and weights are packed on the CPU as well. Phases are added up as if nothing
+overlapped.
 
     python eval/projection.py --output projection.json                       # StarCoder-15.5B on an H100
     python eval/projection.py --gpu a100 --efficiency 0.4 --output projection.json
@@ -47,12 +48,15 @@ GPUS = {
 }
 STARCODER = {"width": 6144, "inner": 24576, "blocks": 40, "head": 128, "vocabulary": 49152, "positions": 8192}
 """The shape of bigcode/starcoder, from its configuration: 15.5 billion parameters, one key and value head, tied head."""
-COLUMN_KERNELS = 5
-"""Kernels started per column of a solver: rounding, clamping, two updates, a share of what comes once per 64 columns."""
+TURN_KERNELS = 25
+"""Kernels and copies started each time that a few columns are handed to the loops: what prepares them, feedback behind
+them, a share of what comes once per group or sweep."""
+LOOP_BYTES = 24
+"""Copied per weight that loops go over, of those `operations.Work.looped` counts: columns there, codes and errors back."""
 ITEMSIZE = 2
 NOTE = (
-    "A projection from operation counts and published speeds, **not a measurement**. Efficiencies, kernel starts and the "
-    "speeds of disk and CPU are assumptions, see the JSON."
+    "A projection from operation counts and published speeds, **not a measurement**. Efficiencies, starts, loops and "
+    "the speeds of disk, copies and CPU are assumptions, see the JSON."
 )
 
 
@@ -78,6 +82,10 @@ def main() -> None:
     parser.add_argument("--efficiency", type=float, default=0.5, help="share of them that is reached (default: 0.5)")
     parser.add_argument("--eigen-efficiency", type=float, default=0.05, help="that of eigendecompositions (default: 0.05)")
     parser.add_argument("--kernel-us", type=float, default=6.0, help="microseconds to start a kernel (default: 6)")
+    parser.add_argument("--loop-ns", type=float, default=7.5, help="nanoseconds a loop takes for a weight (default: 7.5)")
+    parser.add_argument(
+        "--copies", type=float, default=10.0, metavar="GB/S", help="speed to and from the host (default: 10)"
+    )
     parser.add_argument("--cpu-gflops", type=float, default=200.0, help="float64 speed of the host (default: 200)")
     parser.add_argument("--pack-rate", type=float, default=1e8, help="weights packed per second on the host (default: 1e8)")
     parser.add_argument("--disk", type=float, default=2.0, metavar="GB/S", help="speed of files (default: 2)")
@@ -177,7 +185,8 @@ def seconds_of(work: Any, args: argparse.Namespace) -> dict[str, float]:
         "products": (work.products + work.solves) / single,
         "eigen": work.eigen / (gpu.single_flops * args.eigen_efficiency),
         "memory": work.moved / (gpu.bandwidth * args.efficiency),
-        "kernels": work.columns * COLUMN_KERNELS * args.kernel_us * 1e-6,
+        "starts": work.turns * TURN_KERNELS * args.kernel_us * 1e-6,
+        "loops": work.looped * (args.loop_ns * 1e-9 + LOOP_BYTES / (args.copies * 1e9)),
         "cpu": work.rotations / (args.cpu_gflops * 1e9) + work.packed / args.pack_rate,
         "files": work.files / (args.disk * 1e9),
     }
@@ -198,8 +207,8 @@ def markdown(run: Projected, sensing: Projected, made: dict[str, Any], args: arg
 def table(projected: Projected) -> str:
     """Renders phases and their sums."""
     headers = [
-        "phase", "bf16 TFLOP", "fp32 TFLOP", "eigen TFLOP", "columns", "GB of files", "GPU, s", "starts, s", "CPU, s",
-        "files, s", "projected, s",
+        "phase", "bf16 TFLOP", "fp32 TFLOP", "eigen TFLOP", "turns", "looped, G", "GB of files", "GPU, s", "starts, s",
+        "loops, s", "CPU, s", "files, s", "projected, s",
     ]  # fmt: skip
     cells = [_cells(row["phase"], row["work"], row["seconds"]) for row in projected.phases]
     cells.append(_cells("total", projected.total["work"], projected.total["seconds"]))
@@ -207,10 +216,10 @@ def table(projected: Projected) -> str:
 
 
 def _cells(phase: str, work: dict[str, float], seconds: dict[str, float]) -> list[str]:
-    counts = [work["passes"] / 1e12, (work["products"] + work["solves"]) / 1e12, work["eigen"] / 1e12, work["columns"]]
-    counts.append(work["files"] / 1e9)
+    counts = [work["passes"] / 1e12, (work["products"] + work["solves"]) / 1e12, work["eigen"] / 1e12, work["turns"]]
+    counts += [work["looped"] / 1e9, work["files"] / 1e9]
     gpu = sum(seconds[part] for part in ("passes", "products", "eigen", "memory"))
-    times = [gpu, seconds["kernels"], seconds["cpu"], seconds["files"], seconds["total"]]
+    times = [gpu, *(seconds[part] for part in ("starts", "loops", "cpu", "files", "total"))]
     return [phase, *(f"{value:,.0f}" for value in [*counts, *times])]
 
 
@@ -219,7 +228,7 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("efficiency", "eigen_efficiency"):
         if not 0 < getattr(args, name) <= 1:
             raise SystemExit(f"--{name.replace('_', '-')} is {getattr(args, name)}; wanted a share above 0, at most 1")
-    for name in ("half_tflops", "single_tflops", "bandwidth", "cpu_gflops", "pack_rate", "disk"):
+    for name in ("half_tflops", "single_tflops", "bandwidth", "copies", "cpu_gflops", "pack_rate", "disk"):
         if (value := getattr(args, name)) is not None and value <= 0:
             raise SystemExit(f"--{name.replace('_', '-')} is {value}; wanted a speed above 0")
     for name in ("width", "inner", "blocks", "vocabulary", "positions", "num_samples", "seq_len"):

@@ -20,8 +20,10 @@ from lord_quant.residency import waiting_bytes
 EIGEN_EFFICIENCY = 0.15
 LOOP_SECONDS = 1.2e-7
 """For each weight that a solver's compiled loops go over on the CPU, one core whatever there are, polished twice."""
-COLUMN_SECONDS = 2.5e-5
-"""For each column that a solver goes through on a GPU: five kernels started."""
+HOST_LOOP_SECONDS = 1e-8
+"""For each of them beside a GPU, where rows are independent: the loops alone, and copies there and back."""
+TURN_SECONDS = 2e-4
+"""For each time that a few columns are handed from a GPU to the loops: some twenty kernels started, a few copies."""
 TOKENS_AT_WORK = 8192
 """Tokens of a batch, about; what belongs to others waits, in files if it is much."""
 
@@ -52,8 +54,8 @@ def seconds_of(work: Work, device: torch.device) -> float:
     on_cpu = device.type == "cpu"
     speed, straight = matrix_flops(device), work.passes + work.products + work.rotations + work.solves
     straight += work.coupled if on_cpu else 0.0
-    turns = work.looped * LOOP_SECONDS if on_cpu else work.columns * COLUMN_SECONDS
-    return straight / speed + work.eigen / (speed * EIGEN_EFFICIENCY) + turns
+    loops = work.looped * LOOP_SECONDS if on_cpu else work.looped * HOST_LOOP_SECONDS + work.turns * TURN_SECONDS
+    return straight / speed + work.eigen / (speed * EIGEN_EFFICIENCY) + loops
 
 
 def memory_bytes(plan: Plan, load: Workload, device: torch.device) -> int:

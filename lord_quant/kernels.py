@@ -2,8 +2,9 @@
 """The loops that rounding spends its time in: column after column, a few operations each.
 
 Columns depend on each other and rows do not, so there is little to do at a time: with torch, calling an operation takes
-longer than the operation. On the CPU the loops are compiled (`compiled.py`), elsewhere they are torch's. Both do the same
-in the same order, up to how products are rounded.
+longer than the operation, and starting it on a GPU longer still. So the loops are compiled for the processor
+(`compiled.py`) and run there wherever the matrices are: some columns are copied there and back in less time than it takes
+to start kernels for each of them. All products around them stay on the device.
 
 Everything is transposed, with shape (columns, m), so that a column is contiguous, and in units of codes, t = w / s + z.
 """
@@ -11,20 +12,15 @@ Everything is transposed, with shape (columns, m), so that a column is contiguou
 from __future__ import annotations
 
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import torch
-
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 def round_columns(wanted: torch.Tensor, upper: torch.Tensor, codes: torch.Tensor, largest: int) -> torch.Tensor:
     """Rounds a few columns one after the other, each error passed on to the later ones: t_k −= e_j U_jk / U_jj.
 
     Args:
-        wanted: t, what they should be, with shape (columns, m), float32 or float64; overwritten.
+        wanted: t, what they should be, with shape (columns, m), float32 or float64; may be overwritten.
         upper: U for these columns, upper triangular, with shape (columns, columns).
         codes: Where the codes go, 0 to `largest`, with the shape and dtype of `wanted`.
         largest: Largest code.
@@ -32,16 +28,10 @@ def round_columns(wanted: torch.Tensor, upper: torch.Tensor, codes: torch.Tensor
     Returns:
         e, with shape (columns, m): by how much each column misses what it should have been when its turn came.
     """
-    errors = torch.empty_like(wanted)
-    if _on_cpu(wanted):
-        _loops().round_columns(*_arrays(wanted, upper.contiguous(), codes, errors), largest)
-        return errors
-    columns = zip(wanted.unbind(), codes.unbind(), errors.unbind(), upper.diagonal().tolist(), strict=True)
-    for column, (goal, code, error, pivot) in enumerate(columns):
-        torch.round(goal, out=code).clamp_(0, largest)
-        torch.sub(goal, code, out=error)
-        wanted[column + 1 :].addr_(upper[column, column + 1 :], error, alpha=-1 / pivot)
-    return errors
+    goal, factor, found = _on_host(wanted, upper.contiguous(), codes)
+    errors = torch.empty_like(goal)
+    _loops().round_columns(goal.numpy(), factor.numpy(), found.numpy(), errors.numpy(), largest)
+    return _brought_back(errors, found, codes)
 
 
 def descend_columns(codes: torch.Tensor, force: torch.Tensor, block: torch.Tensor, largest: int) -> torch.Tensor:
@@ -49,23 +39,17 @@ def descend_columns(codes: torch.Tensor, force: torch.Tensor, block: torch.Tenso
 
     Args:
         codes: q, with shape (columns, m), float32 or float64; overwritten.
-        force: r = (Ŵ − W) H in units of codes, with the same shape; overwritten: it follows inside these columns.
+        force: r = (Ŵ − W) H in units of codes, with the same shape; may be overwritten.
         block: H between these columns, symmetric, with shape (columns, columns).
         largest: Largest code.
 
     Returns:
         By how much each code moved, with shape (columns, m).
     """
-    moved = torch.empty_like(force)
-    if _on_cpu(codes):
-        _loops().descend_columns(*_arrays(codes, force, block.contiguous(), moved), largest)
-        return moved
-    columns = zip(codes.unbind(), force.unbind(), moved.unbind(), block.diagonal().tolist(), strict=True)
-    for column, (code, pull, change, own) in enumerate(columns):
-        torch.add(code, pull, alpha=-1 / own, out=change).round_().clamp_(0, largest).sub_(code)
-        code.add_(change)
-        force[column + 1 :].addr_(block[column, column + 1 :], change)
-    return moved
+    found, pull, metric = _on_host(codes, force, block.contiguous())
+    moved = torch.empty_like(pull)
+    _loops().descend_columns(found.numpy(), pull.numpy(), metric.numpy(), moved.numpy(), largest)
+    return _brought_back(moved, found, codes)
 
 
 def round_coupled(
@@ -76,7 +60,7 @@ def round_coupled(
     codes: torch.Tensor,
     largest: int,
 ) -> torch.Tensor:
-    """Does what `round_columns` does to rows that are coupled, one row after the other in each column; on the CPU only.
+    """Does what `round_columns` does to rows that are coupled, one row after the other in each column.
 
     Args:
         wanted: t, as there.
@@ -89,15 +73,18 @@ def round_coupled(
     Returns:
         By how much each code misses what it should have been when its turn came.
     """
-    errors = torch.empty_like(wanted)
-    _loops().round_coupled(*_arrays(wanted, start, upper.contiguous(), mix, codes, errors), largest)
-    return errors
+    goal, first, factor, shares, found = _on_host(wanted, start, upper.contiguous(), mix, codes)
+    errors = torch.empty_like(goal)
+    _loops().round_coupled(
+        goal.numpy(), first.numpy(), factor.numpy(), shares.numpy(), found.numpy(), errors.numpy(), largest
+    )
+    return _brought_back(errors, found, codes)
 
 
 def descend_coupled(
     codes: torch.Tensor, force: torch.Tensor, block: torch.Tensor, mix: torch.Tensor, largest: int
 ) -> torch.Tensor:
-    """Does what `descend_columns` does to rows that are coupled, one row after the other in each column; on the CPU only.
+    """Does what `descend_columns` does to rows that are coupled, one row after the other in each column.
 
     Args:
         codes: q, as there.
@@ -109,9 +96,10 @@ def descend_coupled(
     Returns:
         By how much each code moved.
     """
-    moved = torch.empty_like(force)
-    _loops().descend_coupled(*_arrays(codes, force, block.contiguous(), mix, moved), largest)
-    return moved
+    found, pull, metric, shares = _on_host(codes, force, block.contiguous(), mix)
+    moved = torch.empty_like(pull)
+    _loops().descend_coupled(found.numpy(), pull.numpy(), metric.numpy(), shares.numpy(), moved.numpy(), largest)
+    return _brought_back(moved, found, codes)
 
 
 def grid_errors(
@@ -129,19 +117,17 @@ def grid_errors(
     Returns:
         Costs with shape (grids, m).
     """
+    if norm == 2:
+        values, sizes, middles = _on_host(columns, scales, zeros)
+        costs = torch.empty_like(sizes)
+        _loops().grid_errors(values.numpy(), sizes.numpy(), middles.numpy(), costs.numpy(), largest)
+        return costs.to(columns.device)
     errors = torch.empty_like(scales)
-    if _on_cpu(columns) and norm == 2:
-        _loops().grid_errors(*_arrays(columns, scales, zeros, errors), largest)
-        return errors
     for scale, zero, error in zip(scales, zeros, errors, strict=True):
         steps = columns / scale + zero
         missed = steps.round().clamp_(0, largest).sub_(steps).abs_().pow_(norm)
         torch.mul(missed.sum(dim=0), scale**norm, out=error)
     return errors
-
-
-def _on_cpu(matrix: torch.Tensor) -> bool:
-    return matrix.device.type == "cpu"
 
 
 def _loops() -> ModuleType:
@@ -150,6 +136,16 @@ def _loops() -> ModuleType:
     return compiled
 
 
-def _arrays(*matrices: torch.Tensor) -> list[np.ndarray]:
-    """Returns the same memory as numba is given it; loops are fast on what is contiguous and right on what is not."""
-    return [matrix.numpy() for matrix in matrices]
+def _on_host(*matrices: torch.Tensor) -> list[torch.Tensor]:
+    """Returns matrices in the host's memory: those that are there themselves, of others copies.
+
+    Loops are fast on what is contiguous and right on what is not.
+    """
+    return [matrix.cpu() for matrix in matrices]
+
+
+def _brought_back(made: torch.Tensor, found: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """Writes codes into where they belong, if they were found in a copy, and returns what else was made on their device."""
+    if found is not codes:
+        codes.copy_(found)
+    return made.to(codes.device)

@@ -69,8 +69,8 @@ class Work:
         coupled: Of matrix products in float32 that only a CPU makes, where rows know of each other.
         eigen: Operations of eigendecompositions in float32.
         solves: Operations of solvers that go column by column, in float32, polishing not counted.
-        columns: Columns such solvers go through, on a GPU.
-        looped: Weights that their compiled loops go over on the CPU, counted by what they take.
+        turns: How often such solvers, on a GPU, hand a few columns to the loops on the processor.
+        looped: Weights that these loops go over, counted by what they take on the CPU.
         moved: Bytes read and written in the device's memory by what is not bound by its operations.
         files: Bytes read from and written to files.
         packed: Weights packed on the CPU.
@@ -82,7 +82,7 @@ class Work:
     coupled: float = 0
     eigen: float = 0
     solves: float = 0
-    columns: float = 0
+    turns: float = 0
     looped: float = 0
     moved: float = 0
     files: float = 0
@@ -222,7 +222,7 @@ def stack_work(layer: LayerPlan, coupled: bool) -> Work:
 
 def rounding_work(inputs: int, outputs: int, coupled: bool) -> Work:
     """Counts what quantizes one matrix and polishes it; `coupled`, on both sides."""
-    steps = GPU_STEPS if coupled else 1
+    steps = min(outputs, GPU_STEPS) if coupled else 1
     loops = Work(looped=float(inputs * outputs) * (COUPLED_LOOPS if coupled else 1))
     one_sided = solve_work(inputs, outputs, steps) + refine_work(inputs, outputs, steps) + loops
     if not coupled:
@@ -269,7 +269,7 @@ def solve_work(inputs: int, outputs: int, steps: int = 1) -> Work:
     """Counts one GPTQ solve: Cholesky factor, its inverse, columns with their feedback, rows in so many steps."""
     return Work(
         solves=2.0 * inputs**2 * outputs + float(inputs) ** 3,
-        columns=inputs * steps,
+        turns=inputs / COLUMNS * steps,
         moved=inputs**2 * outputs / COLUMNS * FLOAT_BYTES,  # what is left is read and written so often
     )
 
@@ -279,5 +279,7 @@ def refine_work(inputs: int, outputs: int, steps: int = 1) -> Work:
     product = 2.0 * inputs**2 * outputs
     products = (SWEEPS * 2 + 1) * product  # the target's pull once; scales half a product a sweep, codes one and a half
     return Work(
-        products=products, columns=SWEEPS * inputs * steps, moved=SWEEPS * inputs**2 * outputs / COLUMNS * FLOAT_BYTES
+        products=products,
+        turns=SWEEPS * inputs / COLUMNS * steps,
+        moved=SWEEPS * inputs**2 * outputs / COLUMNS * FLOAT_BYTES,
     )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """On a device that is not the processor: nothing meets what was left behind, and what comes out is as good.
 
-The device is made for this (`elsewhere/device.cpp`). Like a GPU it takes the loops of `kernels.py` that are torch's, and
-rounds rows of a step as independent; `test_cuda.py` is for what only a GPU shows.
+The device is made for this (`elsewhere/device.cpp`). Like a GPU it rounds rows of a step as independent, in loops on the
+processor; `test_cuda.py` is for what only a GPU shows.
 """
 
 from __future__ import annotations
@@ -44,6 +44,11 @@ def test_the_device_tells_what_was_left_behind(what: str, found: dict[str, Any])
     assert "same device" in found["meetings"][what] or "expected a generator" in found["meetings"][what]
 
 
+def test_loops_come_back_from_the_processor_with_all_they_found(found: dict[str, Any]) -> None:
+    here, there = found["cpu"]["loops"]["values"], found[NAME]["loops"]["values"]
+    assert len(here) > 9 * 16 * 40 and there == here
+
+
 def test_float_factors_are_those_of_the_cpu(found: dict[str, Any]) -> None:
     assert found[NAME]["float"] == pytest.approx(found["cpu"]["float"], rel=1e-3)
 
@@ -52,8 +57,8 @@ def test_float_factors_are_those_of_the_cpu(found: dict[str, Any]) -> None:
 def test_both_factors_at_4_bits_lose_what_they_lose_on_the_cpu(what: str, found: dict[str, Any]) -> None:
     """But for what rows of a step do not take back from each other there."""
     here, there = found["cpu"][what], found[NAME][what]
-    assert there == pytest.approx(here, rel=0.15)
-    assert 0.99 < sum(there.values()) / sum(here.values()) < 1.04
+    assert there == pytest.approx(here, rel=0.1)
+    assert 0.99 < sum(there.values()) / sum(here.values()) < 1.02
 
 
 def test_a_budget_is_measured_planned_and_run(found: dict[str, Any]) -> None:

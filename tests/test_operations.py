@@ -25,7 +25,7 @@ from lord_quant.operations import (
     truncation_work,
 )
 from lord_quant.plan import LayerPlan, Plan, build_plan
-from lord_quant.solver import exact
+from lord_quant.solver import COLUMNS, exact
 from lord_quant.stack import anchored_target, stack_layer
 from lord_quant.targets import LinearSite
 from lord_quant.truncation import truncate, weigh
@@ -130,7 +130,7 @@ def test_gauge_and_refit_are_counted_as_torch_does(shape: tuple[int, int], coupl
     found = stack_work(layer, coupled)
     assert found.products == pytest.approx(own + solves + solved_by_lapack, rel=0.1 if coupled else 0.02)
     assert found.rotations == pytest.approx(8 / 3 * r**3)
-    assert found.columns == 3 * (n + r) * (GPU_STEPS if coupled else 1)  # a solve and two sweeps
+    assert found.turns == 3 * (n + r) / COLUMNS * (GPU_STEPS if coupled else 1)  # a solve and two sweeps
     assert found.solves == sum(2 * i**2 * o + i**3 for i, o in shapes)
     assert found.looped == (COUPLED_LOOPS if coupled else 1) * sum(i * o for i, o in shapes)
 
@@ -160,4 +160,4 @@ def test_phases_that_do_nothing_are_left_out() -> None:
 
 
 def test_work_adds_up_field_by_field() -> None:
-    assert Work(passes=1, files=2) + Work(passes=3, columns=4) == Work(passes=4, files=2, columns=4)
+    assert Work(passes=1, files=2) + Work(passes=3, turns=4) == Work(passes=4, files=2, turns=4)

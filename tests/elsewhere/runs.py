@@ -76,6 +76,33 @@ def loaded(model: Path, corpus: str, device: str) -> dict[str, float]:
     return {"nll": float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten()))}
 
 
+def loops(device: torch.device) -> dict[str, list[float]]:
+    """What the loops make of the same columns here and there: all they return and all they write, one after the other."""
+    from lord_quant import kernels
+
+    draw = torch.Generator().manual_seed(0)
+    columns, seen = 3 + 2 * torch.randn(16, 40, generator=draw), torch.randn(16, 64, generator=draw)
+    metric = seen @ seen.T / 64 + 0.1 * torch.eye(16)
+    upper, mix = torch.linalg.cholesky(metric).T, 0.1 * torch.randn(40, 40, generator=draw)
+    here = {name: each.to(device) for name, each in {"t": columns, "h": metric, "u": upper, "m": mix}.items()}
+    grids = [each.to(device) for each in (torch.rand(5, 40, generator=draw) + 0.1, torch.full((5, 40), 3.0))]
+    spread = torch.zeros(16, 80, device=device)
+    codes = {name: spread[:, ::2].clone() for name in ("rounded", "coupled")} | {"spread": spread[:, ::2]}
+    start = here["t"].round().clamp(0, 7)
+    moved = {"alone": start.clone(), "together": start.clone()}
+    made = [
+        kernels.round_columns(here["t"].clone(), here["u"], codes["rounded"], 7),
+        kernels.round_columns(here["t"].clone(), here["u"], codes["spread"], 7),
+        kernels.round_coupled(here["t"].clone(), here["t"], here["u"], here["m"], codes["coupled"], 7),
+        kernels.descend_columns(moved["alone"], start - here["t"], here["h"], 7),
+        kernels.descend_coupled(moved["together"], start - here["t"], here["h"], here["m"], 7),
+        kernels.grid_errors(here["t"], *grids, 7),
+    ]
+    assert {each.device for each in made} == {here["t"].device}
+    everything = [*made, *codes.values(), *moved.values()]
+    return {"values": torch.cat([each.flatten() for each in everything]).tolist()}
+
+
 def meetings(device: torch.device) -> dict[str, str]:
     """What is said where something was left on the processor; the device would show nothing if it let that pass."""
     there, found = torch.ones(3, 3, device=device), dict[str, str]()
@@ -100,6 +127,7 @@ def main(build: str, models: str, corpus: str, output: str) -> None:
     bigcode, half, llama = (folder / name for name in ("gpt_bigcode", "gpt_bigcode-half", "llama-half"))
     for where in ("cpu", NAME):
         found[where] = {
+            "loops": loops(torch.device(where)),
             "float": given(bigcode, corpus, where, 16),
             "bigcode": given(half, corpus, where, 4),
             "llama": given(llama, corpus, where, 4),

@@ -43,14 +43,17 @@ def test_the_default_is_starcoder_and_is_no_measurement(tmp_path: Path) -> None:
     assert found["total"]["seconds"]["total"] == pytest.approx(sum(row["seconds"]["total"] for row in phases.values()))
     before = {row["phase"]: row["work"] for row in found["sensitivity_pass"]["phases"]}
     assert before["gradients"]["passes"] > 7 * 2 * 15.16e9 * 2**16  # once forward, twice forward and back for two losses
-    assert before["probe"]["columns"] > 3 * phases["quantize"]["work"]["columns"] and "The sensitivity pass" in text
+    assert before["probe"]["turns"] > 3 * phases["quantize"]["work"]["turns"] and "The sensitivity pass" in text
 
 
 def test_seconds_are_counts_over_speeds(projection: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = ("--width", "256", "--inner", "1024", "--blocks", "2", "--num-samples", "4", "--seq-len", "64")
     speeds = ("--half-tflops", "1", "--single-tflops", "0.5", "--bandwidth", "2", "--efficiency", "0.25")
     rates = ("--eigen-efficiency", "0.1", "--kernel-us", "2", "--cpu-gflops", "3", "--pack-rate", "1e6", "--disk", "4")
-    monkeypatch.setattr(sys, "argv", ["projection.py", "--output", str(tmp_path / "p.json"), *small, *speeds, *rates])
+    loops = ("--loop-ns", "3", "--copies", "5")
+    monkeypatch.setattr(
+        sys, "argv", ["projection.py", "--output", str(tmp_path / "p.json"), *small, *speeds, *rates, *loops]
+    )
     projection.main()
     found = json.loads((tmp_path / "p.json").read_text(encoding="utf-8"))
     for row in found["phases"]:
@@ -59,7 +62,8 @@ def test_seconds_are_counts_over_speeds(projection: Any, tmp_path: Path, monkeyp
         assert seconds["products"] == pytest.approx((work["products"] + work["solves"]) / 0.125e12)
         assert seconds["eigen"] == pytest.approx(work["eigen"] / 0.05e12)
         assert seconds["memory"] == pytest.approx(work["moved"] / 0.5e12)
-        assert seconds["kernels"] == pytest.approx(work["columns"] * 5 * 2e-6)
+        assert seconds["starts"] == pytest.approx(work["turns"] * 25 * 2e-6)
+        assert seconds["loops"] == pytest.approx(work["looped"] * (3e-9 + 24 / 5e9))
         assert seconds["cpu"] == pytest.approx(work["rotations"] / 3e9 + work["packed"] / 1e6)
         assert seconds["files"] == pytest.approx(work["files"] / 4e9)
         assert seconds["total"] == pytest.approx(sum(value for part, value in seconds.items() if part != "total"))
