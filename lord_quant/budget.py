@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from lord_quant.planner import Allocation
 from lord_quant.sensing import digest_of, other_settings, unplanned
 from lord_quant.source import build_skeleton, inspect_source
 from lord_quant.statistics import Statistics
-from lord_quant.targets import find_linears, select
+from lord_quant.targets import LinearSite, find_linears, select
 
 
 PLANNED = "planned"
@@ -33,7 +33,7 @@ class Planner:
 
     Args:
         config: Model, targets, and whether factors get a bias.
-        statistics: What the model's layers would lose.
+        statistics: What the model's layers would lose; None makes something up, for what shapes alone decide.
         menu: What candidates there are for the layers among the targets; others stay dense.
         model: The model where it is loaded already; None reads shapes from its folder.
         commit: That of a hub model; None is the one its name stands for.
@@ -46,7 +46,7 @@ class Planner:
     def __init__(
         self,
         config: LordConfig,
-        statistics: Statistics,
+        statistics: Statistics | None,
         menu: Menu,
         model: torch.nn.Module | None = None,
         commit: str | None = None,
@@ -60,14 +60,11 @@ class Planner:
         if FLOAT_BITS in menu.bits:  # biases of float layers are stored like all floats, of packed ones in 2 bytes
             dense = dataclasses.replace(dense, gptq=dataclasses.replace(dense.gptq, bits=FLOAT_BITS))
         plan = plan_model(model, dense, itemsize)
-        origin = statistics.origin
-        require_same(digest_of(config.model, commit), origin.get("model_sha256"), "statistics were", config.model)
         sites = find_linears(model)
-        if list(statistics.sites.values()) != packable_of(sites):
-            raise BudgetError(f"the statistics do not have the layers of {config.model!r}; wanted those it was measured on")
-        odd = other_settings(origin, config)
-        if odd:
-            raise BudgetError(f"the statistics were measured with other settings: {odd}; wanted the same")
+        if statistics is None:
+            statistics = Statistics.of_shapes(packable_of(sites), {"fisher_samples": int(config.joint.fisher)})
+        else:
+            _require_own(statistics, config, sites, commit)
         menu = dataclasses.replace(menu, itemsize=itemsize)
         self.statistics, self.menu = statistics, menu
         targeted = select(sites, config.lowrank.targets, config.lowrank.ignore)
@@ -102,18 +99,30 @@ class Planner:
         Raises:
             BudgetError: It cannot be met; the message names what can be reached.
         """
+        if (allowed := self.bytes_within(budget)) is not None:
+            return self.plans.within(allowed)
+        assert budget.max_loss is not None  # what limits no bytes
         smallest, largest = (self._extreme(pick) for pick in (min, max))
+        if largest.loss > budget.max_loss:
+            raise BudgetError(
+                f"no plan loses as little as {budget.max_loss:g} nats per token; what can be reached is "
+                f"{_rounded_up(largest.loss)} to {smallest.loss:.3g}"
+            )
+        return self.plans.below(budget.max_loss)
+
+    def bytes_within(self, budget: BudgetConfig) -> float | None:
+        """Returns what a budget leaves for what is chosen; None if it limits the loss.
+
+        Raises:
+            BudgetError: No plan is as small, or the loss is limited in nats and known in something else.
+        """
         if budget.max_loss is not None:
             if not self.in_nats:
                 raise BudgetError(
-                    "max_loss is in nats, the statistics are of output errors; wanted some with a backward pass"
+                    "max_loss is in nats, and losses without a backward pass are output errors; wanted one (fisher)"
                 )
-            if largest.loss > budget.max_loss:
-                raise BudgetError(
-                    f"no plan loses as little as {budget.max_loss:g} nats per token; what can be reached is "
-                    f"{_rounded_up(largest.loss)} to {smallest.loss:.3g}"
-                )
-            return self.plans.below(budget.max_loss)
+            return None
+        smallest, largest = (self._extreme(pick) for pick in (min, max))
         if budget.target_bpw is not None:
             allowed = self._allowed(budget.target_bpw)
             reach = f"{_rounded_up(self.bpw(smallest))} to {self.bpw(largest):.3f} bits per weight"
@@ -124,7 +133,7 @@ class Planner:
         if allowed < smallest.num_bytes:
             asked = budget.target_bpw or budget.target_size
             raise BudgetError(f"no plan is as small as {asked}; what can be reached is {reach}")
-        return self.plans.within(allowed)
+        return allowed
 
     def frontier(self, budgets: Sequence[float]) -> list[Allocation | None]:
         """Returns the best plans at several bits per weight; None for those out of reach."""
@@ -154,6 +163,41 @@ class Planner:
         samples = self.statistics.origin.get("fisher_samples")
         sections["joint"] = {"fisher_samples": samples} if samples else {"fisher": False}
         return {PLANNED: about, **sections}
+
+
+def refuse_unreachable(
+    config: LordConfig,
+    menu: Menu,
+    budgets: Iterable[BudgetConfig],
+    model: torch.nn.Module | None = None,
+    commit: str | None = None,
+) -> None:
+    """Refuses, before it is measured what layers lose, budgets that no plan keeps whatever that is.
+
+    Args:
+        config: The run, as for `Planner`; likewise the others.
+        menu: What candidates there are.
+        budgets: What is asked for.
+        model: The model where it is loaded already.
+        commit: That of a hub model.
+
+    Raises:
+        BudgetError: A layer has no candidate, no plan is as small, or the loss is limited in nats that nobody will measure.
+    """
+    planner = Planner(config, None, menu, model, commit)
+    for budget in budgets:
+        planner.bytes_within(budget)
+
+
+def _require_own(statistics: Statistics, config: LordConfig, sites: Sequence[LinearSite], commit: str | None) -> None:
+    """Refuses statistics of another model or of other settings."""
+    origin = statistics.origin
+    require_same(digest_of(config.model, commit), origin.get("model_sha256"), "statistics were", config.model)
+    if list(statistics.sites.values()) != packable_of(sites):
+        raise BudgetError(f"the statistics do not have the layers of {config.model!r}; wanted those it was measured on")
+    odd = other_settings(origin, config)
+    if odd:
+        raise BudgetError(f"the statistics were measured with other settings: {odd}; wanted the same")
 
 
 def _menus(statistics: Statistics, menu: Menu, targeted: frozenset[str]) -> list[list[Choice]]:

@@ -37,9 +37,10 @@ def sensing_beside(output: Path, run_sha256: str) -> Path:
 
 
 def forget_sensed(output: Path) -> None:
-    """Removes what runs into an output kept of their sensitivity passes."""
+    """Removes what runs into an output kept of their sensitivity passes, and what a killed one was just writing of it."""
     for kind in ("sensed", "sensing"):
-        for path in output.parent.glob(f".{glob.escape(output.name)}.{kind}-*"):
+        own = f".{glob.escape(output.name)}.{kind}-*"
+        for path in (*output.parent.glob(own), *output.parent.glob(f".{own}.partial-*")):
             path.unlink(missing_ok=True)
 
 
@@ -47,7 +48,7 @@ class Claim:
     """The right to write an output, held until it is released.
 
     Args:
-        output: The folder that will be written.
+        output: The folder or file that will be written.
 
     Attributes:
         folder: Where the lock lies.

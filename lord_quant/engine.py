@@ -25,6 +25,7 @@ from lord_quant.distributed import ALONE, World
 from lord_quant.errors import CalibrationError, NumericsError
 from lord_quant.moments import MomentAccumulator, Moments, pooled_alone
 from lord_quant.plan import LayerPlan, Plan
+from lord_quant.remedies import UNREACHED
 from lord_quant.stream import block_kinds, capture
 from lord_quant.surgery import replace_layer
 from lord_quant.targets import dense_bias, dense_weight, find_blocks
@@ -151,7 +152,7 @@ class Gathered:
             leaders = told | leaders
         unseen = [prefix + name for name in self.layers if name not in leaders]
         if unseen:
-            raise CalibrationError(f"no calibration token reached {', '.join(unseen)}; use more text, or --ignore them")
+            raise CalibrationError(f"no calibration token reached {', '.join(unseen)}; {UNREACHED}")
         own = {name: accumulator.result() for name, accumulator in seen.items()}
         moments = {
             leader: own[leader] if world.size == 1 else pooled_alone(own.get(leader), world, self.device)

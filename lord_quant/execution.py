@@ -191,9 +191,11 @@ def _execute_streamed(run: _Streaming) -> dict[str, Any]:
 
 def clear_away(job: Job, output: Path, processes: int = 1) -> None:
     """Removes what a finished run left beside its output because it was killed before it could; not what is another's."""
-    if folder_of(output).is_dir():
-        with contextlib.suppress(OutputError):
+    with contextlib.suppress(OutputError):
+        if folder_of(output).is_dir():
             Journal(output, made_of(job, processes)).close()
+        with claimed(output):
+            forget_sensed(output)
 
 
 def _open(run: _Streaming, made: Mapping[str, Any]) -> Unfinished:

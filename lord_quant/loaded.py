@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-from lord_quant.budget import Planner
+from lord_quant.budget import Planner, refuse_unreachable
 from lord_quant.budget_config import BudgetConfig
 from lord_quant.calibration import TokenWindows
 from lord_quant.cautions import log_cautions
@@ -63,11 +63,12 @@ def _choose(
 ) -> tuple[LordConfig, str]:
     """Returns the run that a run's budget chooses, and the digest of the tokens that this rests on."""
     digest_of(config.model, commit)  # or it is refused only after the sensitivity pass
+    menu = Menu(mean_correction=config.lowrank.mean_correction, min_param_ratio=budget.min_param_ratio or 0)
     if budget.statistics:
         statistics = load_statistics(budget.statistics)
     else:
+        refuse_unreachable(config, menu, [budget], model, commit)
         statistics = sense_model(model, windows, config, commit=commit)
-    menu = Menu(mean_correction=config.lowrank.mean_correction, min_param_ratio=budget.min_param_ratio or 0)
     planner = Planner(config, statistics, menu, model, commit)
     chosen = apply_plan(config, planner.settings(planner.choose(budget)))
     return chosen, str(statistics.origin.get("calibration_sha256"))

@@ -15,6 +15,7 @@ from torch import nn
 from lord_quant.errors import CalibrationError
 from lord_quant.kept import Batches, Keep, Kept
 from lord_quant.moments import PairedAccumulator, PairedMoments
+from lord_quant.remedies import UNREACHED
 from lord_quant.residual import watched
 from lord_quant.stream import BlockCall, Ending, Replay, StopForward, first_of, returning
 from lord_quant.targets import dense_bias, dense_weight
@@ -144,7 +145,7 @@ def record_inputs(
             leaving.clear()
     unseen = [prefix + name for name in layers if not inputs.num_values[inputs.leader.get(name, name)]]
     if unseen:
-        raise CalibrationError(f"no calibration token reached {', '.join(unseen)}; use more text, or --ignore them")
+        raise CalibrationError(f"no calibration token reached {', '.join(unseen)}; {UNREACHED}")
     odd = [prefix + name for name in inputs.leader if name in parted]
     if odd:
         raise CalibrationError(

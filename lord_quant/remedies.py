@@ -10,6 +10,8 @@ from tabulate import tabulate
 
 
 RANK_NOISE = "numerical rank below the rank kept: some kept directions are rounding noise"
+UNREACHED = "wanted more text; with --bits 16, --ignore leaves layers out"
+"""What can be done about layers that no calibration token reached."""
 SHOWN = 100
 """Characters of a remedy that the table shows."""
 

@@ -15,7 +15,7 @@ import torch
 
 from lord_quant.calibration import TokenWindows, windows_at_once
 from lord_quant.checkpoint import whole_path
-from lord_quant.claim import sensed_beside, sensing_beside
+from lord_quant.claim import claimed, sensed_beside, sensing_beside
 from lord_quant.config import LordConfig
 from lord_quant.distributed import ALONE, World
 from lord_quant.errors import CheckpointError, OutputError
@@ -50,7 +50,6 @@ def statistics_of(
     world: World = ALONE,
     *,
     keep: bool = False,
-    again: bool = False,
 ) -> Statistics:
     """Reads the statistics that a run's budget names; measures them where it names none.
 
@@ -59,20 +58,26 @@ def statistics_of(
         progress: Where it is told how far the pass is.
         world: The processes that share the pass. Files are the first one's.
         keep: Keep them beside the run's output until it is finished, and use those of one that was cut off.
-        again: Measure them whatever is kept.
 
     Raises:
+        OutputError: They are to be kept, and another run is writing the output.
         LordError: Whatever is wrong with the file, the model or the calibration.
     """
     if config.budget is not None and config.budget.statistics:
         return world.broadcast(load_statistics(config.budget.statistics) if world.first else None)
     if not keep or config.output is None:
         return sense(config, progress, world=world)
-    job = dense_job(config)
-    output, pass_sha256 = whole_path(config.output), told_apart(config, job)
+    job, output = dense_job(config), whole_path(config.output)
+    with claimed(output) if world.first else contextlib.nullcontext():
+        return _kept_or_sensed(config, job, output, progress, world)
+
+
+def _kept_or_sensed(config: LordConfig, job: Job, output: Path, progress: Progress | None, world: World) -> Statistics:
+    """Returns what a run that was cut off kept beside its output; measures it, and keeps it, where there is none."""
+    pass_sha256 = told_apart(config, job)
     kept, so_far = sensed_beside(output, pass_sha256), sensing_beside(output, pass_sha256)
     found = None
-    if world.first and not again:
+    if world.first:
         with contextlib.suppress(CheckpointError):  # there is none, or it is spoilt
             found = load_statistics(kept)
     found = world.broadcast(found)
@@ -243,6 +248,6 @@ def _solver(config: LordConfig) -> dict[str, Any]:
 
 def other_settings(origin: Mapping[str, Any], config: LordConfig) -> str:
     """Tells which settings of a run lose otherwise than those that losses were measured with; empty if none does."""
-    found, now = origin.get("solver"), _solver(config)
-    measured = found if isinstance(found, Mapping) else {}
+    found, now = origin.get("solver"), _solver(config) | {"fisher": config.joint.fisher}
+    measured = {**(found if isinstance(found, Mapping) else {}), "fisher": bool(origin.get("fisher_samples"))}
     return ", ".join(f"{name} {measured.get(name)!r}, now {now[name]!r}" for name in now if measured.get(name) != now[name])

@@ -19,12 +19,13 @@ import torch
 from torch import nn
 
 from lord_quant.checkpoint import atomic_file
+from lord_quant.config import GROUP_SIZES
 from lord_quant.errors import CheckpointError, OutputError
-from lord_quant.layer_bytes import COLUMN_PIVOTED, PACK_MULTIPLE, PIVOTED
+from lord_quant.layer_bytes import COLUMN_PIVOTED, PACK_MULTIPLE, PIVOTED, pivoted_forms
 from lord_quant.packable import packable_of
 from lord_quant.probe import PROBED_BITS, SLOPES, FactorNoise, LayerLoss, Orders
 from lord_quant.reading import open_tensors, parse_json
-from lord_quant.targets import LinearSite, find_blocks, find_linears
+from lord_quant.targets import LinearSite, find_blocks, find_linears, siblings
 
 
 VERSION = 7
@@ -52,11 +53,31 @@ class Statistics(NamedTuple):
     groups: dict[tuple[str, ...], LayerLoss]
     origin: dict[str, Any]
 
+    @classmethod
+    def of_shapes(cls, sites: Sequence[LinearSite], origin: Mapping[str, Any]) -> Statistics:
+        """Makes some up, for what shapes alone decide: all that can become of layers, at losses that fall with bytes."""
+        found = cls({site.name: _alike(site) for site in sites}, {site.name: site for site in sites}, {}, dict(origin))
+        for together in siblings(sites):
+            names = tuple(site.name for site in together)
+            found.groups[names] = _alike(found.site_of(names))
+        return found
+
     def site_of(self, names: Sequence[str]) -> LinearSite:
         """Returns a layer, or the layer that several with one input make; it has the first one's name."""
         together = [self.sites[name] for name in names]
         height, biased = sum(site.out_features for site in together), all(site.has_bias for site in together)
         return together[0]._replace(out_features=height, has_bias=biased)
+
+
+def _alike(site: LinearSite) -> LayerLoss:
+    """Returns a loss of which nothing is this layer's own, for all that may become of one of its shape."""
+    smaller = min(site.in_features, site.out_features)
+    falling = torch.linspace(1, 0, smaller + 1, dtype=torch.float64)
+    by_bits = {bits: 4.0**-bits for bits in PROBED_BITS}
+    noise = FactorNoise(smaller, by_bits, 0.0)
+    groups = {size: size / max(GROUP_SIZES) for size in GROUP_SIZES if site.in_features % size == 0}
+    forms = dict.fromkeys(pivoted_forms(site.in_features, site.out_features), 1.0)
+    return LayerLoss(falling, falling, by_bits, groups, max(GROUP_SIZES), noise, noise, forms)
 
 
 class SoFar:

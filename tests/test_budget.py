@@ -16,12 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from lord_quant.budget import Planner, _rounded_up
+from lord_quant.budget import Planner, _rounded_up, refuse_unreachable
 from lord_quant.budget_config import BudgetConfig
+from lord_quant.claim import claimed
 from lord_quant.config import CalibrationConfig, JointConfig, LordConfig, LowrankConfig, merge
-from lord_quant.errors import BudgetError, ConfigError, GroupSizeError, LordError, RankError
+from lord_quant.errors import BudgetError, ConfigError, GroupSizeError, LordError, OutputError, RankError
 from lord_quant.execution import execute
-from lord_quant.menu import Menu
+from lord_quant.menu import DENSE, Menu
 from lord_quant.pipeline import make_plan, prepare
 from lord_quant.plan_file import apply_plan, read_plan, write_plan
 from lord_quant.sensing import sense, sensed_samples, statistics_of, unplanned
@@ -67,9 +68,6 @@ def test_a_run_that_is_cut_off_does_not_measure_again(config: LordConfig, statis
     again = statistics_of(LordConfig.from_dict(merge(asked.to_dict(), {"budget": {"target_bpw": 4.0}})), keep=True)
     assert kept.stat().st_mtime_ns == made
     assert all(torch.equal(again.losses[name].cut, loss.cut) for name, loss in first.losses.items())
-    statistics_of(asked, keep=True, again=True)
-    remade = kept.stat().st_mtime_ns
-    assert remade > made
     kept.write_bytes(b"spoilt")
     statistics_of(asked, keep=True)
     assert kept.stat().st_size > 1000
@@ -250,11 +248,51 @@ def test_statistics_of_another_solver_or_of_output_errors_are_told_apart(
     with pytest.raises(BudgetError, match="settings: sym False, now True, rotate True, now False, refine 1, now 2"):
         Planner(other, statistics, Menu())
     blind = statistics._replace(origin=statistics.origin | {"fisher_samples": 0})
-    with pytest.raises(BudgetError, match="max_loss is in nats, the statistics are of output errors"):
-        Planner(config, blind, Menu()).choose(BudgetConfig(max_loss=0.1))
-    planner = Planner(config, blind, Menu())
+    with pytest.raises(BudgetError, match="settings: fisher False, now True; wanted the same"):
+        Planner(config, blind, Menu())
+    seeing = LordConfig.from_dict(merge(config.to_dict(), {"joint": {"fisher": False}}))
+    with pytest.raises(BudgetError, match="settings: fisher True, now False; wanted the same"):
+        Planner(seeing, statistics, Menu())
+    planner = Planner(seeing, blind, Menu())
+    with pytest.raises(BudgetError, match="max_loss is in nats, and losses without a backward pass are output errors"):
+        planner.choose(BudgetConfig(max_loss=0.1))
     settings = planner.settings(planner.choose(BudgetConfig(target_bpw=2.6)))
-    assert config.joint.fisher and not apply_plan(unaware(config), settings).joint.fisher, "run in the same metric"
+    assert not apply_plan(unaware(config), settings).joint.fisher, "run in the same metric"
+
+
+@pytest.mark.parametrize(
+    "menu", [Menu(), Menu(bits=(3,), forms=(DENSE,)), Menu(bits=(16,), group_sizes=(32,)), Menu(min_param_ratio=0.8)]
+)
+def test_shapes_alone_tell_how_small_a_plan_can_be(menu: Menu, config: LordConfig, statistics: Statistics) -> None:
+    """Before anything is measured: the same bounds, to the byte, as with what layers really lose."""
+    told = []
+    for known in (statistics, None):
+        for budget in (BudgetConfig(target_size=1000), BudgetConfig(target_bpw=0.1)):
+            with pytest.raises(BudgetError, match="no plan is as small") as caught:
+                Planner(config, known, menu).choose(budget)
+            told.append(str(caught.value).partition(" to ")[0])
+    assert told[:2] == told[2:]
+    smallest = int(told[0].rpartition(" ")[2])
+    refuse_unreachable(config, menu, [BudgetConfig(target_size=smallest)])
+    with pytest.raises(BudgetError, match="no plan is as small"):
+        refuse_unreachable(config, menu, [BudgetConfig(max_loss=1e-9), BudgetConfig(target_size=smallest - 1)])
+
+
+def test_what_nobody_will_measure_or_allow_is_refused_before_anything_is(config: LordConfig) -> None:
+    seeing = LordConfig.from_dict(merge(config.to_dict(), {"joint": {"fisher": False}}))
+    with pytest.raises(BudgetError, match="losses without a backward pass are output errors"):
+        refuse_unreachable(seeing, Menu(), [BudgetConfig(max_loss=0.1)])
+    with pytest.raises(BudgetError, match="no candidate is left for"):
+        refuse_unreachable(config, Menu(forms=()), [BudgetConfig(target_bpw=4.0)])
+
+
+def test_what_an_output_keeps_is_not_measured_while_another_run_writes_there(config: LordConfig, tmp_path: Path) -> None:
+    asked = LordConfig.from_dict(
+        config.to_dict() | {"output": str(tmp_path / "out"), "lowrank": {}, "budget": {"target_bpw": 3.0}}
+    )
+    with claimed(tmp_path / "out"), pytest.raises(OutputError, match="another run is writing"):
+        statistics_of(asked, keep=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_is_the_same_wherever_it_lies_and_however_it_is_stored(

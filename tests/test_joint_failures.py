@@ -58,7 +58,7 @@ def test_a_layer_that_no_token_reaches_is_named(reached: str) -> None:
     mlp.register_module("spare", nn.Linear(64, 64, dtype=torch.float64))
     if reached == "with no token":
         mlp.act_fn.register_forward_hook(lambda module, args, output: (mlp.spare(output[:0, ..., :64]), output)[1])
-    with pytest.raises(CalibrationError, match=r"no calibration token reached model\.layers\.1\.mlp\.spare; use more text"):
+    with pytest.raises(CalibrationError, match=r"reached model\.layers\.1\.mlp\.spare; wanted more text"):
         run_joint(model, plan_of(model))
 
 

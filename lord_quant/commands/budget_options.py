@@ -10,7 +10,10 @@ from lord_quant.commands.options import settings_from, without
 
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lord_quant.budget import Planner
+    from lord_quant.budget_config import BudgetConfig
     from lord_quant.config import LordConfig
     from lord_quant.menu import Menu
 
@@ -90,12 +93,19 @@ def menu_from(args: argparse.Namespace) -> Menu:
     return Menu(**restricted)
 
 
-def planner_from(args: argparse.Namespace, config: LordConfig) -> Planner:
-    """Makes a planner from statistics in a file, or measured now."""
-    from lord_quant.budget import Planner
+def planner_from(args: argparse.Namespace, config: LordConfig, budgets: Sequence[BudgetConfig]) -> Planner:
+    """Makes a planner for some budgets, from statistics in a file or measured now.
+
+    Raises:
+        BudgetError: A budget cannot be kept, which is known before anything is measured; or the statistics do not fit.
+    """
+    from lord_quant.budget import Planner, refuse_unreachable
     from lord_quant.sensing import statistics_of
 
-    return Planner(config, statistics_of(config), menu_from(args))
+    menu = menu_from(args)
+    if config.budget is None or not config.budget.statistics:
+        refuse_unreachable(config, menu, budgets)
+    return Planner(config, statistics_of(config), menu)
 
 
 def frontier_of(planner: Planner) -> str:

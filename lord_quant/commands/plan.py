@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     if file and folder and (file == folder or folder in file.parents or file in folder.parents):
         raise ConfigError(f"--save {args.save} and --plots {args.plots} lie in each other; wanted places apart")
     if config.budget is not None:
-        planner = planner_from(args, config)
+        planner = planner_from(args, config, [config.budget])
         allocation = planner.choose(config.budget)
         settings = planner.settings(allocation)
         config, about = apply_plan(config, settings), {PLANNED: settings[PLANNED]}
@@ -78,8 +78,8 @@ def run(args: argparse.Namespace) -> int:
         if folder:
             write_plots(collect(planner, allocation, settings[PLANNED]), folder, overwrite=args.overwrite)
             below += f"\nplots written to {args.plots}\n"
-        if args.save:
-            write_plan(settings, args.save)
+        if file:
+            write_plan(settings, file)
             below += f"\nwritten to {args.save}\n"
     else:
         _, plan = make_plan(config)

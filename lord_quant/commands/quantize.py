@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from lord_quant.commands.budget_options import add_budget_flags, menu_from, run_of
 from lord_quant.commands.options import add_log_flag, add_plan_flags, add_run_flags
-from lord_quant.commands.termination import terminable
 from lord_quant.distributed import World, joined
 
 
@@ -64,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         with joined() as world:
             with world.together():
                 config, progress = _checked(args, world)
-            with terminable(), contextlib.nullcontext() if args.dry_run else progress:
+            with contextlib.nullcontext() if args.dry_run else progress:
                 with world.together():
                     job = _prepare(args, config, progress, world)
                 if job is not None:
@@ -146,7 +145,7 @@ def _choose(
 
     If a finished run with the same budget wrote the folder that is there, it is that one's plan: nothing is measured.
     """
-    from lord_quant.budget import PLANNED, Planner
+    from lord_quant.budget import PLANNED, Planner, refuse_unreachable
     from lord_quant.execution import asked_of
     from lord_quant.pipeline import prepare
     from lord_quant.plan_file import chosen_before
@@ -163,6 +162,7 @@ def _choose(
     say = sys.stdout.write if world.first else str
     job = prepare(dense, overwrite=args.overwrite)  # refuses what is wrong before the sensitivity pass
     if not budget.statistics:
+        refuse_unreachable(config, menu, [budget])
         expected = human_seconds(sensing_seconds(job))
         say(f"sensitivity   about {expected} on {job.device} (within a factor of three), if none was kept\n")
         sys.stdout.flush()
@@ -170,7 +170,7 @@ def _choose(
         say(_calibration(job))
         say("planned       nothing: that takes statistics, and --dry-run reads no weights; all else is in order\n")
         return None
-    settings, statistics = {}, statistics_of(config, progress, world, keep=True, again=args.overwrite)
+    settings, statistics = {}, statistics_of(config, progress, world, keep=True)
     if world.first:  # one process chooses, so that all run the same plan
         planner = Planner(config, statistics, menu)
         allocation = planner.choose(budget)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 
@@ -52,7 +53,7 @@ def _measure(args: argparse.Namespace, world: World) -> None:
 
     import_hosts()
     from lord_quant.checkpoint import check_file
-    from lord_quant.claim import forget_sensed, sensing_beside
+    from lord_quant.claim import claimed, forget_sensed, sensing_beside
     from lord_quant.execution import refuse_unshared
     from lord_quant.progress import Progress
     from lord_quant.report import human_bytes, human_seconds
@@ -69,7 +70,8 @@ def _measure(args: argparse.Namespace, world: World) -> None:
         say(f"processes     {world.size}, each with its share of the windows; the estimate is for one that has them all\n")
     say(f"estimate      about {human_seconds(sensing_seconds(job))} on {job.device} (within a factor of three)\n")
     sys.stdout.flush()
-    with Progress(args.log if world.first else None, about=places, apart=places, quiet=not world.first) as progress:
+    told = Progress(args.log if world.first else None, about=places, apart=places, quiet=not world.first)
+    with told as progress, claimed(path) if world.first else contextlib.nullcontext():
         statistics = sense(config, progress, job, sensing_beside(path, told_apart(config, job)), world)
         if world.first:
             save_statistics(statistics, path)

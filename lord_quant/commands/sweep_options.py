@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from lord_quant.budget_config import BUDGETS
+from lord_quant.budget_config import BUDGETS, BudgetConfig
 from lord_quant.commands.budget_options import frontier_of, planner_from, run_of
 
 
@@ -66,7 +66,7 @@ def run_sweep(args: argparse.Namespace) -> int:
     from lord_quant.report import to_json
 
     heldout = load_corpus(args.heldout, split="heldout", text_key=config.calibration.text_key)
-    planner = planner_from(args, config)
+    planner = planner_from(args, config, [BudgetConfig(target_bpw=budget) for budget in budgets])
     if not args.json:
         sys.stdout.write(f"{frontier_of(planner)}\n\n")
         sys.stdout.flush()

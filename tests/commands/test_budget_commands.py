@@ -17,6 +17,7 @@ import torch
 import yaml
 from in_process import exit_code_of, run_command
 
+from lord_quant.claim import claimed
 from lord_quant.commands.options import settings_from
 from lord_quant.errors import BudgetError, CheckpointError, ConfigError, OutputError
 from lord_quant.stored import measure
@@ -253,14 +254,53 @@ def test_a_sweep_refuses(
 def test_a_budget_out_of_reach_costs_no_second_measurement(
     model: Path, data: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    run = ["--model", model, *data, "--output", tmp_path / "out", "--no-verify", "--target-bpw"]
-    assert run_command("quantize", *run, "0.1") == BudgetError.exit_code
+    run = ["--model", model, *data, "--output", tmp_path / "out", "--no-verify"]
+    assert run_command("quantize", *run, "--max-loss", "1e-30") == BudgetError.exit_code
     (kept,) = tmp_path.iterdir()
     made = kept.stat().st_mtime_ns
-    assert run_command("quantize", *run, "0.2") == BudgetError.exit_code
+    assert run_command("quantize", *run, "--max-loss", "1e-29", "--overwrite") == BudgetError.exit_code
     assert [path.name for path in tmp_path.iterdir()] == [kept.name] and kept.stat().st_mtime_ns == made
-    assert run_command("quantize", *run, "3") == 0
+    assert run_command("quantize", *run, "--target-bpw", "3") == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        (("--target-bpw", "0.1"), r"no plan is as small as 0\.1; what can be reached is \d\.\d+ to"),
+        (("--target-size", "10kB"), r"no plan is as small as 10kB; what can be reached is \d+ to"),
+        (("--max-loss", "0.1", "--no-fisher"), "losses without a backward pass are output errors"),
+    ],
+)
+def test_what_shapes_and_flags_rule_out_is_not_measured(
+    dry: tuple[str, ...], flags: tuple[str, ...], error: str, model: Path, data: list[str], tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    log, run = tmp_path / "log", ["--model", model, *data, "--output", tmp_path / "out"]
+    assert run_command("quantize", *run, *flags, *dry, "--log", log) == BudgetError.exit_code
+    assert re.search(error, capfd.readouterr().err)
+    assert not log.exists() or "probe" not in log.read_text()
+    assert {path.name for path in tmp_path.iterdir()} <= {"log"}
+    if not dry:
+        assert run_command("plan", "--model", model, *data, *flags) == BudgetError.exit_code
+
+
+def test_a_second_pass_into_one_file_is_refused(
+    model: Path, data: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with claimed(tmp_path / "x.stats"):
+        code = run_command("sensitivity", "--model", model, *data, "--output", tmp_path / "x.stats")
+    assert code == OutputError.exit_code and "another run is writing" in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_is_written_where_a_link_leads(model: Path, statistics: Path, tmp_path: Path) -> None:
+    (tmp_path / "real.yaml").write_text("old")
+    (tmp_path / "link.yaml").symlink_to("real.yaml")
+    run = ["--model", model, "--statistics", statistics, "--target-bpw", "2.6", "--refine", "1", "--overwrite"]
+    assert run_command("plan", *run, "--save", tmp_path / "link.yaml") == 0
+    assert (tmp_path / "link.yaml").is_symlink() and "planned" in yaml.safe_load((tmp_path / "real.yaml").read_text())
 
 
 FINISHED = "finished      by an earlier run of the same command"

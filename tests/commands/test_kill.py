@@ -70,8 +70,9 @@ def test_every_resume_ends_with_the_same_bytes(
     print(f"{kills} kills, {resumed} blocks resumed")
 
 
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_sensitivity_pass_goes_on_and_ends_with_the_same_bytes(
-    model_folder: Callable[..., Path], corpus_file: Path, tmp_path: Path
+    sent: signal.Signals, model_folder: Callable[..., Path], corpus_file: Path, tmp_path: Path
 ) -> None:
     model = model_folder("llama", num_hidden_layers=4)
 
@@ -87,9 +88,12 @@ def test_a_killed_sensitivity_pass_goes_on_and_ends_with_the_same_bytes(
     while not list((tmp_path / "killed").glob(".x.stats.sensing-*")):
         assert killed.poll() is None and time.monotonic() < until
         time.sleep(0.01)
-    killed.kill()
-    killed.communicate()
+    killed.send_signal(sent)
+    _, errors = killed.communicate()
+    if sent == signal.SIGTERM:
+        assert killed.returncode == 143 and "lord: terminated; finished blocks are kept" in errors
     assert not (tmp_path / "killed" / "x.stats").exists()
+    (tmp_path / "killed" / "..x.stats.sensing-0123.partial-abc").write_text("of a pass killed while it wrote")
     again = sense("killed", "--log", str(tmp_path / "log"))
     said, errors = again.communicate(timeout=300)
     assert again.returncode == 0 and "layers measured" in said, errors
@@ -117,6 +121,7 @@ def test_what_a_run_killed_at_its_very_end_left_behind_is_cleared_away_by_the_ne
     killed.communicate(timeout=300)
     assert killed.returncode == -signal.SIGKILL
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.unfinished", "out"]
+    (tmp_path / ".out.sensed-0123").write_text("of a budget")
     again = start(model_folder("llama"), corpus_file, tmp_path / "out")
     said, errors = again.communicate(timeout=300)
     assert again.returncode == 0 and "finished      by an earlier run of the same command" in said, errors

@@ -19,7 +19,7 @@ from lord_quant.commands import plan as plan_command
 from lord_quant.commands import quantize as quantize_command
 from lord_quant.commands import sensitivity as sensitivity_command
 from lord_quant.commands.surroundings import check_surroundings, print_anything
-from lord_quant.commands.termination import Terminated
+from lord_quant.commands.termination import Terminated, terminable
 from lord_quant.distributed import launched
 
 
@@ -66,7 +66,8 @@ def _guarded(module: ModuleType, args: Namespace) -> int:
 
     try:
         check_surroundings(args)
-        return module.run(args)
+        with terminable():
+            return module.run(args)
     except LordError as error:
         sys.stderr.write(f"optimum-cli lord: {type(error).__name__}: {error}\n")
         return error.exit_code
