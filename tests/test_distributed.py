@@ -243,6 +243,49 @@ def test_a_sensitivity_pass_is_that_of_one_process(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "job", "x.stats"]
 
 
+# Of the second block's layers one is not measured to its end, by the second process; otherwise tells of how many blocks
+# layers were measured.
+FAILS = """
+    import os, signal, sys
+    from optimum.commands.optimum_cli import main
+    import lord_quant.probing as probing
+    from lord_quant.errors import NumericsError
+
+    how, measured, probe = sys.argv.pop(), set(), probing._Seen.probed
+    def fail(seen, names, **settings):
+        measured.add(id(seen))
+        if how != "counted" and os.environ["RANK"] == "1" and len(measured) == 2:
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise NumericsError("spoilt")
+        return probe(seen, names, **settings)
+    probing._Seen.probed = fail
+    try:
+        main()
+    finally:
+        print("blocks measured:", len(measured))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["told", "killed"])
+def test_a_sensitivity_pass_that_one_process_ends_goes_on(
+    how: str, model_folder: Callable[..., Path], corpus_file: Path, tmp_path: Path
+) -> None:
+    flags = ["--model", model_folder("llama"), "--dataset", corpus_file, *TEXT, *MEASURED, "--output", tmp_path / "x.stats"]
+    began = time.monotonic()
+    ended = torchrun(2, FAILS, tmp_path / "job", "lord", "sensitivity", *flags, how)
+    assert ended.code != 0 and time.monotonic() - began < LIMIT / 2
+    assert not any("Traceback" in text for text in ended.stderr)
+    if how == "told":
+        assert [text.count("optimum-cli lord: NumericsError: spoilt") for text in ended.stderr] == [0, 1]
+    assert len(list(tmp_path.glob(".x.stats.sensing-*"))) == 1 and not (tmp_path / "x.stats").exists()
+    again = torchrun(2, FAILS, tmp_path / "again", "lord", "sensitivity", *flags, "counted")
+    assert again.code == 0, again.stderr
+    assert all("blocks measured: 1\n" in said for said in again.stdout)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "job", "x.stats"]
+
+
 @pytest.mark.slow
 def test_a_budget_is_measured_together_and_gives_the_plan_of_one_process(runs: Runs, tmp_path: Path) -> None:
     ended = quantize(2, START, tmp_path / "out", *runs.source, *PLANNED)
