@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING, Any
 
 from lord_quant.commands.options import settings_from, without
@@ -105,6 +106,7 @@ def planner_from(args: argparse.Namespace, config: LordConfig, budgets: Sequence
     menu = menu_from(args)
     if config.budget is None or not config.budget.statistics:
         refuse_unreachable(config, menu, budgets)
+        sys.stderr.write("note: what layers lose is measured for this alone; `lord sensitivity` keeps it for any budget\n")
     return Planner(config, statistics_of(config), menu)
 
 

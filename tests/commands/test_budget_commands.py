@@ -352,7 +352,8 @@ def test_planning_leaves_nothing_beside_an_output_that_a_file_names(
 ) -> None:
     (tmp_path / "run.yaml").write_text(f"model: {model}\noutput: {tmp_path / 'new' / 'out'}\nbudget: {{target_bpw: 3}}\n")
     assert run_command("plan", "--config", tmp_path / "run.yaml", *data) == 0
-    assert "bits per weight" in capfd.readouterr().out
+    told = capfd.readouterr()
+    assert "bits per weight" in told.out and "`lord sensitivity` keeps it for any budget" in told.err
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
 
