@@ -12,7 +12,7 @@ import torch
 from lord_quant import plot_data
 from lord_quant.budget import Planner
 from lord_quant.budget_config import BudgetConfig
-from lord_quant.config import LordConfig, LowrankConfig
+from lord_quant.config import JointConfig, LordConfig, LowrankConfig
 from lord_quant.layer_bytes import PIVOTED, TWO_FACTOR
 from lord_quant.menu import DENSE, Candidate, Menu
 from lord_quant.planner import total
@@ -118,7 +118,8 @@ def test_layers_of_a_type_may_differ_in_shape() -> None:
 @pytest.fixture(scope="module")
 def planner(model_folder: Callable[..., Path]) -> Planner:
     """Of a real folder, with losses made up: no pass over data."""
-    config = LordConfig(model=str(model_folder("gpt_bigcode")), lowrank=LowrankConfig(rank_ratio=1))
+    ranks, fisher = LowrankConfig(rank_ratio=1), JointConfig(fisher=False)
+    config = LordConfig(model=str(model_folder("gpt_bigcode")), lowrank=ranks, joint=fisher)
     source = inspect_source(config.model, "auto")
     sites = find_linears(build_skeleton(source))
     made_up = statistics_of(*((site, 2.0 + site.block) for site in sites))
