@@ -23,16 +23,21 @@ class Coupling(NamedTuple):
     Attributes:
         root: V, with shape (m, m).
         metric: S, with shape (m, m).
+        shares: V_ik / V_kk, with shape (m, m), contiguous.
+        pulls: S_ik / S_kk, likewise.
     """
 
     root: torch.Tensor
     metric: torch.Tensor
+    shares: torch.Tensor
+    pulls: torch.Tensor
 
     @classmethod
     def of(cls, upper: torch.Tensor) -> Coupling:
         """Takes the metric from its inverse UᵀU, U upper triangular, with shape (m, m)."""
         root = torch.linalg.solve_triangular(upper, torch.eye(len(upper)).to(upper), upper=True)
-        return cls(root, root @ root.T)
+        metric = root @ root.T
+        return cls(root, metric, *((each / each.diagonal()).contiguous() for each in (root, metric)))
 
     def moves(self, errors: torch.Tensor) -> torch.Tensor:
         """Returns by how much what every row should be has moved when its turn comes, given all errors, (columns, m)."""
@@ -40,12 +45,8 @@ class Coupling(NamedTuple):
 
     def on_later(self, scale: torch.Tensor) -> torch.Tensor:
         """Returns by how much an error of row i moves row k, at (i, k), in units of codes, which have shape (m,)."""
-        return _in_codes(self.root / self.root.diagonal(), scale)
+        return self.shares * (scale[:, None] / scale)
 
     def on_others(self, scale: torch.Tensor) -> torch.Tensor:
         """Returns by how much an error of row i pulls at row k, at (i, k), over what one of its own does."""
-        return _in_codes(self.metric / self.metric.diagonal(), scale)
-
-
-def _in_codes(matrix: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return (matrix * (scale[:, None] / scale)).contiguous()
+        return self.pulls * (scale[:, None] / scale)
