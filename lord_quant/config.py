@@ -158,7 +158,7 @@ class LowrankConfig:
         for name in ("targets", "ignore"):
             value = getattr(self, name)
             if not isinstance(value, tuple) or not all(isinstance(item, str) and item for item in value):
-                problems.append(f"{name} is {value!r}; wanted a list of patterns")
+                problems.append(f"{name} is {value!r}; wanted a list of patterns, in Python a tuple")
         problems += _not_bool(self, "force_rank", "mean_correction", "float64")
         problems += choice_problems("form", self.form, FORMS) + pattern_problems("form_pattern", self.form_pattern, FORMS)
         if self.targets == ():
@@ -293,7 +293,7 @@ class LordConfig:
     def __post_init__(self) -> None:
         problems = []
         if not isinstance(self.model, str) or not self.model:
-            problems.append("model is not given; wanted a folder or a hub name")
+            problems.append(f"model is {self.model or 'not given'!s}; wanted a folder or a hub name, as text")
         if self.output is not None and not isinstance(self.output, str):
             problems.append(f"output is {self.output!r}; wanted a folder, or none")
         if not isinstance(self.device, str) or not self.device:

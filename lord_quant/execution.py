@@ -33,8 +33,9 @@ from lord_quant.fingerprint import TOLERANCE, Fingerprint
 from lord_quant.headers import read_headers, weight_files
 from lord_quant.joint import minded_layers
 from lord_quant.journal import Journal, Unfinished
-from lord_quant.manifest import write_manifest
+from lord_quant.manifest import all_there, write_manifest
 from lord_quant.menu import Menu
+from lord_quant.model_card import model_card
 from lord_quant.outcomes import plan_as_run
 from lord_quant.pipeline import (
     Job,
@@ -47,7 +48,7 @@ from lord_quant.pipeline import (
 )
 from lord_quant.progress import Progress
 from lord_quant.reading import parse_json
-from lord_quant.report import build_report, model_card, package_versions, to_json
+from lord_quant.report import build_report, package_versions, to_json
 from lord_quant.residency import Streamed
 from lord_quant.sensitivity import Sensitivity
 from lord_quant.source import load_model, local_files, stream_source
@@ -283,8 +284,9 @@ def is_finished(job: Job, output: Path, processes: int = 1) -> bool:
     """Tells whether a folder is what a run of this job by so many processes wrote."""
     try:
         report = parse_json((output / REPORT_NAME).read_text(encoding="utf-8"))
-        return isinstance(report, dict) and report.get("made_of_sha256") == digest(made_of(job, processes))
-    except (OSError, ValueError):
+        same = isinstance(report, dict) and report.get("made_of_sha256") == digest(made_of(job, processes))
+        return same and all_there(output)
+    except (CheckpointError, OSError, ValueError):
         return False
 
 

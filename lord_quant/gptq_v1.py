@@ -50,7 +50,9 @@ def convert_to_gptq_v1(folder: str | Path, output: str | Path) -> None:
             problem = f"zeros of 0 have no place in format {FIRST!r}; wanted a checkpoint made with --sym. Layers:"
             raise CheckpointError("\n  ".join([problem, *refused[:10], *more]))
         for path in source.iterdir():
-            if path.is_file() and path.name not in ("config.json", MANIFEST_NAME) and str(path) not in files:
+            if path.is_dir():
+                shutil.copytree(path, staging / path.name)
+            elif path.name not in ("config.json", MANIFEST_NAME) and str(path) not in files:
                 shutil.copy(path, staging)
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if manifest is not None:

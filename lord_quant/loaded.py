@@ -41,6 +41,11 @@ def compress_loaded(model: PreTrainedModel, tokenizer: Any, config: LordConfig, 
 
     refuse_unfit(config.model, _dense_config(model))
     refuse_unready(config.model, model)
+    if config.stack == "joint" and model.get_output_embeddings() is None:  # the loss it minds is that of next tokens
+        raise ModelError(
+            f"model {config.model!r} was loaded as {type(model).__name__}, which predicts no tokens; wanted it as "
+            "AutoModelForCausalLM loads it, or stack='naive'"
+        )
     itemsize, measured_on = next(model.parameters()).element_size(), None
     plan = plan_model(model, config if config.budget is None else unplanned(config), itemsize)
     if tokenizer is None or isinstance(tokenizer, str):

@@ -26,7 +26,7 @@ class Manifest(NamedTuple):
     """What was recorded.
 
     Attributes:
-        files: SHA-256 and size in bytes of every file, by name.
+        files: SHA-256 and size in bytes of every file, by path inside the folder.
         fingerprint: Of the compressed model, or None where it was never whole in float.
     """
 
@@ -36,7 +36,7 @@ class Manifest(NamedTuple):
 
 def write_manifest(folder: Path, fingerprint: Fingerprint | None) -> None:
     """Records all files of a folder."""
-    files = {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in _files(folder)}
+    files = {name: {"sha256": sha256(path), "bytes": path.stat().st_size} for name, path in _files(folder).items()}
     told = None if fingerprint is None else fingerprint.to_dict()
     (folder / MANIFEST_NAME).write_text(_render({"files": files, "fingerprint": told}), encoding="utf-8")
 
@@ -65,7 +65,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 def changed_files(folder: Path, manifest: Manifest) -> Iterator[str]:
     """Names every file that is not as it was recorded, and what loaders may read that was not recorded."""
-    present = {path.name: path for path in _files(folder)}
+    present = _files(folder)
     for name, (digest, size) in manifest.files.items():
         if name not in present:
             yield f"{name}: missing"
@@ -82,6 +82,19 @@ def changed_files(folder: Path, manifest: Manifest) -> Iterator[str]:
             yield f"{name}: not written by the run"
 
 
+def all_there(folder: Path) -> bool:
+    """Tells whether all files that were recorded are there with their sizes, without reading them.
+
+    Raises:
+        CheckpointError: The manifest was changed or cannot be read.
+        OSError: The folder cannot be read.
+    """
+    manifest, present = read_manifest(folder), _files(folder)
+    return manifest is not None and all(
+        name in present and present[name].stat().st_size == size for name, (_, size) in manifest.files.items()
+    )
+
+
 def sha256(path: Path) -> str:
     """Returns the SHA-256 of a file."""
     digest = hashlib.sha256()
@@ -91,8 +104,10 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST_NAME)
+def _files(folder: Path) -> dict[str, Path]:
+    """Returns all files by path inside the folder; transformers puts further chat templates into a folder of their own."""
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {name: path for path in found if (name := path.relative_to(folder).as_posix()) != MANIFEST_NAME}
 
 
 def _render(values: Mapping[str, Any]) -> str:

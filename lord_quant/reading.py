@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Hashable
 from pathlib import Path
@@ -56,6 +57,8 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_yaml_int(self, node: Any) -> int:
+        if not re.fullmatch(r"[-+]?(0|[1-9][0-9_]*)", node.value):  # YAML 1.1 reads 010 as 8 and 1:30 as 90
+            self._refuse(f"found the number {node.value}, which has more than one reading; wanted plain digits", node)
         value = super().construct_yaml_int(node)
         if abs(value) > LARGEST:
             self._refuse("found a number of more than 64 bits", node)
@@ -67,6 +70,9 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 _StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
+_StrictLoader.add_implicit_resolver(  # YAML 1.1 takes 1e-2, without a dot, for text
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def parse_yaml(path: str | Path) -> Any:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run prints and leaves behind: tables, `lord_report.json`, the model card. All of them read plain values."""
+"""What a run prints and leaves behind: tables and `lord_report.json`. All of them read plain values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tabulate import tabulate
 from lord_quant.calibration import TokenWindows
 from lord_quant.checkpoint import format_version
 from lord_quant.config import FLOAT_BITS, LordConfig
-from lord_quant.outcomes import KEPT, StackRecord
+from lord_quant.outcomes import StackRecord
 from lord_quant.plan import LayerPlan, Plan
 from lord_quant.remedies import gathered, raised_damping, remedies_table
 from lord_quant.version import __version__
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 MEASURES = ("rel_output_error", "rel_stacked_error", "effective_rank", "largest_coefficient")
 """What a layer's record may say of it, besides its cost."""
 PACKAGES = ("torch", "transformers", "optimum", "gptqmodel", "safetensors", "accelerate", "numba")
-INSTALL_LINE = "pip install lord-quant"
 
 
 def human_bytes(count: float) -> str:
@@ -61,6 +60,14 @@ def both_text(down: int | None, up: int | None) -> str:
 def form_text(form: str, name: str, leader: str) -> str:
     """Renders a layer's form; of a grouped layer that uses the `down` of another, also whose: grouped (q_proj)."""
     return form if leader in ("", name) else f"{form} ({leader.rpartition('.')[2]})"
+
+
+def packing_text(layers: Sequence[dict[str, Any]]) -> str:
+    """Renders bits and group sizes, all that occur."""
+    bits, sizes = (
+        sorted({layer[key] for layer in layers for key in (what, f"up_{what}")}) for what in ("bits", "group_size")
+    )
+    return f"{', '.join(map(str, bits))} bits, group size {', '.join(map(str, sizes))}"
 
 
 def plan_table(plan: Plan) -> str:
@@ -111,7 +118,7 @@ def frontier_table(points: Iterable[tuple[float, float, float]]) -> str:
 def plan_summary(plan: Plan) -> str:
     """Renders the totals of a plan in three lines."""
     linear = sum(layer.weight_bytes + layer.bias_bytes for layer in plan.layers)
-    packing = "float" if plan.bits == FLOAT_BITS else _packing([_layer_dict(layer) for layer in plan.layers])
+    packing = "float" if plan.bits == FLOAT_BITS else packing_text([_layer_dict(layer) for layer in plan.layers])
     return (
         f"scheme        {plan.scheme} ({packing}); {len(plan.rank_pattern)} of {len(plan.layers)} layers decomposed\n"
         f"linear layers {human_bytes(linear)}, {plan.bpw:.3f} bits per weight all in, "
@@ -236,55 +243,6 @@ def report_table(report: dict[str, Any], longest: int = 64) -> str:
     )
 
 
-def model_card(report: dict[str, Any]) -> str:
-    """Renders the README of a checkpoint: how to load it, what was done, what was measured."""
-    totals, calibration = report["totals"], report["calibration"]
-    packed = report["config"]["gptq"]["bits"] != FLOAT_BITS
-    errors = [layer["rel_output_error"] for layer in report["layers"] if "rel_output_error" in layer]
-    rows = [
-        ["bits per weight, all in (weights, scales, zeros, indices, added biases)", f"{totals['bpw']:.3f}"],
-        ["linear weights kept", f"{totals['param_ratio']:.3f}"],
-        ["layers decomposed", f"{totals['decomposed_layers']} of {totals['layers']}"],
-        ["weights on disk", human_bytes(totals.get("file_bytes_on_disk", totals["tensor_bytes"]))],
-        ["seconds to compress", f"{report['seconds']['total']:.0f}"],
-    ]
-    if report.get("planned", {}).get("fisher_samples"):
-        rows.append(["loss the plan predicted, nats per token", f"{report['planned']['predicted_loss']:.4f}"])
-    if errors:
-        label = "share of output energy (of what counts for the loss, with fisher) lost to truncation, mean (worst layer)"
-        rows.append([label, f"{sum(errors) / len(errors):.4f} ({max(errors):.4f})"])
-    kept = sum(layer["note"] == KEPT for layer in report["layers"])
-    if kept:
-        rows.append(["layers that could not be compressed and stayed as they were", str(kept)])
-    steps = ["LoRD low-rank decomposition (arXiv 2309.14021)"] if totals["decomposed_layers"] else []
-    steps += [f"GPTQ to {_packing(report['layers'])}"] if packed else []
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-base_model: {report["base_model"]}
-tags: [lord-quant, low-rank{", gptq" if packed else ""}]
----
-
-# {report["base_model"]}, {report["scheme"]}
-
-```
-{INSTALL_LINE}
-```
-
-Then it loads like any model: `AutoModelForCausalLM.from_pretrained("this folder")`. Without that line transformers only
-warns and returns **random weights**.
-
-**What was done:** {", then ".join(steps)}; stack `{report["config"]["stack"]}`.
-Calibrated on {calibration["num_samples"]} x {calibration["seq_len"]} tokens of {calibration["source"]}
-(seed {calibration["seed"]}, sha256 `{calibration["sha256"][:16]}`).
-
-{tabulate(rows, ["measured", ""], tablefmt="github", disable_numparse=True)}
-
-Figures per layer, settings and versions are in `lord_report.json`. Quality was not measured here; measure it with
-`optimum-cli lord eval --model DIR --tasks lord_code_ppl --perplexity`.
-"""
-
-
 def to_json(values: Any) -> str:
     """Renders JSON with a final newline; refuses NaN, which is no JSON."""
     return json.dumps(values, indent=2, allow_nan=False) + "\n"
@@ -334,20 +292,13 @@ def _totals(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _packing(layers: Sequence[dict[str, Any]]) -> str:
-    """Renders bits and group sizes, all that occur."""
-    bits, sizes = (
-        sorted({layer[key] for layer in layers for key in (what, f"up_{what}")}) for what in ("bits", "group_size")
-    )
-    return f"{', '.join(map(str, bits))} bits, group size {', '.join(map(str, sizes))}"
-
-
 def _by_kind(layers: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
     """Averages layers of the same name over blocks; seconds are summed."""
-    kinds: dict[str, list[dict[str, Any]]] = {}
+    kinds: dict[tuple[str, bool], list[dict[str, Any]]] = {}  # dense layers apart: they have other parts and no truncation
     for layer in layers:
-        kinds.setdefault(layer["name"].split(f".{layer['block']}.", 1)[1], []).append(layer)
-    for kind, members in kinds.items():
+        kind = layer["name"].split(f".{layer['block']}.", 1)[1]
+        kinds.setdefault((kind, layer["rank"] is None), []).append(layer)
+    for (kind, _), members in kinds.items():
         ranks = {member["rank"] for member in members}
         merged = dict(members[0], name=f"{kind} (x{len(members)})")
         merged["rank"] = ranks.pop() if len(ranks) == 1 else "mixed"
@@ -359,7 +310,9 @@ def _by_kind(layers: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
         if any("decompose_seconds" in member for member in members):
             merged["decompose_seconds"] = sum(member.get("decompose_seconds", 0) for member in members)
         merged["gptq"] = {}
-        for part in members[0]["gptq"]:
+        for part in dict.fromkeys(
+            part for member in members for part in member["gptq"]
+        ):  # not of a layer that stayed float
             found = [member["gptq"][part] for member in members if part in member["gptq"]]
             losses = [item["loss"] for item in found if item["loss"] is not None]
             merged["gptq"][part] = {
@@ -384,8 +337,10 @@ def _number(value: float | None) -> str:
 
 
 def _public_name(model: str) -> str:
-    """Reduces a local path to its last part: reports are published with checkpoints."""
-    return Path(model).expanduser().resolve().name if Path(model).expanduser().exists() else model
+    """Reduces a local path to its last part, also of a folder that is gone: reports are published with checkpoints."""
+    path = Path(model).expanduser()
+    local = path.exists() or path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
+    return path.resolve().name if local else model
 
 
 def _public_config(config: LordConfig) -> dict[str, Any]:

@@ -167,7 +167,7 @@ def skeleton_of(config: PretrainedConfig, path: str, **settings: Any) -> PreTrai
         raise ModelError(f"model {path!r}: config.json says {blocks} layers; wanted at most {MOST_BLOCKS}")
     try:
         with init_empty_weights():
-            return AutoModelForCausalLM.from_config(config, **settings)
+            return without_code(AutoModelForCausalLM.from_config(config, **settings))
     except Exception as error:  # a division by a number of heads that is zero, say
         raise ModelError(f"model {path!r}: config.json makes no model: {_first_line(error)}") from error
 
@@ -206,10 +206,17 @@ def load_model(source: Source, device: torch.device) -> PreTrainedModel:
     head = model.get_output_embeddings()
     if getattr(head, "weight", None) is not model.get_input_embeddings().weight:  # whatever config.json says
         model.config.get_text_config().tie_word_embeddings = False
-    own_memory(model)
+    own_memory(without_code(model))
     for name, parameter in model.named_parameters():
         require_finite(parameter.detach(), f"weight {name!r} of {source.path!r}")
     return model.to(device).eval()
+
+
+def without_code(model: PreTrainedModel) -> PreTrainedModel:
+    """Lets a configuration name no code beside it: what ran is transformers' own, and no other is written."""
+    if hasattr(model.config, "auto_map"):
+        del model.config.auto_map
+    return model
 
 
 def own_memory(model: PreTrainedModel) -> None:

@@ -74,6 +74,7 @@ LAYERS = [
         "outcomes",
         "remedies",
         "report",
+        "model_card",
         "shards",
         "claim",
         "journal",

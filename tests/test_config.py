@@ -230,7 +230,7 @@ def test_an_illegal_value_says_what_was_found_and_wanted(section: type, values: 
             ["bits_pattern and group_size_pattern given: the naive stack packs all layers alike; wanted --stack joint"],
         ),
         ({"model": ""}, ["model is not given"]),
-        ({"model": 3}, ["model is not given"]),
+        ({"model": 3}, ["model is 3; wanted a folder or a hub name, as text"]),
         ({"output": 3}, ["output is 3", "folder"]),
         ({"output": ["a"], "device": 0}, ["output is ['a']", "device is 0", "'cuda:0'"]),
         ({"device": None}, ["device is None"]),
@@ -367,3 +367,20 @@ def test_merge_lays_one_mapping_over_another(base: dict[str, Any], override: dic
         else:
             assert merged[key] == override[key]
     assert merge(merged, override) == merged
+
+
+@pytest.mark.parametrize("number", ["0010", "1:30", "0x10", "-007"])
+def test_numbers_with_more_than_one_reading_are_refused(number: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model: m\nlowrank: {{rank_ratio: 1}}\ncalibration: {{seed: {number}}}\n")
+    with pytest.raises(ConfigError, match=rf"found the number {number}, which has more than one reading"):
+        read_yaml(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-2", 0.01), ("2E+1", 20.0), ("-3e0", -3.0), ("0.05", 0.05), ("1_000", 1000)]
+)
+def test_numbers_are_read_as_flags_are(text: str, value: float, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"a: {text}\n")
+    assert read_yaml(path) == {"a": value} and type(read_yaml(path)["a"]) is type(value)

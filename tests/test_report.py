@@ -15,6 +15,7 @@ from lord_quant.calibration import as_windows
 from lord_quant.config import CalibrationConfig, GptqConfig, LordConfig, LowrankConfig
 from lord_quant.corpus import load_corpus
 from lord_quant.engine import DecompositionRecord
+from lord_quant.model_card import model_card
 from lord_quant.outcomes import StackRecord
 from lord_quant.plan import Plan, build_plan
 from lord_quant.report import (
@@ -23,7 +24,6 @@ from lord_quant.report import (
     form_text,
     human_bytes,
     human_seconds,
-    model_card,
     package_versions,
     plan_dict,
     plan_summary,
@@ -167,6 +167,17 @@ def test_no_path_of_this_machine_is_published(tmp_path: Path) -> None:
         assert report["base_model"] == "my-model" and report["config"]["model"] == "my-model"
         assert report["config"]["calibration"]["dataset"] == given.name
         assert "base_model: my-model\n" in model_card(report)
+    for gone in (str(tmp_path / "gone" / "my-model"), "../gone/my-model", "~/my-model", "a/b/my-model"):
+        config, plan = make(gone, str(data), str(output))
+        assert report_of(config, plan)["base_model"] == "my-model"
+    config, plan = make("org/my-model", str(data), str(output))
+    assert report_of(config, plan)["base_model"] == "org/my-model"
+
+
+def test_a_run_that_went_on_says_what_its_seconds_leave_out() -> None:
+    report = report_of(*make())
+    assert "| seconds to compress " in model_card(report)
+    assert "seconds to compress, without 3 blocks that were finished before" in model_card(report | {"blocks_resumed": 3})
 
 
 def test_relative_paths_are_reduced_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

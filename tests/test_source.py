@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lord_quant.errors import ModelError
-from lord_quant.source import inspect_source, load_model, refuse_unfit, refuse_unready, stream_source
+from lord_quant.source import build_skeleton, inspect_source, load_model, refuse_unfit, refuse_unready, stream_source
 
 
 def edit_config(folder: Path, **values: object) -> None:
@@ -111,3 +111,14 @@ def test_generation_settings_that_cannot_be_read_are_refused(text: str, tmp_path
     for read in (load_model, stream_source):
         with pytest.raises(ModelError, match=r"model '.*': generation_config\.json cannot be read"):
             read(source, torch.device("cpu"))
+
+
+def test_no_code_is_named_beside_what_is_written(model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """transformers' own class ran; with `trust_remote_code` the names would be looked for beside the new weights."""
+    folder = Path(shutil.copytree(model_folder("llama"), tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_x.XForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config))
+    source = inspect_source(str(folder))
+    for model in (build_skeleton(source), load_model(source, torch.device("cpu"))):
+        assert "auto_map" not in model.config.to_dict()

@@ -235,4 +235,9 @@ def test_digests_tell_models_apart(tmp_path: Path) -> None:
     one, same, changed = (model_digest({"n": 1}, [file]) for file in files)
     assert one == same != changed
     assert model_digest({"n": 2}, files[:1]) != one
+    for name, place in (("b", 1), ("a", 0), ("a", -1)):  # a norm, say, among much that is the same
+        other = {"a": torch.arange(40000.0), "b": torch.ones(3)}
+        other[name][place] += 1
+        save_file(other, files[-1])
+        assert model_digest({"n": 1}, files[-1:]) != one
     assert model_digest({"n": 1, "_name_or_path": "here", "dtype": "bfloat16"}, files[:1]) == one

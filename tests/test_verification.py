@@ -18,7 +18,7 @@ from lord_quant.claim import folder_of
 from lord_quant.config import LordConfig
 from lord_quant.errors import CheckpointError
 from lord_quant.execution import execute
-from lord_quant.manifest import MANIFEST_NAME, read_manifest, write_manifest
+from lord_quant.manifest import MANIFEST_NAME, all_there, read_manifest, write_manifest
 from lord_quant.pipeline import prepare
 from lord_quant.verification import tensor_problems, verify
 
@@ -90,6 +90,21 @@ def test_files_that_are_gone_cut_or_new_are_named_together(copy: Path) -> None:
         f"  model.safetensors: {size - 1} bytes, written were {size}",
         "  adapter.py: not written by the run",
     ]
+
+
+def test_files_in_folders_of_their_own_are_recorded_as_well(copy: Path) -> None:
+    template = copy / "additional_chat_templates" / "tool.jinja"
+    template.parent.mkdir()
+    template.write_text("{{ tools }}")
+    with pytest.raises(CheckpointError, match=r"additional_chat_templates/tool\.jinja: not written by the run"):
+        verify(copy)
+    write_manifest(copy, None)
+    assert all_there(copy)
+    template.write_text("{{ fools }}")
+    with pytest.raises(CheckpointError, match=r"additional_chat_templates/tool\.jinja: its contents were changed"):
+        verify(copy)
+    template.unlink()
+    assert not all_there(copy)
 
 
 @pytest.mark.slow

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lord_quant.distributed import launched
 
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gen-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help="replace generation settings: max_gen_toks=256"
     )
-    parser.add_argument("--seed", type=int, default=1234, help="random seed (default: 1234)")
+    parser.add_argument("--seed", type=int, help="of all random generators (default: lm-eval's own, 0 and 1234)")
     parser.add_argument(
         "--perplexity",
         nargs="?",
@@ -91,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
         check_file(args.output, overwrite=args.overwrite)
 
     from lord_quant.evaluation.harness import evaluate
+    from lord_quant.evaluation.preflight import read_settings
 
     result = evaluate(
         args.model,
@@ -107,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
         max_windows=args.max_windows,
         speed=args.speed,
         seed=args.seed,
-        gen_kwargs=_settings(args.gen_kwargs),
+        gen_kwargs=read_settings(args.gen_kwargs),
     )
     if not launched().first:  # lm-eval shares the documents of tasks out, the first process knows the results
         return 0
@@ -157,25 +159,20 @@ def _ratio(value: object, base: object) -> float | None:
     return value / base if isinstance(value, int | float) and isinstance(base, int | float) and base else None
 
 
-def _settings(pairs: list[str]) -> dict[str, object]:
-    """Reads ``KEY=VALUE`` pairs; a value that is JSON (a number, true, a list) is taken as such."""
-    from lord_quant.errors import EvaluationError
-
-    settings: dict[str, object] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not key or not equals:
-            raise EvaluationError(f"--gen-kwargs {pair!r}; wanted KEY=VALUE, such as max_gen_toks=256")
-        try:
-            settings[key] = json.loads(value)
-        except ValueError:
-            settings[key] = value
-    return settings
-
-
 def _write(path: Path, result: EvalResult) -> None:
     """Writes beside the target first: a reader sees the whole file or none of it."""
     from lord_quant.checkpoint import atomic_file
 
     with atomic_file(path) as staging:
-        staging.write_text(json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        staging.write_text(
+            json.dumps(_finite(result.to_dict()), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+        )
+
+
+def _finite(values: Any) -> Any:
+    """Returns plain values with null for numbers that JSON does not have, such as an infinite perplexity."""
+    if isinstance(values, dict):
+        return {key: _finite(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values

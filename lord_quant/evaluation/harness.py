@@ -12,12 +12,22 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lord_quant.errors import EvaluationError, LordError, ModelError
 from lord_quant.evaluation.memory import peak_process_memory
-from lord_quant.evaluation.perplexity import DEFAULT_WINDOW, Perplexity, corpus_perplexity
-from lord_quant.evaluation.preflight import build_task_manager, check_model, check_settings, check_tasks, tasks_path
+from lord_quant.evaluation.perplexity import Perplexity, corpus_perplexity
+from lord_quant.evaluation.preflight import (
+    build_task_manager,
+    check_model,
+    check_settings,
+    check_tasks,
+    check_tokenizers,
+    check_window,
+    shortest_context,
+    speed_lengths,
+    tasks_path,
+)
 from lord_quant.evaluation.speed import Speed, measure_speed
 from lord_quant.silence import hush, import_hosts
 from lord_quant.source import choose_device
@@ -93,7 +103,7 @@ def evaluate(
     stride: int | None = None,
     max_windows: int | None = DEFAULT_MAX_WINDOWS,
     speed: bool = False,
-    seed: int = 1234,
+    seed: int | None = None,
     metadata: Mapping[str, Any] | None = None,
     gen_kwargs: Mapping[str, Any] | None = None,
 ) -> EvalResult:
@@ -115,7 +125,7 @@ def evaluate(
         stride: Perplexity stride in tokens; None is `window`.
         max_windows: Perplexity windows at most; None for all.
         speed: Also measure speed and memory.
-        seed: For all of lm-eval's random generators.
+        seed: For all of lm-eval's random generators; None leaves it its own, 0 for Python's and 1234 for the others.
         metadata: Passed to the tasks, as lm-eval's ``--metadata``.
         gen_kwargs: Generation settings that replace those of the tasks.
 
@@ -129,7 +139,9 @@ def evaluate(
         ElsewhereError: The process that measures the peak of memory failed.
     """
     settings = {name: value for name, value in locals().items() if name not in {"model", "baseline", "tokenizer"}}
-    settings = {**settings, "tasks": list(tasks), "metadata": dict(metadata or {}), "gen_kwargs": dict(gen_kwargs or {})}
+    tasks = [tasks] if isinstance(tasks, str) else list(tasks)
+    settings["dtype"] = str(dtype).removeprefix("torch.")
+    settings = {**settings, "tasks": tasks, "metadata": dict(metadata or {}), "gen_kwargs": dict(gen_kwargs or {})}
     model, baseline = _expand(model), _expand(baseline)
     settings["device"] = str(choose_device(device or "auto"))  # lm-eval's own default is CUDA, there or not
     if not (tasks or perplexity_dataset or speed):
@@ -137,17 +149,17 @@ def evaluate(
     check_settings(settings)
     import_hosts()
     with hush("lm_eval", "transformers", "datasets"):
-        manager, corpus = _preflight([model, baseline], settings)
-        first, directions, lm = _evaluate_one(model, tokenizer, manager, corpus, settings)
+        ready = _preflight([model, baseline], tokenizer, settings)
+        first, directions, lm = _evaluate_one(model, tokenizer, ready, settings)
         second, measured = None, None
         if baseline is not None:
             if not speed:
                 lm = None  # frees the memory before the next model is loaded
                 gc.collect()
-            second, _, other = _evaluate_one(baseline, tokenizer, manager, corpus, settings)
-            measured = measure_speed(lm.model, other.model) if speed and lm is not None else None
+            second, _, other = _evaluate_one(baseline, tokenizer, ready, settings)
+            measured = measure_speed(lm.model, other.model, **ready.lengths) if speed and lm is not None else None
         elif speed:
-            measured = measure_speed(lm.model)
+            measured = measure_speed(lm.model, **ready.lengths)
     return EvalResult(
         **vars(first),
         baseline=second,
@@ -163,8 +175,24 @@ def _expand(model: Any) -> Any:
     return os.path.expanduser(str(model)) if isinstance(model, str | Path) else model
 
 
-def _preflight(models: list[Any], settings: dict[str, Any]) -> tuple[Any, Corpus | None]:
-    """Checks all that can be checked without a model; returns the task manager and the perplexity text."""
+class _Ready(NamedTuple):
+    """What is known before a model is loaded.
+
+    Attributes:
+        manager: lm-eval's task manager, if there are tasks.
+        corpus: The perplexity text, if it is asked for.
+        window: Tokens of its windows, the same for both models.
+        lengths: Prompt and new tokens of the speed measurement, which both models' contexts hold.
+    """
+
+    manager: Any
+    corpus: Corpus | None
+    window: int
+    lengths: dict[str, int]
+
+
+def _preflight(models: list[Any], tokenizer: Any, settings: dict[str, Any]) -> _Ready:
+    """Checks all that can be checked without a model's weights."""
     manager = None
     if settings["tasks"]:
         # As on lm-eval's command line, tasks see the model's arguments; the baseline is measured on the same documents.
@@ -174,36 +202,40 @@ def _preflight(models: list[Any], settings: dict[str, Any]) -> tuple[Any, Corpus
     for model in models:
         if isinstance(model, str | Path):
             check_model(str(model))
+    context = shortest_context([model for model in models if model is not None])
+    window = check_window(settings["window"], settings["stride"], context)
+    lengths = speed_lengths(context)
     if settings["perplexity_dataset"] is None:
-        return manager, None
+        return _Ready(manager, None, window, lengths)
+    check_tokenizers([tokenizer or model for model in models if isinstance(tokenizer or model, str | Path)])
     from lord_quant.corpus import load_corpus
 
-    return manager, load_corpus(settings["perplexity_dataset"], split="heldout")
+    return _Ready(manager, load_corpus(settings["perplexity_dataset"], split="heldout"), window, lengths)
 
 
 def _evaluate_one(
-    model: Any, tokenizer: Any, manager: Any, corpus: Corpus | None, settings: dict[str, Any]
+    model: Any, tokenizer: Any, ready: _Ready, settings: dict[str, Any]
 ) -> tuple[ModelScores, dict[str, dict[str, bool]], Any]:
     """Returns the scores, the metrics' directions, and the wrapped model."""
     lm = _load(model, tokenizer, settings)
     name = str(model) if isinstance(model, str | Path) else f"{type(model).__name__} {model.name_or_path}".strip()
-    raw = _run_tasks(lm, manager, settings) if settings["tasks"] else {}
+    raw = _run_tasks(lm, ready.manager, settings) if settings["tasks"] else {}
     metrics, stderr = _split(raw.get("results", {}))
     perplexity = None
-    if corpus is not None:
+    if ready.corpus is not None:
         batch_size = settings["batch_size"]
         perplexity = corpus_perplexity(
             lm.model,
             lm.tokenizer,
-            corpus,
-            window=settings["window"] or min(DEFAULT_WINDOW, lm.max_length),
+            ready.corpus,
+            window=ready.window,
             stride=settings["stride"],
             max_windows=settings["max_windows"],
             batch_size=int(batch_size) if str(batch_size).isdigit() else 1,
         )
     peak = None
     if settings["speed"] and settings["device"] == "cpu" and isinstance(model, str | Path):
-        peak = peak_process_memory(str(model), settings["dtype"])
+        peak = peak_process_memory(str(model), settings["dtype"], **ready.lengths)
     return ModelScores(name, metrics, stderr, perplexity, peak), dict(raw.get("higher_is_better", {})), lm
 
 
@@ -227,7 +259,7 @@ def _load(model: Any, tokenizer: Any, settings: dict[str, Any]) -> Any:
 def _run_tasks(lm: Any, manager: Any, settings: dict[str, Any]) -> dict[str, Any]:
     from lm_eval import simple_evaluate
 
-    seed = settings["seed"]
+    seed, kinds = settings["seed"], ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
     try:
         results = simple_evaluate(
             model=lm,
@@ -240,10 +272,7 @@ def _run_tasks(lm: Any, manager: Any, settings: dict[str, Any]) -> dict[str, Any
             gen_kwargs=settings["gen_kwargs"] or None,
             log_samples=False,
             confirm_run_unsafe_code=settings["confirm_run_unsafe_code"],
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
+            **({} if seed is None else dict.fromkeys(kinds, seed)),
         )
     except OSError as error:  # a data set that is not there, or cannot be fetched
         raise EvaluationError(f"{', '.join(settings['tasks'])} cannot be evaluated: {error}") from error

@@ -117,7 +117,7 @@ def stream_perplexity(
         raise EvaluationError(f"token_ids: wanted shape (num_tokens,), found {tuple(token_ids.shape)}")
     if batch_size < 1 or (max_windows is not None and max_windows < 1):
         raise EvaluationError(f"wanted batch_size and max_windows ≥ 1; found {batch_size} and {max_windows}")
-    context = _context_length(model)
+    context = context_of(getattr(model, "config", None))
     if context is not None and window > context:
         raise EvaluationError(f"window {window} is longer than the model's context of {context} tokens")
     windows = list(iter_windows(token_ids.numel(), window, stride))[:max_windows]
@@ -207,8 +207,8 @@ def _window_nll(logits: torch.Tensor, ids: torch.Tensor, w: Window) -> torch.Ten
     return nll.cpu()
 
 
-def _context_length(model: Any) -> int | None:
-    config = getattr(model, "config", None)
+def context_of(config: Any) -> int | None:
+    """Returns the longest input a model of this configuration takes, in tokens; None where it does not say."""
     if config is None:
         return None
     config = config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -7,11 +7,13 @@ consent only afterwards.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,11 +149,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         value = settings[name]
         if value is not None and (not isinstance(value, int) or value < least):
             problems.append(f"{name} is {value!r}; wanted an integer of at least {least}")
-    window, stride = settings["window"], settings["stride"]
-    if not problems and window is not None and stride is not None and stride > window:
-        problems.append(f"stride is {stride}; wanted at most the window, {window}")
     dtype = settings["dtype"]
-    if dtype != "auto" and not getattr(getattr(torch, str(dtype).removeprefix("torch."), None), "is_floating_point", False):
+    if dtype != "auto" and not getattr(getattr(torch, str(dtype), None), "is_floating_point", False):
         problems.append(f"dtype is {dtype!r}; wanted 'auto' or floats such as 'bfloat16'")
     if problems:
         raise EvaluationError("\n  ".join(["illegal evaluation settings:", *problems]))
@@ -179,3 +178,88 @@ def check_model(model: str) -> None:
         raise ModelError(f"model {model!r}: no config.json in the folder; wanted a saved transformers model")
     if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
         raise ModelError(f"model {model!r}: no weights in the folder (*.safetensors or *.bin)")
+
+
+def shortest_context(models: Sequence[Any]) -> int | None:
+    """Returns the shortest context of models, in tokens, by their configurations; None where none says.
+
+    Raises:
+        ModelError: A configuration cannot be read, or transformers does not know what it is of.
+    """
+    from transformers import AutoConfig
+
+    from lord_quant.evaluation.perplexity import context_of
+
+    found = []
+    for model in models:
+        try:
+            config = (
+                AutoConfig.from_pretrained(str(model)) if isinstance(model, str | Path) else getattr(model, "config", None)
+            )
+        except Exception as error:  # hosts raise whatever they like
+            raise ModelError(f"model {str(model)!r}: its configuration cannot be used: {error}") from error
+        found.append(context_of(config))
+    return min((context for context in found if context is not None), default=None)
+
+
+def check_window(window: int | None, stride: int | None, context: int | None) -> int:
+    """Returns how many tokens perplexity windows have; by default `DEFAULT_WINDOW`, or a context if it is shorter.
+
+    Raises:
+        EvaluationError: They do not fit the shortest context, or the stride is longer.
+    """
+    from lord_quant.evaluation.perplexity import DEFAULT_WINDOW
+
+    if window is None:
+        window = DEFAULT_WINDOW if context is None else min(DEFAULT_WINDOW, context)
+    if context is not None and window > context:
+        raise EvaluationError(f"window {window} is longer than the model's context of {context} tokens")
+    if stride is not None and stride > window:
+        raise EvaluationError(f"stride is {stride}; wanted at most the window, {window}")
+    return window
+
+
+def speed_lengths(context: int | None) -> dict[str, int]:
+    """Returns prompt and new tokens of the speed measurement: 128 and 32, or what a shorter context holds."""
+    new = 32 if context is None else max(2, min(32, context // 4))
+    return {"prompt_tokens": 128 if context is None else max(1, min(128, context - new)), "new_tokens": new}
+
+
+def check_tokenizers(places: Iterable[Any]) -> None:
+    """Refuses tokenizers without the token that documents of a perplexity text are joined with.
+
+    Raises:
+        EvaluationError: One has none; one that cannot be loaded is left to whoever loads the model.
+    """
+    from transformers import AutoTokenizer
+
+    for place in places:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(place))
+        except Exception:
+            continue
+        if tokenizer.eos_token_id is None:
+            raise EvaluationError(f"the tokenizer of {str(place)!r} has no EOS token to join documents with")
+
+
+def read_settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """Reads generation settings, ``KEY=VALUE``, as lm-eval does: ``False`` is false. What it takes for text may be a list.
+
+    Raises:
+        EvaluationError: One is no pair, or no finite number.
+    """
+    from lm_eval.utils import handle_arg_string
+
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            raise EvaluationError(f"--gen-kwargs {pair!r}; wanted KEY=VALUE, such as max_gen_toks=256")
+        found = handle_arg_string(value)
+        if isinstance(found, float) and not math.isfinite(found):
+            raise EvaluationError(f"--gen-kwargs {pair!r}; wanted a finite number")
+        if isinstance(found, str) and found[:1] in ("[", "{"):
+            with contextlib.suppress(ValueError):
+                found = json.loads(found)
+        settings[key] = found
+    return settings

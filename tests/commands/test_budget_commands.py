@@ -329,6 +329,9 @@ def test_a_finished_budget_says_so_and_reports_what_was_predicted(
     assert FINISHED in capfd.readouterr().out
     own.write_bytes(statistics.read_bytes() + b" ")
     assert run_command("quantize", *run) == OutputError.exit_code
+    own.write_bytes(statistics.read_bytes())
+    (out / "model.safetensors").unlink()  # what is not there is not finished
+    assert run_command("quantize", *run) == OutputError.exit_code
     assert run_command("quantize", *run, "--statistics", tmp_path / "none.stats") == CheckpointError.exit_code
 
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
+import torch
 
 from lord_quant.errors import CalibrationError, ConsentError, EvaluationError, HostError, ModelError
 from lord_quant.evaluation import preflight, sandbox
 from lord_quant.evaluation.harness import evaluate, tasks_path
-from lord_quant.evaluation.preflight import build_task_manager, check_tasks
+from lord_quant.evaluation.preflight import build_task_manager, check_tasks, read_settings, shortest_context
 
 
 DEMO = Path(__file__).parents[2] / "eval" / "models" / "pycoder-starcoder-humaneval"
@@ -249,3 +252,70 @@ def test_loaded_model_with_baseline_perplexity_and_speed(tmp_path: Path) -> None
     assert result.speed.decode_ratio is not None and 0.2 < result.speed.decode_ratio < 5
     assert set(result.versions) == {"lord_quant", "lm_eval", "transformers", "torch"}
     assert json.loads(json.dumps(result.to_dict()))["settings"]["window"] == 64
+
+
+@pytest.mark.parametrize(
+    ("pair", "value"),
+    [
+        ("do_sample=False", False),
+        ("do_sample=true", True),
+        ("top_k=05", 5),
+        ("temperature=1.5", 1.5),
+        ("until=None", None),
+        ('until=["\\n", "a=b"]', ["\n", "a=b"]),
+        ("x=[half", "[half"),
+    ],
+)
+def test_generation_settings_mean_what_they_do_on_the_stock_command_line(pair: str, value: Any) -> None:
+    from lm_eval.utils import simple_parse_args_string
+
+    key = pair.partition("=")[0]
+    assert read_settings([pair]) == {key: value} and type(read_settings([pair])[key]) is type(value)
+    if not isinstance(value, list):
+        assert simple_parse_args_string(pair) == {key: value}
+
+
+def test_generation_settings_that_are_no_numbers_are_refused() -> None:
+    for pair in ("temperature=nan", "temperature=inf"):
+        with pytest.raises(EvaluationError, match="wanted a finite number"):
+            read_settings([pair])
+
+
+def test_both_models_are_measured_in_windows_that_both_take(tmp_path: Path) -> None:
+    contexts = {}
+    for name, positions in (("long", 128), ("short", 64)):
+        folder = families.save(families.build("llama", max_position_embeddings=positions), tmp_path / name)
+        contexts[name] = str(folder)
+    assert shortest_context([contexts["long"]]) == 128 and shortest_context(list(contexts.values())) == 64
+    found = evaluate(contexts["long"], baseline=contexts["short"], perplexity_dataset="python-stdlib", max_windows=1,
+                     speed=True, device="cpu", dtype=torch.float32)  # type: ignore[arg-type]  # fmt: skip
+    assert found.perplexity is not None and found.baseline is not None and found.baseline.perplexity is not None
+    assert found.perplexity.window == found.baseline.perplexity.window == 64
+    assert found.speed is not None and found.speed.prompt_tokens + found.speed.new_tokens <= 64
+    assert json.loads(json.dumps(found.to_dict()))["settings"]["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"window": 129}, "window 129 is longer than the model's context of 64 tokens"),
+        ({"stride": 100}, "stride is 100; wanted at most the window, 64"),
+        ({"baseline": "unknown"}, "its configuration cannot be used"),
+        ({"tokenizer": "mute"}, "has no EOS token"),
+    ],
+)
+def test_what_no_window_or_model_allows_is_refused_before_a_weight_is_read(
+    settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    model = families.save(families.build("llama", max_position_embeddings=64), tmp_path / "model")
+    for name in ("unknown", "mute"):
+        shutil.copytree(model, tmp_path / name)
+    config = json.loads((model / "config.json").read_text())
+    (tmp_path / "unknown" / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
+    told = json.loads((model / "tokenizer_config.json").read_text())
+    (tmp_path / "mute" / "tokenizer_config.json").write_text(json.dumps(told | {"eos_token": None}))
+    (tmp_path / "mute" / "special_tokens_map.json").unlink(missing_ok=True)
+    (model / "model.safetensors").write_bytes(b"unreadable")
+    places = {name: str(tmp_path / value) if isinstance(value, str) else value for name, value in settings.items()}
+    with pytest.raises((EvaluationError, ModelError), match=message):
+        evaluate(str(model), perplexity_dataset="python-stdlib", device="cpu", **places)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from lord_quant.claim import claimed
-from lord_quant.errors import OutputError
+from lord_quant.errors import ModelError, OutputError
 
 
 # label → (family, bits, settings by section)
@@ -419,3 +419,17 @@ def test_groups_cannot_be_given_to_a_run() -> None:
     with pytest.raises(ConfigError, match=r"not supported while compressing: group_pattern=\{'a': 'b'\}"):
         LordGPTQConfig(4, rank_ratio=0.5, form="grouped", group_pattern={"a": "b"})
     assert LordGPTQConfig(4, rank_ratio=0.5, form="grouped").to_lord_config("m").lowrank.form == "grouped"
+
+
+@pytest.mark.parametrize("head", ["AutoModel", "AutoModelForSequenceClassification", "AutoModelForTokenClassification"])
+def test_a_model_that_predicts_no_tokens_is_refused_before_work(
+    head: str, model_folder: Callable[..., Path], corpus_file: Path
+) -> None:
+    """The joint stack minds the loss of the next token."""
+    import transformers
+
+    from lord_quant import LordGPTQConfig
+
+    config = LordGPTQConfig(bits=4, rank_ratio=0.5, group_size=32, dataset=str(corpus_file), num_samples=2, seq_len=32)
+    with pytest.raises(ModelError, match="which predicts no tokens; wanted it as AutoModelForCausalLM"):
+        getattr(transformers, head).from_pretrained(model_folder("llama"), quantization_config=config)
