@@ -28,7 +28,7 @@ from lord_quant.reading import open_tensors, parse_json
 from lord_quant.targets import LinearSite, find_blocks, find_linears, siblings
 
 
-VERSION = 7
+VERSION = 8
 JOINED = "+"
 """Joins the names of layers with one input."""
 METADATA = "lord_statistics"

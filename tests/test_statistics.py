@@ -177,7 +177,7 @@ LAYER = "model.layers.0.mlp.up_proj"
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        (lambda about, tensors: about.update(version=99), r"^statistics .* have version 99; wanted 7: measure again$"),
+        (lambda about, tensors: about.update(version=99), r"^statistics .* have version 99; wanted 8: measure again$"),
         (lambda about, tensors: tensors.pop(LAYER), "up_proj"),
         (lambda about, tensors: about["layers"][LAYER].update(pivoted={"two_factor": 1.0}), r"forms \['two_factor'\]"),
         (lambda about, tensors: tensors.update({LAYER: tensors[LAYER][:, 1:].clone()}), "does not fit its layer"),

@@ -169,7 +169,7 @@ STATISTICS = {
     ),
     "NaN": bytes_of(spectrum(float("nan"), 0), "the spectrum of", "does not fit its layer"),
     "infinite on other text": bytes_of(spectrum(float("inf"), -1), "does not fit its layer"),
-    "newer version": told(lambda about: about.update(version=99), "have version 99; wanted 7"),
+    "newer version": told(lambda about: about.update(version=99), "have version 99; wanted 8"),
     "version that is none": told(lambda about: about.pop("version"), "holds no statistics", "version"),
     "header that is no JSON": told("{", "holds no statistics"),
     "header that is a list": told("[1]", "holds no statistics"),
