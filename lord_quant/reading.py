@@ -57,7 +57,7 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_yaml_int(self, node: Any) -> int:
-        if not re.fullmatch(r"[-+]?(0|[1-9][0-9_]*)", node.value):  # YAML 1.1 reads 010 as 8 and 1:30 as 90
+        if re.match(r"[-+]?0[0-9_]|[^:]+:", node.value):  # YAML 1.1 reads 010 as 8 and 1:30 as 90
             self._refuse(f"found the number {node.value}, which has more than one reading; wanted plain digits", node)
         value = super().construct_yaml_int(node)
         if abs(value) > LARGEST:
