@@ -34,6 +34,7 @@ from lord_quant.source import choose_device
 
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from lord_quant.corpus import Corpus
@@ -94,7 +95,7 @@ def evaluate(
     tokenizer: Any = None,
     batch_size: int | str = 1,
     device: str | None = None,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     limit: float | None = None,
     num_fewshot: int | None = None,
     confirm_run_unsafe_code: bool = False,

@@ -288,7 +288,7 @@ def test_both_models_are_measured_in_windows_that_both_take(tmp_path: Path) -> N
         contexts[name] = str(folder)
     assert shortest_context([contexts["long"]]) == 128 and shortest_context(list(contexts.values())) == 64
     found = evaluate(contexts["long"], baseline=contexts["short"], perplexity_dataset="python-stdlib", max_windows=1,
-                     speed=True, device="cpu", dtype=torch.float32)  # type: ignore[arg-type]  # fmt: skip
+                     speed=True, device="cpu", dtype=torch.float32)  # fmt: skip
     assert found.perplexity is not None and found.baseline is not None and found.baseline.perplexity is not None
     assert found.perplexity.window == found.baseline.perplexity.window == 64
     assert found.speed is not None and found.speed.prompt_tokens + found.speed.new_tokens <= 64
