@@ -69,8 +69,11 @@ def test_it_differs_in_zeros_alone_and_loads_to_the_same_bits(packed: Path, tmp_
 def test_what_vouches_for_the_files_is_made_anew(packed: Path, tmp_path: Path) -> None:
     own = tmp_path / "own"
     shutil.copytree(packed, own)
+    (own / "additional_chat_templates").mkdir()
+    (own / "additional_chat_templates" / "tool.jinja").write_text("{{ tools }}")
     write_manifest(own, None)
     convert_to_gptq_v1(own, tmp_path / "v1")
+    assert (tmp_path / "v1" / "additional_chat_templates" / "tool.jinja").read_text() == "{{ tools }}"
     manifest = read_manifest(tmp_path / "v1")
     assert manifest is not None and list(changed_files(tmp_path / "v1", manifest)) == []
 

@@ -300,6 +300,19 @@ def test_a_joint_report_tells_truncation_from_all_that_was_lost(blocks: int) -> 
     assert "truncation" in naive and "all in" not in naive
 
 
+def test_a_short_table_keeps_dense_and_decomposed_layers_of_a_kind_apart() -> None:
+    """They have other parts, and only one of them has a truncation."""
+    sites = [LinearSite(f"h.{i}.mlp.c_fc", i, 256, 1024, False) for i in range(3)]
+    lowrank = LowrankConfig(rank_pattern={"h.1.mlp.c_fc": 64, "h.2.mlp.c_fc": 64})
+    config = LordConfig(model="org/model", lowrank=lowrank, gptq=GptqConfig(bits=4, group_size=32))
+    report = report_of(config, build_plan(sites, lowrank, config.gptq, itemsize=4, other_bytes=0))
+    dense, lowranks = report_table(report, longest=1).splitlines()[2:4]
+    assert dense.startswith("mlp.c_fc (x1)") and lowranks.startswith("mlp.c_fc (x2)")
+    seconds = [sum(part["seconds"] for layer in report["layers"][at] for part in layer["gptq"].values())
+               for at in (slice(0, 1), slice(1, 3))]  # fmt: skip
+    assert seconds == [0.25, 1.0] and "0.25" in dense and f"{1.0 + 2 * 0.125:.2f}" in lowranks
+
+
 def test_a_pivoted_report_names_the_form_and_its_largest_coefficient() -> None:
     config, _ = make()
     lowrank = LowrankConfig(rank_ratio=0.5, form="pivoted")

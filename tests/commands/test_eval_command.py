@@ -146,3 +146,11 @@ def test_a_task_whose_data_cannot_be_had_is_told(tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == EvaluationError.exit_code and "Traceback" not in done.stderr
     assert "EvaluationError: lambada_openai cannot be evaluated: " in done.stderr
+
+
+def test_what_json_does_not_have_is_null_in_the_file(tmp_path: Path) -> None:
+    perplexity = Perplexity(float("inf"), 1e6, 100, 1, 64, 64, "float32")
+    command._write(tmp_path / "found.json", EvalResult("m", {"t": {"x": float("nan"), "y": 1.5}}, perplexity=perplexity))
+    found = json.loads((tmp_path / "found.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert found["metrics"]["t"] == {"x": None, "y": 1.5}
+    assert found["perplexity"]["perplexity"] is None and found["perplexity"]["nll"] == 1e6
