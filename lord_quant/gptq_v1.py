@@ -51,7 +51,8 @@ def convert_to_gptq_v1(folder: str | Path, output: str | Path) -> None:
             raise CheckpointError("\n  ".join([problem, *refused[:10], *more]))
         for path in source.iterdir():
             if path.is_dir():
-                shutil.copytree(path, staging / path.name)
+                if not path.name.startswith("."):  # what a download or a repository keeps for itself
+                    shutil.copytree(path, staging / path.name)
             elif path.name not in ("config.json", MANIFEST_NAME) and str(path) not in files:
                 shutil.copy(path, staging)
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -20,6 +20,8 @@ from lord_quant.fingerprint import Fingerprint
 MANIFEST_NAME = "lord_manifest.json"
 READ_BY_LOADERS = frozenset({".safetensors", ".bin", ".pt", ".json", ".py", ".jinja", ".model"})
 """Endings of files that loaders may read without being told: one that was not written by the run is a change."""
+TEMPLATES = "additional_chat_templates/"
+"""The one folder inside a checkpoint that they look into likewise."""
 
 
 class Manifest(NamedTuple):
@@ -78,7 +80,8 @@ def changed_files(folder: Path, manifest: Manifest) -> Iterator[str]:
             except OSError as error:
                 yield f"{name}: cannot be read: {reason_of(error)}"
     for name in sorted(present.keys() - manifest.files.keys()):
-        if present[name].suffix in READ_BY_LOADERS:
+        untold = "/" not in name or name.startswith(TEMPLATES)  # an adapter in a folder of its own is read when it is named
+        if untold and present[name].suffix in READ_BY_LOADERS:
             yield f"{name}: not written by the run"
 
 
@@ -105,7 +108,7 @@ def sha256(path: Path) -> str:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Returns all files by path inside the folder; transformers puts further chat templates into a folder of their own."""
+    """Returns all files by path inside the folder."""
     found = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {name: path for path in found if (name := path.relative_to(folder).as_posix()) != MANIFEST_NAME}
 

@@ -310,9 +310,8 @@ def _by_kind(layers: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
         if any("decompose_seconds" in member for member in members):
             merged["decompose_seconds"] = sum(member.get("decompose_seconds", 0) for member in members)
         merged["gptq"] = {}
-        for part in dict.fromkeys(
-            part for member in members for part in member["gptq"]
-        ):  # not of a layer that stayed float
+        parts = dict.fromkeys(part for member in members for part in member["gptq"])  # a layer that stayed float has none
+        for part in parts:
             found = [member["gptq"][part] for member in members if part in member["gptq"]]
             losses = [item["loss"] for item in found if item["loss"] is not None]
             merged["gptq"][part] = {

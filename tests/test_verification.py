@@ -18,7 +18,7 @@ from lord_quant.claim import folder_of
 from lord_quant.config import LordConfig
 from lord_quant.errors import CheckpointError
 from lord_quant.execution import execute
-from lord_quant.manifest import MANIFEST_NAME, all_there, read_manifest, write_manifest
+from lord_quant.manifest import MANIFEST_NAME, all_there, changed_files, read_manifest, write_manifest
 from lord_quant.pipeline import prepare
 from lord_quant.verification import tensor_problems, verify
 
@@ -93,6 +93,11 @@ def test_files_that_are_gone_cut_or_new_are_named_together(copy: Path) -> None:
 
 
 def test_files_in_folders_of_their_own_are_recorded_as_well(copy: Path) -> None:
+    for adapter in (copy / "adapter", copy / ".cache"):  # nobody reads it without being told
+        adapter.mkdir()
+        (adapter / "config.json").write_text("{}")
+    manifest = read_manifest(copy)
+    assert manifest is not None and list(changed_files(copy, manifest)) == []
     template = copy / "additional_chat_templates" / "tool.jinja"
     template.parent.mkdir()
     template.write_text("{{ tools }}")
