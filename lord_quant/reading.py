@@ -64,12 +64,18 @@ class _StrictLoader(yaml.SafeLoader):
             self._refuse("found a number of more than 64 bits", node)
         return value
 
+    def construct_yaml_float(self, node: Any) -> float:
+        if ":" in node.value:  # YAML 1.1 reads 1:30.5 as 90.5
+            self._refuse(f"found the number {node.value}, which has more than one reading; wanted plain digits", node)
+        return super().construct_yaml_float(node)
+
     @staticmethod
     def _refuse(problem: str, found: Any) -> None:
         raise yaml.MarkedYAMLError(problem=problem, problem_mark=found.start_mark)
 
 
 _StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
+_StrictLoader.add_constructor("tag:yaml.org,2002:float", _StrictLoader.construct_yaml_float)
 _StrictLoader.add_implicit_resolver(  # YAML 1.1 takes 1e-2, without a dot, for text
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), list("-+0123456789")
 )

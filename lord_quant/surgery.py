@@ -133,6 +133,12 @@ def apply_rank_pattern(
     modules = dict(model.named_modules())
     missing = [name for name in rank_pattern if name not in modules or not is_linear(modules[name])]
     if missing:
+        body = f"{getattr(model, 'base_model_prefix', '')}."
+        if all(name.startswith(body) and name.removeprefix(body) in modules for name in rank_pattern):
+            raise CheckpointError(
+                f"{type(model).__name__} is the model without its head, and rank_pattern has the paths of the one with it; "
+                "wanted AutoModelForCausalLM, or the class that was compressed (its `base_model` is what was asked for)"
+            )
         raise CheckpointError(
             f"rank_pattern names layers that {type(model).__name__} does not have: {', '.join(missing)}; was the "
             "configuration edited, or is it another model's?"

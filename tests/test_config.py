@@ -369,7 +369,7 @@ def test_merge_lays_one_mapping_over_another(base: dict[str, Any], override: dic
     assert merge(merged, override) == merged
 
 
-@pytest.mark.parametrize("number", ["0010", "1:30", "-007"])
+@pytest.mark.parametrize("number", ["0010", "1:30", "-007", "1:30.5"])
 def test_numbers_with_more_than_one_reading_are_refused(number: str, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(f"model: m\nlowrank: {{rank_ratio: 1}}\ncalibration: {{seed: {number}}}\n")

@@ -15,6 +15,7 @@ from lord_quant.distributed import launched
 if TYPE_CHECKING:
     from lord_quant.evaluation.harness import EvalResult
 
+PARTS_SUFFIX = ".incomplete"
 HELP = "Evaluate a model with lm-eval tasks, token perplexity and speed, optionally beside a baseline."
 EXAMPLES = """\
 examples:
@@ -62,7 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--confirm-run-unsafe-code", action="store_true", help="consent to tasks that run code the model generates"
     )
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the result to this file")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE.json",
+        help="write the result to this file, and until then what is known to FILE.json.incomplete",
+    )
     parser.add_argument("--overwrite", action="store_true", help="let --output replace a file")
     parser.add_argument(
         "--print-include-path", action="store_true", help="print the folder of the lord_* tasks for lm_eval, and stop"
@@ -94,29 +100,64 @@ def run(args: argparse.Namespace) -> int:
     from lord_quant.evaluation.harness import evaluate
     from lord_quant.evaluation.preflight import read_settings
 
-    result = evaluate(
-        args.model,
-        [name.strip() for name in args.tasks.split(",") if name.strip()],
-        baseline=args.baseline,
-        batch_size=args.batch_size,
-        device=args.device,
-        dtype=args.dtype,
-        limit=args.limit,
-        confirm_run_unsafe_code=args.confirm_run_unsafe_code,
-        perplexity_dataset=args.perplexity,
-        window=args.window,
-        stride=args.stride,
-        max_windows=args.max_windows,
-        speed=args.speed,
-        seed=args.seed,
-        gen_kwargs=read_settings(args.gen_kwargs),
-    )
-    if not launched().first:  # lm-eval shares the documents of tasks out, the first process knows the results
-        return 0
-    if args.output is not None:
-        _write(args.output, result)
+    parts = _Parts(args.output)
+    with parts:
+        result = evaluate(
+            args.model,
+            [name.strip() for name in args.tasks.split(",") if name.strip()],
+            baseline=args.baseline,
+            batch_size=args.batch_size,
+            device=args.device,
+            dtype=args.dtype,
+            limit=args.limit,
+            confirm_run_unsafe_code=args.confirm_run_unsafe_code,
+            perplexity_dataset=args.perplexity,
+            window=args.window,
+            stride=args.stride,
+            max_windows=args.max_windows,
+            speed=args.speed,
+            seed=args.seed,
+            gen_kwargs=read_settings(args.gen_kwargs),
+            on_part=parts.keep,
+        )
+        if not launched().first:  # lm-eval shares the documents of tasks out, the first process knows the results
+            return 0
+        if args.output is not None:
+            _write(args.output, result)
     print(format_table(result))
     return 0
+
+
+class _Parts:
+    """Keeps what is measured already beside the output, and prints it if the rest fails or is interrupted.
+
+    Args:
+        output: Where the whole result will be; None for nowhere.
+    """
+
+    def __init__(self, output: Path | None) -> None:
+        self.path = None if output is None else output.with_name(f"{output.name}{PARTS_SUFFIX}")
+        self.last: EvalResult | None = None
+
+    def __enter__(self) -> _Parts:
+        return self
+
+    def keep(self, result: EvalResult) -> None:
+        """Replaces what was kept before by `result`, which holds it."""
+        if launched().first:
+            self.last = result
+            if self.path is not None:
+                _write(self.path, result)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.last is None:
+            return
+        if kind is None:
+            if self.path is not None:
+                self.path.unlink(missing_ok=True)
+            return
+        place = "" if self.path is None else f", and in {self.path}"
+        print(f"{format_table(self.last)}\n\nnot all that was asked for: above is what was measured until then{place}")
 
 
 def format_table(result: EvalResult) -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -107,6 +107,7 @@ def evaluate(
     seed: int | None = None,
     metadata: Mapping[str, Any] | None = None,
     gen_kwargs: Mapping[str, Any] | None = None,
+    on_part: Callable[[EvalResult], None] | None = None,
 ) -> EvalResult:
     """Evaluates `model`, and `baseline` in the same way.
 
@@ -129,6 +130,8 @@ def evaluate(
         seed: For all of lm-eval's random generators; None leaves it its own, 0 for Python's and 1234 for the others.
         metadata: Passed to the tasks, as lm-eval's ``--metadata``.
         gen_kwargs: Generation settings that replace those of the tasks.
+        on_part: Called with what is known so far whenever a part is done (tasks or perplexity of a model): hours of
+            tasks need not be lost to what fails behind them.
 
     Raises:
         EvaluationError: Nothing to do, an unknown task, an illegal setting, or a task's data set is not to be had.
@@ -139,7 +142,9 @@ def evaluate(
         CalibrationError: The perplexity text is missing or unreadable.
         ElsewhereError: The process that measures the peak of memory failed.
     """
-    settings = {name: value for name, value in locals().items() if name not in {"model", "baseline", "tokenizer"}}
+    settings = {
+        name: value for name, value in locals().items() if name not in {"model", "baseline", "tokenizer", "on_part"}
+    }
     tasks = [tasks] if isinstance(tasks, str) else list(tasks)
     settings["dtype"] = str(dtype).removeprefix("torch.")
     settings = {**settings, "tasks": tasks, "metadata": dict(metadata or {}), "gen_kwargs": dict(gen_kwargs or {})}
@@ -149,26 +154,37 @@ def evaluate(
         raise EvaluationError("nothing to evaluate: wanted tasks, a perplexity data set or the speed measurement")
     check_settings(settings)
     import_hosts()
+    versions, known = _versions(), list[ModelScores]()
+    directions: dict[str, dict[str, bool]] = {}
+
+    def result(scores: list[ModelScores], measured: Speed | None = None) -> EvalResult:
+        theirs = scores[1] if len(scores) > 1 else None
+        return EvalResult(
+            **vars(scores[0]),
+            baseline=theirs,
+            speed=measured,
+            higher_is_better=directions,
+            versions=versions,
+            settings=settings,
+        )
+
+    def tell(scores: ModelScores) -> None:
+        if on_part is not None:
+            on_part(result([*known, scores]))
+
     with hush("lm_eval", "transformers", "datasets"):
         ready = _preflight([model, baseline], tokenizer, settings)
-        first, directions, lm = _evaluate_one(model, tokenizer, ready, settings)
-        second, measured = None, None
-        if baseline is not None:
+        loaded: list[Any] = []
+        for each in [model] if baseline is None else [model, baseline]:
             if not speed:
-                lm = None  # frees the memory before the next model is loaded
+                loaded.clear()  # frees the memory before the next model is loaded
                 gc.collect()
-            second, _, other = _evaluate_one(baseline, tokenizer, ready, settings)
-            measured = measure_speed(lm.model, other.model, **ready.lengths) if speed and lm is not None else None
-        elif speed:
-            measured = measure_speed(lm.model, **ready.lengths)
-    return EvalResult(
-        **vars(first),
-        baseline=second,
-        speed=measured,
-        higher_is_better=directions,
-        versions=_versions(),
-        settings=settings,
-    )
+            lm = _load(each, tokenizer, settings)
+            known.append(_evaluate_one(each, lm, ready, settings, directions, tell))
+            loaded.append(lm)
+            del lm
+        measured = measure_speed(*(lm.model for lm in loaded), **ready.lengths) if speed else None
+    return result(known, measured)
 
 
 def _expand(model: Any) -> Any:
@@ -215,17 +231,25 @@ def _preflight(models: list[Any], tokenizer: Any, settings: dict[str, Any]) -> _
 
 
 def _evaluate_one(
-    model: Any, tokenizer: Any, ready: _Ready, settings: dict[str, Any]
-) -> tuple[ModelScores, dict[str, dict[str, bool]], Any]:
-    """Returns the scores, the metrics' directions, and the wrapped model."""
-    lm = _load(model, tokenizer, settings)
+    model: Any,
+    lm: Any,
+    ready: _Ready,
+    settings: dict[str, Any],
+    directions: dict[str, dict[str, bool]],
+    tell: Callable[[ModelScores], None],
+) -> ModelScores:
+    """Returns the scores of the wrapped model; `directions` takes those of the metrics, `tell` the scores part by part."""
     name = str(model) if isinstance(model, str | Path) else f"{type(model).__name__} {model.name_or_path}".strip()
-    raw = _run_tasks(lm, ready.manager, settings) if settings["tasks"] else {}
-    metrics, stderr = _split(raw.get("results", {}))
-    perplexity = None
+    scores = ModelScores(name)
+    if settings["tasks"]:
+        raw = _run_tasks(lm, ready.manager, settings)
+        directions.update(raw.get("higher_is_better", {}))
+        metrics, stderr = _split(raw.get("results", {}))
+        scores = replace(scores, metrics=metrics, stderr=stderr)
+        tell(scores)
     if ready.corpus is not None:
         batch_size = settings["batch_size"]
-        perplexity = corpus_perplexity(
+        found = corpus_perplexity(
             lm.model,
             lm.tokenizer,
             ready.corpus,
@@ -234,10 +258,12 @@ def _evaluate_one(
             max_windows=settings["max_windows"],
             batch_size=int(batch_size) if str(batch_size).isdigit() else 1,
         )
-    peak = None
+        scores = replace(scores, perplexity=found)
+        tell(scores)
     if settings["speed"] and settings["device"] == "cpu" and isinstance(model, str | Path):
         peak = peak_process_memory(str(model), settings["dtype"], **ready.lengths)
-    return ModelScores(name, metrics, stderr, perplexity, peak), dict(raw.get("higher_is_better", {})), lm
+        scores = replace(scores, peak_memory_bytes=peak)
+    return scores
 
 
 def _load(model: Any, tokenizer: Any, settings: dict[str, Any]) -> Any:

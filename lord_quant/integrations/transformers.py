@@ -321,11 +321,11 @@ class LordGptqHfQuantizer(GptqHfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         ours, path = self.quantization_config, find_blocks(model).path
         if self.pre_quantized:
+            patterns = ours.form_pattern, ours.group_pattern
+            apply_rank_pattern(model, ours.rank_pattern or {}, ours.mean_correction, *patterns)
             if ours.block_name_to_quantize not in (None, path):
                 named = f"block_name_to_quantize is {ours.block_name_to_quantize!r}"
                 raise CheckpointError(f"{named}; wanted {path!r}, where {type(model).__name__} has its blocks")
-            patterns = ours.form_pattern, ours.group_pattern
-            apply_rank_pattern(model, ours.rank_pattern or {}, ours.mean_correction, *patterns)
         self._dense_files = kwargs.get("checkpoint_files") or ()
         packings = rebuilt.packings_of(model, ours) if self.pre_quantized else {}
         with rebuilt.told_by_host():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import families
 import pytest
-from in_process import run_command
+from in_process import Box, run_command
 
 from lord_quant.commands import eval as command
 from lord_quant.errors import ConsentError, EvaluationError, ModelError, OutputError
@@ -154,3 +154,24 @@ def test_what_json_does_not_have_is_null_in_the_file(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "found.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert found["metrics"]["t"] == {"x": None, "y": 1.5}
     assert found["perplexity"]["perplexity"] is None and found["perplexity"]["nll"] == 1e6
+
+
+def test_what_was_measured_before_a_failure_is_printed_and_kept(
+    box: Box, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The baseline's weights turn out to be unreadable after the model was measured."""
+    torn = box.copy()
+    weights = next(torn.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    target, kept = tmp_path / "scores.json", tmp_path / "scores.json.incomplete"
+    measured = ["--perplexity", box.corpus, "--window", "32", "--max-windows", "2", "--output", target]
+
+    assert run_command("eval", "--model", box.original, "--baseline", torn, *measured) == ModelError.exit_code
+    told, found = capfd.readouterr().out, json.loads(kept.read_text())
+    assert not target.exists() and found["baseline"] is None
+    assert f"{found['perplexity']['perplexity']:.4f}" in told and f"and in {kept}" in told
+
+    assert run_command("eval", "--model", box.original, "--baseline", box.original, *measured) == 0
+    whole = json.loads(target.read_text())
+    assert whole["perplexity"] == whole["baseline"]["perplexity"] == found["perplexity"]
+    assert not kept.exists()
