@@ -18,6 +18,7 @@ from lord_quant.plan_file import apply_plan
 from lord_quant.sensing import digest_of, sense_model, unplanned
 from lord_quant.source import own_memory, refuse_unfit, refuse_unready
 from lord_quant.statistics import load_statistics
+from lord_quant.weight_reads import refuse_weight_reads
 
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def compress_loaded(model: PreTrainedModel, tokenizer: Any, config: LordConfig, 
     Raises:
         LordError: Whatever is wrong with the model, the plan, the calibration or the budget.
     """
+    from accelerate import init_empty_weights
     from transformers import AutoTokenizer
 
     refuse_unfit(config.model, _dense_config(model))
@@ -48,6 +50,8 @@ def compress_loaded(model: PreTrainedModel, tokenizer: Any, config: LordConfig, 
         )
     itemsize, measured_on = next(model.parameters()).element_size(), None
     plan = plan_model(model, config if config.budget is None else unplanned(config), itemsize)
+    with init_empty_weights():
+        refuse_weight_reads(type(model)(_dense_config(model)), plan)
     if tokenizer is None or isinstance(tokenizer, str):
         try:
             tokenizer = AutoTokenizer.from_pretrained(tokenizer or config.model, revision=None if tokenizer else commit)

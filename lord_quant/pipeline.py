@@ -48,6 +48,7 @@ from lord_quant.source import (
 )
 from lord_quant.surgery import is_compressed
 from lord_quant.targets import find_blocks, find_linears
+from lord_quant.weight_reads import refuse_weight_reads
 
 
 if TYPE_CHECKING:
@@ -177,6 +178,7 @@ def prepare(config: LordConfig, *, overwrite: bool = False, measured_on: str | N
     source = inspect_source(config.model, config.dtype)
     skeleton = build_skeleton(source)
     plan = plan_model(skeleton, config, source.dtype.itemsize)
+    refuse_weight_reads(skeleton, plan)
     windows = calibrate(config, source.tokenizer, source.context, vocabulary_of(skeleton))
     joint = config.stack == "joint"
     backward = joint and any(minds(layer, config.joint) for layer in plan.layers)

@@ -71,6 +71,7 @@ LAYERS = [
         "source",
         "estimate",
         "cautions",
+        "weight_reads",
         "outcomes",
         "remedies",
         "report",

@@ -142,13 +142,14 @@ def _stored_names(model: Any, block_path: str) -> set[str]:
 
 
 def protect_from_initialization(model: torch.nn.Module) -> None:
-    """Keeps GPT-2 and GPTBigCode from initialising weights that packed layers do not have.
+    """Keeps GPT-2, GPTBigCode and Mamba-2 from initialising weights that packed layers do not have.
 
-    Their `_init_weights` draws `c_proj.weight` anew on modules that were not marked as loaded. Only modules without
-    tensors of their own are marked, so that computed buffers (CodeGen's position table) are still filled.
+    Their `_init_weights` draws `c_proj.weight` anew on modules that were not marked as loaded; Mamba-2's does so with
+    `out_proj.weight`. Modules with computed buffers (CodeGen's position table) are not marked, so that these are filled;
+    all other tensors are the checkpoint's, as `check_files` made sure.
     """
     for module in model.modules():
-        if module._parameters or module._buffers:
+        if module._non_persistent_buffers_set:
             continue
         if any(is_compressed(child) for child in module.children()):
             vars(module)["_is_hf_initialized"] = True
