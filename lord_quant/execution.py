@@ -8,10 +8,7 @@ several processes can do that together. Where it cannot be, and in the naive sta
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-import hashlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,6 +24,7 @@ from lord_quant.checkpoint import (
 )
 from lord_quant.claim import claimed, folder_of, forget_sensed
 from lord_quant.config import FLOAT_BITS, LordConfig
+from lord_quant.digests import digest_of_values, model_digest
 from lord_quant.distributed import ALONE, World
 from lord_quant.errors import CheckpointError, ConfigError, ModelError, OutputError, reason_of
 from lord_quant.fingerprint import TOLERANCE, Fingerprint
@@ -34,7 +32,6 @@ from lord_quant.headers import read_headers, weight_files
 from lord_quant.joint import minded_layers
 from lord_quant.journal import Journal, Unfinished
 from lord_quant.manifest import all_there, write_manifest
-from lord_quant.menu import Menu
 from lord_quant.model_card import model_card
 from lord_quant.outcomes import plan_as_run
 from lord_quant.pipeline import (
@@ -52,7 +49,6 @@ from lord_quant.report import build_report, package_versions, to_json
 from lord_quant.residency import Streamed
 from lord_quant.sensitivity import Sensitivity
 from lord_quant.source import load_model, local_files, stream_source
-from lord_quant.statistics import model_digest
 from lord_quant.streaming import Finished, Settings, stream_model, write_weights
 from lord_quant.verification import verify_afresh
 
@@ -119,7 +115,7 @@ def execute(job: Job, progress: Progress | None = None, world: World = ALONE, *,
 
 def _execute_whole(job: Job, phases: Phases, progress: Progress, verify: bool) -> dict[str, Any]:
     """Runs a job on a model that is loaded whole."""
-    made = digest(made_of(job, 1))  # before the run adds to the model's configuration
+    made = digest_of_values(made_of(job, 1))  # before the run adds to the model's configuration
     with phases.measure("load"), progress.phase("load"):
         model = load_model(job.source, job.device)
     done = compress_model(model, job.plan, job.windows, job.config, itemsize=job.source.dtype.itemsize, progress=progress)
@@ -177,7 +173,7 @@ def _execute_streamed(run: _Streaming) -> dict[str, Any]:
     residency.scratch = journal.folder
     try:
         with world.together():
-            report = _stream(run, journal, digest(made))
+            report = _stream(run, journal, digest_of_values(made))
     except BaseException as error:
         journal.close(keep=bool(journal.blocks))
         if isinstance(error, CheckpointError):
@@ -284,7 +280,7 @@ def is_finished(job: Job, output: Path, processes: int = 1) -> bool:
     """Tells whether a folder is what a run of this job by so many processes wrote."""
     try:
         report = parse_json((output / REPORT_NAME).read_text(encoding="utf-8"))
-        same = isinstance(report, dict) and report.get("made_of_sha256") == digest(made_of(job, processes))
+        same = isinstance(report, dict) and report.get("made_of_sha256") == digest_of_values(made_of(job, processes))
         return same and all_there(output)
     except (CheckpointError, OSError, ValueError):
         return False
@@ -295,11 +291,6 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, output: Pa
         tokenizer.save_pretrained(folder)
     except Exception as error:  # tokenizer backends raise whatever they like
         raise OutputError(f"output {str(output)!r} cannot be written: {reason_of(error)}") from error
-
-
-def digest(values: Mapping[str, Any]) -> str:
-    """Returns a SHA-256 of JSON values."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def made_of(job: Job, processes: int) -> dict[str, Any]:
@@ -314,34 +305,6 @@ def made_of(job: Job, processes: int) -> dict[str, Any]:
         "device": str(job.device),
         "versions": package_versions(),
     }
-
-
-def _digest_of_file(statistics: str) -> str:
-    try:
-        with open(statistics, "rb") as handle:
-            return hashlib.file_digest(handle, "sha256").hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"statistics {statistics!r} cannot be read: {error.strerror}") from error
-
-
-def asked_of(job: Job, config: LordConfig, menu: Menu, processes: int) -> str:
-    """Returns a SHA-256 of all that a plan for a budget depends on.
-
-    Args:
-        job: The run prepared for dense layers.
-        config: The run with its budget.
-        menu: What the plan is chosen from.
-        processes: How many run it together.
-
-    Raises:
-        CheckpointError: The statistics that its budget names cannot be read.
-    """
-    made = made_of(dataclasses.replace(job, config=config), processes) | {"menu": dataclasses.asdict(menu)}
-    if config.budget is not None:
-        made["budget"] = config.budget.asked
-        if config.budget.statistics:
-            made["statistics_sha256"] = _digest_of_file(config.budget.statistics)
-    return digest(made)
 
 
 def write_checkpoint(

@@ -13,7 +13,11 @@ import yaml
 from lord_quant.budget import PLANNED, require_same
 from lord_quant.checkpoint import REPORT_NAME, atomic_file
 from lord_quant.config import LordConfig, read_yaml
+from lord_quant.digests import digest_of_file, digest_of_values
 from lord_quant.errors import ConfigError
+from lord_quant.execution import made_of
+from lord_quant.menu import Menu
+from lord_quant.pipeline import Job
 from lord_quant.reading import parse_json
 from lord_quant.sensing import digest_of
 
@@ -76,12 +80,32 @@ def read_plan(path: str | Path, model: str) -> dict[str, Any]:
     return values
 
 
+def asked_of(job: Job, config: LordConfig, menu: Menu, processes: int) -> str:
+    """Returns a SHA-256 of all that a plan for a budget depends on.
+
+    Args:
+        job: The run prepared for dense layers.
+        config: The run with its budget.
+        menu: What the plan is chosen from.
+        processes: How many run it together.
+
+    Raises:
+        CheckpointError: The statistics that its budget names cannot be read.
+    """
+    made = made_of(dataclasses.replace(job, config=config), processes) | {"menu": dataclasses.asdict(menu)}
+    if config.budget is not None:
+        made["budget"] = config.budget.asked
+        if config.budget.statistics:
+            made["statistics_sha256"] = digest_of_file(config.budget.statistics, "statistics")
+    return digest_of_values(made)
+
+
 def chosen_before(output: Path, asked: str) -> dict[str, Any] | None:
     """Returns the plan that a finished run chose for the same budget, or None if none wrote this folder.
 
     Args:
         output: A model folder.
-        asked: What its report has to say that the plan depends on, see `execution.asked_of`.
+        asked: What its report has to say that the plan depends on, see `asked_of`.
     """
     try:
         report = parse_json((output / REPORT_NAME).read_text(encoding="utf-8"))

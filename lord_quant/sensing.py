@@ -17,6 +17,7 @@ from lord_quant.calibration import TokenWindows, windows_at_once
 from lord_quant.checkpoint import whole_path
 from lord_quant.claim import claimed, sensed_beside, sensing_beside
 from lord_quant.config import LordConfig
+from lord_quant.digests import model_digest
 from lord_quant.distributed import ALONE, World
 from lord_quant.errors import CheckpointError, OutputError
 from lord_quant.estimate import seconds_of
@@ -29,7 +30,7 @@ from lord_quant.progress import Progress
 from lord_quant.residency import RESIDENT, Residency
 from lord_quant.sensitivity import Expansion
 from lord_quant.source import build_skeleton, commit_of, load_model, read_config, stream_source
-from lord_quant.statistics import SoFar, Statistics, load_statistics, model_digest, save_statistics
+from lord_quant.statistics import SoFar, Statistics, load_statistics, save_statistics
 from lord_quant.version import __version__
 
 

@@ -9,7 +9,6 @@ calibration is named, but a plan may be run on another.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,11 +31,7 @@ VERSION = 8
 JOINED = "+"
 """Joins the names of layers with one input."""
 METADATA = "lord_statistics"
-SAMPLES, SAMPLE_BYTES = 16, 4096
-"""Pieces that are read of a large tensor to tell it from others, from first to last, and bytes of each."""
 ORDERS = ("dense_orders", "factor_orders")
-PASSING = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype"})
-"""What a configuration says of how it was loaded and by what."""
 
 
 class Statistics(NamedTuple):
@@ -252,36 +247,3 @@ def _by_bits(values: dict[str, Any]) -> dict[int, float]:
     if not found.keys() >= {*PROBED_BITS}:
         raise ValueError(f"noise at {sorted(found)} bits; wanted {PROBED_BITS}")
     return found
-
-
-def model_digest(config: dict[str, Any], files: Sequence[str]) -> str:
-    """Returns a SHA-256 that tells models apart, without reading all of them.
-
-    Args:
-        config: The model's configuration as plain values; what says nothing of the model itself is left out.
-        files: Its safetensors files; of each the header, the size and of every tensor all of it, if it is small, or
-            `SAMPLES` pieces count.
-    """
-    own = {key: value for key, value in config.items() if key not in PASSING}
-    digest = hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode())
-    for file in sorted(files):
-        with open(file, "rb") as handle:
-            start = 8 + int.from_bytes(handle.read(8), "little")
-            header = handle.read(start - 8)
-            digest.update(header)
-            digest.update(handle.seek(0, 2).to_bytes(8, "little"))
-            for begin, end in sorted(_spans(header)):
-                whole = end - begin <= SAMPLES * SAMPLE_BYTES
-                for sample in range(1 if whole else SAMPLES):
-                    handle.seek(start + begin + (end - begin - SAMPLE_BYTES) * sample // (SAMPLES - 1))
-                    digest.update(handle.read(end - begin if whole else SAMPLE_BYTES))
-    return digest.hexdigest()
-
-
-def _spans(header: bytes) -> list[tuple[int, int]]:
-    """Returns where tensors lie by a safetensors header, from and to; nothing of a spoilt one, which others refuse."""
-    try:
-        found = [tensor["data_offsets"] for name, tensor in parse_json(header).items() if name != "__metadata__"]
-        return [(int(begin), int(end)) for begin, end in found]
-    except (AttributeError, LookupError, TypeError, ValueError):
-        return []

@@ -146,9 +146,8 @@ def _choose(
     If a finished run with the same budget wrote the folder that is there, it is that one's plan: nothing is measured.
     """
     from lord_quant.budget import PLANNED, Planner, refuse_unreachable
-    from lord_quant.execution import asked_of
     from lord_quant.pipeline import prepare
-    from lord_quant.plan_file import chosen_before
+    from lord_quant.plan_file import asked_of, chosen_before
     from lord_quant.report import human_seconds
     from lord_quant.sensing import sensing_seconds, statistics_of, unplanned
 
