@@ -17,15 +17,15 @@ import torch
 from torch import nn
 from torch.nn.functional import nll_loss
 
+from lord_quant.blocks.stream import Replay, block_kinds, capture
 from lord_quant.config import FLOAT_BITS, GptqConfig, JointConfig
-from lord_quant.crossfit import Half
 from lord_quant.engine import gather
+from lord_quant.losses.crossfit import Half
+from lord_quant.losses.probe import LayerLoss, probe
 from lord_quant.moments import Moments, PairedMoments
-from lord_quant.probe import LayerLoss, probe
+from lord_quant.rounding.solver import Gptq
 from lord_quant.sensitivity import Expansion, Steepness
-from lord_quant.solver import Gptq
 from lord_quant.stack import stack_layer
-from lord_quant.stream import Replay, block_kinds, capture
 from lord_quant.targets import LinearSite, dense_bias, dense_weight, find_blocks, find_linears
 from lord_quant.truncation import unit_metric
 

@@ -15,7 +15,7 @@ from agreement import KINDS
 if TYPE_CHECKING:
     from bench import Layer
 
-    from lord_quant.probe import LayerLoss
+    from lord_quant.losses.probe import LayerLoss
 
 RATIOS = (0.25, 0.5, 0.75, 0.9)
 """Rank ratios of truncation in float."""
@@ -60,8 +60,8 @@ def choices(layer: Layer, loss: LayerLoss, seed: int) -> list[Choice]:
 
 def menu(layer: Layer, loss: LayerLoss) -> Iterator[Choice]:
     """Yields what the planner may choose for a layer, form by form and width by width."""
-    from lord_quant.layer_bytes import TWO_FACTOR
-    from lord_quant.menu import DENSE, Menu
+    from lord_quant.budgets.menu import DENSE, Menu
+    from lord_quant.sizes.layer_bytes import TWO_FACTOR
 
     for form in (DENSE, TWO_FACTOR, *loss.pivoted):
         for bits in SET_BITS:
@@ -105,7 +105,7 @@ def form_of(choice: Choice) -> str:
 
 def parts(loss: LayerLoss, choice: Choice) -> tuple[float, float]:
     """Returns the predicted losses of truncation and of rounding, as `menu.Menu` adds them up."""
-    from lord_quant.layer_bytes import Packing
+    from lord_quant.sizes.layer_bytes import Packing
 
     if choice.rank is None:
         return 0.0, loss.of_dense(choice.bits, choice.group_size)

@@ -35,7 +35,7 @@ def optimum() -> dict[str, Any]:
     """Runs Optimum's `GPTQQuantizer.quantize_model` on the loaded dense model, then its `save`."""
     args = _arguments()
     from lord_quant.backends import gptq
-    from lord_quant.pipeline import Phases
+    from lord_quant.runs.pipeline import Phases
     from lord_quant.silence import hush, import_hosts
 
     import_hosts()
@@ -66,7 +66,7 @@ def gptqmodel() -> dict[str, Any]:
     import gptqmodel as host
     import torch
 
-    from lord_quant.pipeline import Phases
+    from lord_quant.runs.pipeline import Phases
 
     samples, phases = _samples(args.windows), Phases()
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -6,8 +6,8 @@ bits and group sizes, and compressed in ways of different form and bits that tak
 a plan chooses among. Measured is how much the cross entropy of held-out text rises over the dense model's, on the same
 windows, its part of first order on more of them if asked for (`first_order.py`); also on calibration text, and the
 divergence from the dense model's predictions, which has less noise.
-Predicted is what `lord_quant/probe.py` says: in the metric of the loss, with and without its slope, and of plain output
-error. Last, all layers of a block, of a type, and of the model are compressed together, to see whether losses add up.
+Predicted is what `lord_quant/losses/probe.py` says: in the metric of the loss, with and without its slope, and of plain
+output error. Last, all layers of a block, of a type, and of the model are compressed together: do losses add up?
 
     python eval/prediction.py --model DIR --calibration code.jsonl --heldout other.jsonl --output prediction.json
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from first_order import Change, Measured
     from torch import nn
 
-    from lord_quant.probe import LayerLoss
+    from lord_quant.losses.probe import LayerLoss
 
 FIGURES = (
     "heldout",
@@ -160,12 +160,12 @@ def prepare(args: argparse.Namespace) -> Setting:
     import torch
     from bench import collect
 
+    from lord_quant.blocks.source import inspect_source, load_model
     from lord_quant.calibration import sample_windows
     from lord_quant.corpus import load_corpus
-    from lord_quant.crossfit import crossed_tail
-    from lord_quant.sensing import sensed_samples
-    from lord_quant.source import inspect_source, load_model
-    from lord_quant.steepness import RoundingSlope
+    from lord_quant.losses.crossfit import crossed_tail
+    from lord_quant.losses.sensing import sensed_samples
+    from lord_quant.losses.steepness import RoundingSlope
     from lord_quant.targets import dense_weight
 
     source = inspect_source(args.model)

@@ -85,7 +85,7 @@ def measured(entry: str, *arguments: str, environment: Mapping[str, str] | None 
 
 def imports() -> None:
     """Imports everything that any compression here does, and does nothing: the baseline of memory."""
-    import lord_quant.pipeline  # noqa: F401
+    import lord_quant.runs.pipeline  # noqa: F401
     from lord_quant.backends import gptq
     from lord_quant.silence import import_hosts
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A projection, not a measurement: what a joint run of a large model would compute and move, and the time that implies.
 
-Operations and bytes of every phase are counted from shapes (`lord_quant/operations.py`) and divided by the published speeds
-of a GPU, of which a share is taken to be reached. Passes through the model run in bfloat16, all algebra in float32 without
-TF32. Solvers hand a few columns at a time to loops on the host's processor, so what starts kernels and copies is counted,
-and what the loops take. Rotations are drawn and weights are packed on the CPU as well. Phases are added up as if nothing
-overlapped.
+Operations and bytes of every phase are counted from shapes (`lord_quant/runs/operations.py`) and divided by the published
+speeds of a GPU, of which a share is taken to be reached. Passes through the model run in bfloat16, all algebra in float32
+without TF32. Solvers hand a few columns at a time to loops on the host's processor, so what starts kernels and copies is
+counted, and what the loops take. Rotations are drawn and weights are packed on the CPU as well. Phases are added up as if
+nothing overlapped.
 
     python eval/projection.py --output projection.json                       # StarCoder-15.5B on an H100
     python eval/projection.py --gpu a100 --efficiency 0.4 --output projection.json
@@ -120,7 +120,7 @@ class Projected(NamedTuple):
     @classmethod
     def of(cls, work: Mapping[str, Any], args: argparse.Namespace) -> Projected:
         """Turns counts into seconds."""
-        from lord_quant.operations import total
+        from lord_quant.runs.operations import total
 
         rows: list[dict[str, Any]] = [
             {"phase": name, "work": asdict(done), "seconds": seconds_of(done, args)} for name, done in work.items()
@@ -132,9 +132,9 @@ class Projected(NamedTuple):
 def project(args: argparse.Namespace) -> tuple[Projected, Projected, dict[str, Any]]:
     """Returns the run, the sensitivity pass of a budget, which comes before it, and what the run makes."""
     from lord_quant.errors import LordError
-    from lord_quant.operations import Workload, count_phases
-    from lord_quant.probe_work import count_sensing
-    from lord_quant.sensing import SENSED_TOKENS
+    from lord_quant.losses.probe_work import count_sensing
+    from lord_quant.losses.sensing import SENSED_TOKENS
+    from lord_quant.runs.operations import Workload, count_phases
 
     try:
         plan = make_plan(args)

@@ -156,7 +156,7 @@ def size_of(model: str, uniform: Uniform) -> Size | None:
     import_hosts()
     from lord_quant.config import GptqConfig, LordConfig, LowrankConfig
     from lord_quant.errors import LordError, RankError
-    from lord_quant.pipeline import make_plan
+    from lord_quant.runs.pipeline import make_plan
 
     try:
         lowrank = LowrankConfig(rank_ratio=uniform.rank_ratio, force_rank=uniform.forced)

@@ -88,9 +88,9 @@ def collected(args: argparse.Namespace) -> list[tuple[Layer, Layer, Layer]]:
     import torch
     from bench import collect
 
+    from lord_quant.blocks.source import inspect_source, load_model
     from lord_quant.calibration import sample_windows
     from lord_quant.corpus import load_corpus
-    from lord_quant.source import inspect_source, load_model
 
     source = inspect_source(args.model)
     corpus = load_corpus(args.calibration, split="calibration")

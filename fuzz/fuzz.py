@@ -29,10 +29,6 @@ with atheris.instrument_imports(include=["lord_quant", "yaml", "json"], enable_l
     from readers import READERS, seeds
     from scene import make_scene
 
-    import lord_quant.integrations.optimum
-    import lord_quant.integrations.transformers
-    import lord_quant.plots
-    import lord_quant.stored  # noqa: F401
     from lord_quant.errors import LordError
 
 MEMORY = 4 * 2**30

@@ -37,8 +37,8 @@ def read_config(data: bytes, scene: Scene) -> None:
 
 def read_plan(data: bytes, scene: Scene) -> None:
     """A plan file, up to what would become of every layer."""
-    from lord_quant.pipeline import make_plan
-    from lord_quant.plan_file import read_plan
+    from lord_quant.budgets.plan_file import read_plan
+    from lord_quant.runs.pipeline import make_plan
 
     path = scene.root / "fuzzed-plan.yaml"
     path.write_bytes(data.replace(DIGEST, scene.digest.encode()))
@@ -48,10 +48,10 @@ def read_plan(data: bytes, scene: Scene) -> None:
 
 def read_statistics(data: bytes, scene: Scene) -> None:
     """A statistics file, up to a plan."""
-    from lord_quant.budget import Planner
     from lord_quant.budget_config import BudgetConfig
-    from lord_quant.menu import Menu
-    from lord_quant.statistics import load_statistics
+    from lord_quant.budgets.budget import Planner
+    from lord_quant.budgets.menu import Menu
+    from lord_quant.losses.statistics import load_statistics
 
     path = scene.root / "fuzzed.stats"
     path.write_bytes(data.replace(DIGEST, scene.digest.encode()))
@@ -63,9 +63,9 @@ def read_statistics(data: bytes, scene: Scene) -> None:
 
 def read_weights(data: bytes, scene: Scene) -> None:
     """The header of a compressed checkpoint's weights, in front of the tensors of the real file: measured."""
-    from lord_quant.headers import weight_files
-    from lord_quant.source import local_files
-    from lord_quant.stored import measure
+    from lord_quant.artifact.stored import measure
+    from lord_quant.blocks.source import local_files
+    from lord_quant.files.headers import weight_files
 
     folder, (_, tensors) = scene.root / "fuzzed", _split((scene.packed / "model.safetensors").read_bytes())
     if not folder.is_dir():
@@ -77,7 +77,7 @@ def read_weights(data: bytes, scene: Scene) -> None:
 
 def read_index(data: bytes, scene: Scene) -> None:
     """The index of a checkpoint of several files, of which one is there."""
-    from lord_quant.headers import weight_files
+    from lord_quant.files.headers import weight_files
 
     folder = scene.root / "indexed"
     if not folder.is_dir():
@@ -114,7 +114,7 @@ def read_float_quantization(data: bytes, scene: Scene) -> None:
 def read_model_config(data: bytes, scene: Scene) -> None:
     """The config.json of a dense model, up to its skeleton."""
     from lord_quant.config import GptqConfig
-    from lord_quant.pipeline import make_plan
+    from lord_quant.runs.pipeline import make_plan
 
     folder = scene.root / "other"
     if not folder.is_dir():
@@ -128,9 +128,9 @@ def read_model_config(data: bytes, scene: Scene) -> None:
 def read_leftovers(data: bytes, scene: Scene) -> None:
     """What tells a run about earlier ones: report, log, plots, the configuration of a folder to be replaced."""
     from lord_quant.checkpoint import check_output
-    from lord_quant.execution import is_finished
-    from lord_quant.plots import check_plots
+    from lord_quant.drawing.plots import check_plots
     from lord_quant.progress import check_log
+    from lord_quant.runs.execution import is_finished
 
     folder = scene.root / "leftovers"
     folder.mkdir(exist_ok=True)
@@ -148,7 +148,7 @@ def read_leftovers(data: bytes, scene: Scene) -> None:
 
 def read_journal(data: bytes, scene: Scene) -> None:
     """The journal of an unfinished run: continued, or refused."""
-    from lord_quant.journal import JOURNAL, Journal, folder_of
+    from lord_quant.runs.journal import JOURNAL, Journal, folder_of
 
     output = scene.root / "journalled"
     folder = folder_of(output)
@@ -259,7 +259,7 @@ def _json_mapping(data: bytes) -> dict[str, Any] | None:
 
 @functools.cache
 def _first_skeleton(folder: Path) -> Any:
-    from lord_quant.source import build_skeleton, inspect_source
+    from lord_quant.blocks.source import build_skeleton, inspect_source
 
     return build_skeleton(inspect_source(str(folder)))
 
@@ -273,7 +273,7 @@ def _skeleton(scene: Scene) -> Any:
 
 @functools.cache
 def _job(folder: Path) -> Any:
-    from lord_quant.pipeline import prepare
+    from lord_quant.runs.pipeline import prepare
 
     text = folder.parent / "text.py"
     settings = {"dataset": str(text), "num_samples": 2, "seq_len": 16}

@@ -35,15 +35,15 @@ class Scene(NamedTuple):
 def make_scene(root: Path) -> Scene:
     """Makes a model of one block, its statistics, a plan and two checkpoints by running the product on it."""
     import_hosts()
-    from lord_quant.budget import Planner
     from lord_quant.budget_config import BudgetConfig
+    from lord_quant.budgets.budget import Planner
+    from lord_quant.budgets.menu import Menu
+    from lord_quant.budgets.plan_file import write_plan
     from lord_quant.config import LordConfig
-    from lord_quant.execution import execute
-    from lord_quant.menu import Menu
-    from lord_quant.pipeline import prepare
-    from lord_quant.plan_file import write_plan
-    from lord_quant.sensing import digest_of, sense
-    from lord_quant.statistics import save_statistics
+    from lord_quant.losses.sensing import digest_of, sense
+    from lord_quant.losses.statistics import save_statistics
+    from lord_quant.runs.execution import execute
+    from lord_quant.runs.pipeline import prepare
 
     dense, text = _save_dense(root / "dense"), root / "text.py"
     text.write_text(TEXT)

@@ -12,15 +12,15 @@ from lord_quant.version import __version__
 
 
 if TYPE_CHECKING:
+    from lord_quant.artifact.gptq_v1 import convert_to_gptq_v1
+    from lord_quant.artifact.stored import measure
     from lord_quant.config import CalibrationConfig, GptqConfig, LordConfig, LowrankConfig
     from lord_quant.evaluation.harness import evaluate
-    from lord_quant.execution import execute
-    from lord_quant.gptq_v1 import convert_to_gptq_v1
     from lord_quant.integrations.optimum import LordGPTQQuantizer
     from lord_quant.integrations.transformers import LordGPTQConfig
-    from lord_quant.pipeline import compress_model, prepare
     from lord_quant.progress import Progress
-    from lord_quant.stored import measure
+    from lord_quant.runs.execution import execute
+    from lord_quant.runs.pipeline import compress_model, prepare
 
 _PUBLIC = {
     "CalibrationConfig": "lord_quant.config",
@@ -30,12 +30,12 @@ _PUBLIC = {
     "LordGPTQConfig": "lord_quant.integrations.transformers",
     "LordGPTQQuantizer": "lord_quant.integrations.optimum",
     "Progress": "lord_quant.progress",
-    "compress_model": "lord_quant.pipeline",
-    "convert_to_gptq_v1": "lord_quant.gptq_v1",
+    "compress_model": "lord_quant.runs.pipeline",
+    "convert_to_gptq_v1": "lord_quant.artifact.gptq_v1",
     "evaluate": "lord_quant.evaluation.harness",
-    "execute": "lord_quant.execution",
-    "measure": "lord_quant.stored",
-    "prepare": "lord_quant.pipeline",
+    "execute": "lord_quant.runs.execution",
+    "measure": "lord_quant.artifact.stored",
+    "prepare": "lord_quant.runs.pipeline",
 }
 
 __all__ = [

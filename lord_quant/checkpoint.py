@@ -26,10 +26,10 @@ import torch
 
 from lord_quant.config import FLOAT_BITS, GptqConfig
 from lord_quant.errors import CheckpointError, FormatVersionError, OutputError, reason_of
-from lord_quant.layer_bytes import COLUMN_PIVOTED
+from lord_quant.files.reading import parse_json
 from lord_quant.linalg import require_finite
 from lord_quant.plan import Plan
-from lord_quant.reading import parse_json
+from lord_quant.sizes.layer_bytes import COLUMN_PIVOTED
 from lord_quant.version import (
     FACTOR_FORMAT_VERSION,
     FORMAT_VERSION,

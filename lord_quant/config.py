@@ -18,7 +18,7 @@ import yaml
 from lord_quant.budget_config import BudgetConfig
 from lord_quant.corpus import STDLIB, TEXT_KEY
 from lord_quant.errors import ConfigError, nearest_name, unknown_keys
-from lord_quant.reading import parse_yaml
+from lord_quant.files.reading import parse_yaml
 
 
 FLOAT_BITS = 16
@@ -352,7 +352,7 @@ def _beside_budget(config: LordConfig) -> list[str]:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Reads a configuration file into a plain mapping, checked only for its syntax, strictly (see `reading.py`).
+    """Reads a configuration file into a plain mapping, checked only for its syntax, strictly (see `files/reading.py`).
 
     Raises:
         ConfigError: The file is missing, not YAML or not a mapping.

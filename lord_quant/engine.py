@@ -5,7 +5,7 @@ Blocks are visited in order. The inputs of the first are captured from the model
 once on the stored inputs of the batch stream, while hooks gather the moments of its layers, and its outputs become the
 next block's inputs. Only the moments of one block exist at a time. All statistics are the *dense* model's: a block is
 decomposed after it was run. (This is the first half of the `naive` stack; it is what LoRD does on its own, and the baseline
-of everything else. `joint.py` is the loop that knows what quantization did before.)
+of everything else. `runs/joint.py` is the loop that knows what quantization did before.)
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from lord_quant.blocks.stream import block_kinds, capture
 from lord_quant.decompose import decompose
 from lord_quant.distributed import ALONE, World
 from lord_quant.errors import CalibrationError, NumericsError
 from lord_quant.moments import MomentAccumulator, Moments, pooled_alone
 from lord_quant.plan import LayerPlan, Plan
 from lord_quant.remedies import UNREACHED
-from lord_quant.stream import block_kinds, capture
 from lord_quant.surgery import replace_layer
 from lord_quant.targets import dense_bias, dense_weight, find_blocks
 

@@ -20,12 +20,12 @@ import torch
 from lord_quant.config import FLOAT_BITS, JointConfig
 from lord_quant.decompose import Factors
 from lord_quant.errors import NumericsError
-from lord_quant.layer_bytes import TWO_FACTOR, linear_bytes
 from lord_quant.linalg import require_finite
 from lord_quant.moments import PairedMoments
 from lord_quant.plan import LayerPlan, Plan
-from lord_quant.refine import Quantized
-from lord_quant.solver import Solvers
+from lord_quant.rounding.refine import Quantized
+from lord_quant.rounding.solver import Solvers
+from lord_quant.sizes.layer_bytes import TWO_FACTOR, linear_bytes
 from lord_quant.stack import Stacked, stack_layer
 
 

@@ -6,7 +6,7 @@ group size of `up`), at every bit width alike: packing wants features in multipl
 groups, and float and quantized runs of one command line must have the same ranks to be comparable. A layer whose two
 factors would not be smaller than itself stays dense unless forced.
 
-Layers that are to be grouped are planned as the one layer that all their outputs together make (`ranks.py`).
+Layers that are to be grouped are planned as the one layer that all their outputs together make (`sizes/ranks.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from lord_quant.config import FLOAT_BITS, GptqConfig, LowrankConfig
 from lord_quant.errors import RankError
-from lord_quant.layer_bytes import (
+from lord_quant.sizes.layer_bytes import (
     GROUPED,
     PACK_MULTIPLE,
     PIVOTED,
@@ -29,8 +29,8 @@ from lord_quant.layer_bytes import (
     num_weights,
     order_bytes,
 )
-from lord_quant.packable import UNPACKABLE, check_group_sizes, choose_group_size, packable_of
-from lord_quant.ranks import Unit, choose_rank, divides_rank, explicit_ranks, nothing_decomposed
+from lord_quant.sizes.packable import UNPACKABLE, check_group_sizes, choose_group_size, packable_of
+from lord_quant.sizes.ranks import Unit, choose_rank, divides_rank, explicit_ranks, nothing_decomposed
 from lord_quant.targets import LinearSite, find_matching, matching, select, siblings
 
 

@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 from lord_quant.checkpoint import check_file
 from lord_quant.errors import OutputError
-from lord_quant.reading import parse_json
+from lord_quant.files.reading import parse_json
 
 
 SAY_EVERY = 20.0

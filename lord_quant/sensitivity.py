@@ -26,12 +26,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from lord_quant.blocks.gradients import ROWS, UNLABELLED, BlockGradients, Labels, Rows, Visit, visit
+from lord_quant.blocks.residency import RESIDENT, Residency
 from lord_quant.distributed import ALONE, World
-from lord_quant.gradients import ROWS, UNLABELLED, BlockGradients, Labels, Rows, Visit, visit
+from lord_quant.files.kept import Kept
 from lord_quant.halves import add_gram
-from lord_quant.kept import Kept
 from lord_quant.progress import Progress
-from lord_quant.residency import RESIDENT, Residency
 from lord_quant.targets import dense_weight, find_blocks
 
 
@@ -137,7 +137,7 @@ class Expansion:
     An error D of a weight costs ⟨∂ loss / ∂ W, D⟩ at first order. Of errors at random that would be a matter of chance.
     Those of truncation are not: it takes away small parts of what was learnt, and they are small for not having been learnt
     to the end. Text that was not learnt by heart would rather have them larger. Rounding does so too, by less, see
-    `steepness.py`.
+    `losses/steepness.py`.
 
     Both losses share what is run forward.
 

@@ -13,9 +13,9 @@ below is closed form on H and C.
        T = W + W (C − H)(H + λI)⁻¹
 
    so that damping pulls towards W, not towards zero. (A layer that writes to the residual stream aims at that instead:
-   `residual.py` adds to W C what the stream lacks.) Expanding the square around T, E‖W x − Ŵ x′‖² = ‖Ŵ − T‖²_H + const
-   with ‖D‖²_H = tr D H Dᵀ: from here on T replaces W, and H is the only metric. (Same form for a layer that stays dense.
-   Compare GPTAQ, arXiv 2504.02692.)
+   `blocks/residual.py` adds to W C what the stream lacks.) Expanding the square around T, E‖W x − Ŵ x′‖² = ‖Ŵ − T‖²_H +
+   const with ‖D‖²_H = tr D H Dᵀ: from here on T replaces W, and H is the only metric. (Same form for a layer that stays
+   dense. Compare GPTAQ, arXiv 2504.02692.)
 
 2. Truncate. The best rank-r approximation of T in ‖·‖_H is LoRD on T: A₀ = U, the top-r eigenvectors of T H Tᵀ, and
    B₀ = Uᵀ T. Not all outputs matter alike: with the loss's own metric G on the outputs (`sensitivity.py`; else G = I), cost
@@ -47,9 +47,9 @@ below is closed form on H and C.
 
 6. Both solves are GPTQ in these metrics (H or H_⊥ + μH for B; B_q H B_qᵀ, or B H Bᵀ if up goes first, for A), polished by
    `refine`. GPTQ takes outputs as independent; in G they are not, and what one has missed others take back
-   (`two_sided.py`), as Aᵀ G A says for the rows of B, and G for those of A or of a layer that stays dense. If B will be
-   refitted, errors of A inside its own range do no harm, the mirror image of 5: A is rounded as G_⊥ + μ G says, with
-   G_⊥ = G − G A (Aᵀ G A)⁻¹ Aᵀ G.
+   (`rounding/two_sided.py`), as Aᵀ G A says for the rows of B, and G for those of A or of a layer that stays dense. If B
+   will be refitted, errors of A inside its own range do no harm, the mirror image of 5: A is rounded as G_⊥ + μ G says,
+   with G_⊥ = G − G A (Aᵀ G A)⁻¹ Aᵀ G.
 
 7. Last, b̂ = b + W μ − A_q B_q μ′.
 
@@ -62,8 +62,8 @@ pivots of large volume.
 Column-pivoted form. The bottleneck is z = x′_P + C x′_N: `down` rounds only C, in H_⊥ + μH on N as in 5, for A is refitted
 and takes back what z tells of; rows of C count as Aᵀ G A says, whatever is known of G. A has most weights where there are
 more outputs than inputs, and is rounded once, last, as in the two-factor form. Pivoted outputs, which are rounded in all of
-H, mostly have more noise there, up to three times as much, but not always: `probe.py` tries both. Where there are fewer
-outputs they always had less.
+H, mostly have more noise there, up to three times as much, but not always: `losses/probe.py` tries both. Where there are
+fewer outputs they always had less.
 
 Failure cases. Singular H (few tokens, dead or duplicated channels): solves are damped, damping is raised until they exist;
 unseen directions keep W's values. Rank 1 to full are legal; at full rank with m ≤ n `up` is square and its error is
@@ -83,11 +83,11 @@ from lord_quant.config import JointConfig
 from lord_quant.decompose import Factors, OutputSpectrum
 from lord_quant.linalg import Note, damped_right_solve, relative_error
 from lord_quant.moments import PairedMoments
-from lord_quant.refine import Quantized
-from lord_quant.solver import Solver, Solvers
-from lord_quant.stack_forms import Objective, refined, stack_factors
+from lord_quant.rounding.refine import Quantized
+from lord_quant.rounding.solver import Solver, Solvers
+from lord_quant.rounding.stack_forms import Objective, refined, stack_factors
+from lord_quant.rounding.two_sided import round_rows
 from lord_quant.truncation import in_form, truncate, weigh
-from lord_quant.two_sided import round_rows
 
 
 ANCHOR_DAMPING = 0.01

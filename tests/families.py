@@ -146,10 +146,10 @@ def compress(
         The plan, and the logits of the model in memory *after* it was saved.
     """
     gc.freeze()  # the host collects garbage after every model, which costs more than its work on models this small
+    from lord_quant.blocks.source import load_model
     from lord_quant.checkpoint import atomic_folder, cast_floats, write_model
     from lord_quant.config import LordConfig
-    from lord_quant.pipeline import compress_model, prepare
-    from lord_quant.source import load_model
+    from lord_quant.runs.pipeline import compress_model, prepare
 
     config = LordConfig.from_dict(
         {

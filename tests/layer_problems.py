@@ -11,8 +11,8 @@ import torch
 from lord_quant.config import JointConfig
 from lord_quant.decompose import Factors
 from lord_quant.moments import PairedMoments
-from lord_quant.refine import Quantized
-from lord_quant.solver import Solver
+from lord_quant.rounding.refine import Quantized
+from lord_quant.rounding.solver import Solver
 from lord_quant.stack import Stacked, stack_layer
 from lord_quant.truncation import unit_metric
 

@@ -12,12 +12,12 @@ import torch
 from models import random_tokens
 from torch import nn
 
+from lord_quant.blocks.stream import block_kinds
 from lord_quant.config import GptqConfig, JointConfig, LowrankConfig
-from lord_quant.joint import StackedModel, stack_model
 from lord_quant.plan import Plan, build_plan
-from lord_quant.refine import Quantized
+from lord_quant.rounding.refine import Quantized
+from lord_quant.runs.joint import StackedModel, stack_model
 from lord_quant.sensitivity import Expansion, Sensitivity, Steepness
-from lord_quant.stream import block_kinds
 from lord_quant.targets import find_blocks, find_linears
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lord_quant.backends.gptq import host
-from lord_quant.packing import pack_words
+from lord_quant.files.packing import pack_words
 
 
 class Codes(NamedTuple):

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from lord_quant.checkpoint import atomic_file, atomic_folder, check_file, check_output
-from lord_quant.claim import claimed
 from lord_quant.errors import OutputError
+from lord_quant.files.claim import claimed
 
 
 def listing(folder: Path) -> list[str]:

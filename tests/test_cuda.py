@@ -12,12 +12,12 @@ import torch
 from families import build, save
 from safetensors.torch import load_file
 
-from lord_quant import residency as places
+from lord_quant.blocks import residency as places
 from lord_quant.config import LordConfig
-from lord_quant.execution import execute
-from lord_quant.headers import weight_files
-from lord_quant.kept import KeptOnHost
-from lord_quant.pipeline import prepare
+from lord_quant.files.headers import weight_files
+from lord_quant.files.kept import KeptOnHost
+from lord_quant.runs.execution import execute
+from lord_quant.runs.pipeline import prepare
 
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -24,8 +24,8 @@ from lord_quant.commands import sensitivity as sensitivity_command
 from lord_quant.config import LordConfig
 from lord_quant.distributed import ALONE, World, joined
 from lord_quant.errors import ConfigError, OutputError
-from lord_quant.execution import refuse_several
-from lord_quant.statistics import load_statistics
+from lord_quant.losses.statistics import load_statistics
+from lord_quant.runs.execution import refuse_several
 
 
 START = "from optimum.commands.optimum_cli import main; main()"
@@ -248,7 +248,7 @@ def test_a_sensitivity_pass_is_that_of_one_process(
 FAILS = """
     import os, signal, sys
     from optimum.commands.optimum_cli import main
-    import lord_quant.probing as probing
+    import lord_quant.losses.probing as probing
     from lord_quant.errors import NumericsError
 
     how, measured, probe = sys.argv.pop(), set(), probing._Seen.probed
@@ -370,7 +370,7 @@ def test_the_command_of_the_readme_takes_every_flag(runs: Runs, tmp_path: Path) 
 KILLED = """
     import os, signal
     from optimum.commands.optimum_cli import main
-    from lord_quant.joint import JointRun
+    from lord_quant.runs.joint import JointRun
 
     step = JointRun.step
     def die(self, index):
@@ -383,7 +383,7 @@ KILLED = """
 # An error of one process alone, which the other hears of when it wants to meet.
 SPOILT = """
     from optimum.commands.optimum_cli import main
-    import lord_quant.execution as execution
+    import lord_quant.runs.execution as execution
     from lord_quant.errors import NumericsError
 
     def spoil(config, world):

@@ -20,7 +20,7 @@ import pytest
 from in_process import COMMANDS, Box, run_command
 
 from lord_quant.errors import ConfigError, OutputError
-from lord_quant.journal import Journal
+from lord_quant.runs.journal import Journal
 
 
 NOWHERE = "/proc"

@@ -17,14 +17,14 @@ import torch
 from families import copy_tokenizer, edit_tensors
 from models import tiny_model
 
-from lord_quant import gradients
+from lord_quant.artifact.fingerprint import TOLERANCE
+from lord_quant.artifact.verification import examine, verify
+from lord_quant.blocks import gradients
+from lord_quant.blocks.source import load_model
 from lord_quant.config import LordConfig
 from lord_quant.errors import NumericsError
-from lord_quant.execution import execute
-from lord_quant.fingerprint import TOLERANCE
-from lord_quant.pipeline import compress_model, prepare
-from lord_quant.source import load_model
-from lord_quant.verification import examine, verify
+from lord_quant.runs.execution import execute
+from lord_quant.runs.pipeline import compress_model, prepare
 
 
 EVERYWHERE = os.environ.get("LORD_QUANT_FAULTS") == "all"

@@ -11,7 +11,7 @@ from plans import WITH_BIAS, WITHOUT_BIAS, plan, ratio, shapes, site, sites_of, 
 
 from lord_quant.config import BITS, GptqConfig
 from lord_quant.errors import RankError, TargetError
-from lord_quant.layer_bytes import linear_bytes, rank_step
+from lord_quant.sizes.layer_bytes import linear_bytes, rank_step
 from lord_quant.targets import LinearSite
 
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from lord_quant.config import GptqConfig, LordConfig, LowrankConfig
 from lord_quant.errors import ConfigError, RankError, TargetError
-from lord_quant.layer_bytes import linear_bytes, rank_step
 from lord_quant.plan import Plan, build_plan
 from lord_quant.report import plan_table
+from lord_quant.sizes.layer_bytes import linear_bytes, rank_step
 from lord_quant.targets import LinearSite, siblings
 
 

@@ -23,10 +23,10 @@ import pytest
 
 from lord_quant.config import LordConfig
 from lord_quant.errors import OutputError
-from lord_quant.execution import execute
-from lord_quant.journal import Journal
-from lord_quant.pipeline import prepare
 from lord_quant.progress import Progress
+from lord_quant.runs.execution import execute
+from lord_quant.runs.journal import Journal
+from lord_quant.runs.pipeline import prepare
 
 
 def lines_of(log: Path) -> list[dict[str, Any]]:

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from lord_quant.artifact.model_card import model_card
 from lord_quant.backends.gptq import GptqRecord
 from lord_quant.calibration import as_windows
 from lord_quant.config import CalibrationConfig, GptqConfig, LordConfig, LowrankConfig
 from lord_quant.corpus import load_corpus
 from lord_quant.engine import DecompositionRecord
-from lord_quant.model_card import model_card
 from lord_quant.outcomes import StackRecord
 from lord_quant.plan import Plan, build_plan
 from lord_quant.report import (

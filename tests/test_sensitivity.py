@@ -14,8 +14,8 @@ from model_runs import BATCHES, TOKENS, block_by_block, plan_of, run_joint, sens
 from models import tiny_model
 from torch import nn
 
+from lord_quant.blocks.residency import Residency
 from lord_quant.errors import NumericsError
-from lord_quant.residency import Residency
 from lord_quant.sensitivity import Expansion, Sensitivity, _draw
 from lord_quant.targets import find_blocks
 

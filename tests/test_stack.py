@@ -28,9 +28,9 @@ from layer_problems import (
 from lord_quant import stack
 from lord_quant.config import JointConfig
 from lord_quant.decompose import output_spectrum, two_factor
-from lord_quant.refine import Quantized
+from lord_quant.rounding.refine import Quantized
+from lord_quant.rounding.stack_forms import deflated, refit_up
 from lord_quant.stack import anchored_target
-from lord_quant.stack_forms import deflated, refit_up
 
 
 ORDERS = ["down_first", "up_first", "auto"]

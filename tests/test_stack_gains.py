@@ -10,10 +10,10 @@ import pytest
 import torch
 from layer_problems import F64, FORMS, crude, problem, product, run
 
-from lord_quant import stack_forms
 from lord_quant.config import GptqConfig, JointConfig
-from lord_quant.solver import Gptq
-from lord_quant.two_sided import round_rows
+from lord_quant.rounding import stack_forms
+from lord_quant.rounding.solver import Gptq
+from lord_quant.rounding.two_sided import round_rows
 
 
 SHAPES = [(32, 16), (16, 32), (24, 24)]

@@ -10,7 +10,7 @@ import torch
 from layer_problems import FORMS, moments_of, problem, product, run
 
 from lord_quant.config import GptqConfig, JointConfig
-from lord_quant.solver import Gptq
+from lord_quant.rounding.solver import Gptq
 from lord_quant.stack import stack_layer
 
 

@@ -9,8 +9,8 @@ from layer_problems import F64, FORMS, PLAIN, Problem, crude, exact, moments_of,
 
 from lord_quant.config import JointConfig
 from lord_quant.errors import NumericsError, RankError
-from lord_quant.refine import Quantized
-from lord_quant.solver import Solver
+from lord_quant.rounding.refine import Quantized
+from lord_quant.rounding.solver import Solver
 from lord_quant.stack import Stacked, anchored_target, stack_layer
 
 

@@ -14,7 +14,7 @@ from layer_problems import F64, FORMS, PLAIN, Problem, crude, exact, full_rank, 
 
 from lord_quant.config import JointConfig
 from lord_quant.errors import NumericsError
-from lord_quant.refine import Quantized
+from lord_quant.rounding.refine import Quantized
 from lord_quant.stack import anchored_target
 from lord_quant.truncation import SENSITIVITY_DAMPING, unit_metric
 

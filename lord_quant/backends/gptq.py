@@ -20,11 +20,11 @@ import torch
 from torch import nn
 
 from lord_quant.errors import CheckpointError, HostError
-from lord_quant.layer_bytes import Packing
+from lord_quant.files.packing import pack_words
 from lord_quant.linalg import require_finite
-from lord_quant.packing import pack_words
-from lord_quant.refine import Quantized
+from lord_quant.rounding.refine import Quantized
 from lord_quant.silence import lent_caches, silence, unheld
+from lord_quant.sizes.layer_bytes import Packing
 
 
 PACK_VARIABLE = "GPTQMODEL_DISABLE_PACK_EXT"

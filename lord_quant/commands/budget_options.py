@@ -13,10 +13,10 @@ from lord_quant.commands.options import settings_from, without
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lord_quant.budget import Planner
     from lord_quant.budget_config import BudgetConfig
+    from lord_quant.budgets.budget import Planner
+    from lord_quant.budgets.menu import Menu
     from lord_quant.config import LordConfig
-    from lord_quant.menu import Menu
 
 
 FRONTIER = (2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0, 4.25)
@@ -67,10 +67,10 @@ def menu_from(args: argparse.Namespace) -> Menu:
     Raises:
         ConfigError: The form, bits or group size is unknown.
     """
+    from lord_quant.budgets.menu import DENSE, Menu
     from lord_quant.config import FLOAT_BITS, FORMS, GROUP_SIZES, GptqConfig
     from lord_quant.errors import ConfigError, nearest_name
-    from lord_quant.layer_bytes import COLUMN_PIVOTED, GROUPED, PIVOTED, TWO_FACTOR
-    from lord_quant.menu import DENSE, Menu
+    from lord_quant.sizes.layer_bytes import COLUMN_PIVOTED, GROUPED, PIVOTED, TWO_FACTOR
 
     values = settings_from(args)
     lowrank, gptq, budget = (values.get(section) or {} for section in ("lowrank", "gptq", "budget"))
@@ -100,8 +100,8 @@ def planner_from(args: argparse.Namespace, config: LordConfig, budgets: Sequence
     Raises:
         BudgetError: A budget cannot be kept, which is known before anything is measured; or the statistics do not fit.
     """
-    from lord_quant.budget import Planner, refuse_unreachable
-    from lord_quant.sensing import statistics_of
+    from lord_quant.budgets.budget import Planner, refuse_unreachable
+    from lord_quant.losses.sensing import statistics_of
 
     menu = menu_from(args)
     if config.budget is None or not config.budget.statistics:

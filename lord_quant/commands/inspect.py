@@ -30,10 +30,10 @@ def run(args: argparse.Namespace) -> int:
     """Prints the folder's layers and totals."""
     from tabulate import tabulate
 
+    from lord_quant.artifact.stored import measure
+    from lord_quant.artifact.verification import verify
     from lord_quant.report import both_text, form_text, human_bytes, to_json
     from lord_quant.silence import import_hosts
-    from lord_quant.stored import measure
-    from lord_quant.verification import verify
 
     import_hosts()
     verified = verify(args.folder) if args.verify else None

@@ -215,9 +215,9 @@ def config_from(args: argparse.Namespace) -> LordConfig:
 
 def _with_plan(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """Lays a plan file's sections over a configuration's; its ranks, bits and group sizes replace them."""
+    from lord_quant.budgets.plan_file import read_plan
     from lord_quant.config import merge
     from lord_quant.errors import ConfigError
-    from lord_quant.plan_file import read_plan
 
     beside = [name for name in (*RANK_CHOICES, "bits", "group_size", "form") if name in given]
     if beside:

@@ -54,13 +54,13 @@ def run(args: argparse.Namespace) -> int:
     from lord_quant.silence import import_hosts
 
     import_hosts()
-    from lord_quant.budget import PLANNED
+    from lord_quant.budgets.budget import PLANNED
+    from lord_quant.budgets.plan_file import apply_plan, write_plan
     from lord_quant.checkpoint import check_file
-    from lord_quant.pipeline import make_plan
-    from lord_quant.plan_file import apply_plan, write_plan
-    from lord_quant.plot_data import collect
-    from lord_quant.plots import check_plots, write_plots
+    from lord_quant.drawing.plot_data import collect
+    from lord_quant.drawing.plots import check_plots, write_plots
     from lord_quant.report import plan_dict, plan_table, to_json
+    from lord_quant.runs.pipeline import make_plan
 
     about, below = {}, ""
     file = check_file(args.save, overwrite=args.overwrite) if args.save else None

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lord_quant.config import LordConfig
-    from lord_quant.pipeline import Job
     from lord_quant.progress import Progress
+    from lord_quant.runs.pipeline import Job
 
 HELP = "Decompose a model, quantize both factors, write a checkpoint that from_pretrained loads."
 EXAMPLES = """examples:
@@ -80,7 +80,7 @@ def _checked(args: argparse.Namespace, world: World) -> tuple[LordConfig, Progre
     config = run_of(args)
     if config.output is None and not args.dry_run:
         raise ConfigError("output is not given; wanted a folder to write (--output DIR), or --dry-run")
-    from lord_quant.execution import refuse_several
+    from lord_quant.runs.execution import refuse_several
     from lord_quant.silence import import_hosts
 
     refuse_several(config, world)
@@ -93,13 +93,13 @@ def _checked(args: argparse.Namespace, world: World) -> tuple[LordConfig, Progre
 
 def _prepare(args: argparse.Namespace, config: LordConfig, progress: Progress, world: World) -> Job | None:
     """Plans the job and prints what is to be done; returns None if that is nothing."""
-    from lord_quant.budget import PLANNED
+    from lord_quant.budgets.budget import PLANNED
+    from lord_quant.budgets.plan_file import apply_plan, origin_of_plan
     from lord_quant.checkpoint import REPORT_NAME, whole_path
-    from lord_quant.execution import clear_away, is_finished
-    from lord_quant.pipeline import prepare
-    from lord_quant.plan_file import apply_plan, origin_of_plan
+    from lord_quant.losses.sensing import other_settings
     from lord_quant.report import human_bytes, human_seconds, plan_summary, plan_table
-    from lord_quant.sensing import other_settings
+    from lord_quant.runs.execution import clear_away, is_finished
+    from lord_quant.runs.pipeline import prepare
 
     say = sys.stdout.write if world.first else str
     origin = origin_of_plan(args.plan) if args.plan else {}
@@ -145,11 +145,11 @@ def _choose(
 
     If a finished run with the same budget wrote the folder that is there, it is that one's plan: nothing is measured.
     """
-    from lord_quant.budget import PLANNED, Planner, refuse_unreachable
-    from lord_quant.pipeline import prepare
-    from lord_quant.plan_file import asked_of, chosen_before
+    from lord_quant.budgets.budget import PLANNED, Planner, refuse_unreachable
+    from lord_quant.budgets.plan_file import asked_of, chosen_before
+    from lord_quant.losses.sensing import sensing_seconds, statistics_of, unplanned
     from lord_quant.report import human_seconds
-    from lord_quant.sensing import sensing_seconds, statistics_of, unplanned
+    from lord_quant.runs.pipeline import prepare
 
     assert config.budget is not None  # the caller asked
     budget, dense, menu = config.budget, unplanned(config), menu_from(args)
@@ -187,9 +187,9 @@ def _calibration(job: Job) -> str:
 
 
 def _execute(job: Job, progress: Progress, world: World, verify: bool) -> None:
-    from lord_quant.execution import execute
+    from lord_quant.artifact.verification import Verified
     from lord_quant.report import report_table
-    from lord_quant.verification import Verified
+    from lord_quant.runs.execution import execute
 
     report = execute(job, progress, world, verify=verify)
     if world.first:

@@ -53,12 +53,12 @@ def _measure(args: argparse.Namespace, world: World) -> None:
 
     import_hosts()
     from lord_quant.checkpoint import check_file
-    from lord_quant.claim import claimed, forget_sensed, sensing_beside
-    from lord_quant.execution import refuse_unshared
+    from lord_quant.files.claim import claimed, forget_sensed, sensing_beside
+    from lord_quant.losses.sensing import dense_job, sense, sensing_seconds, told_apart
+    from lord_quant.losses.statistics import save_statistics
     from lord_quant.progress import Progress
     from lord_quant.report import human_bytes, human_seconds
-    from lord_quant.sensing import dense_job, sense, sensing_seconds, told_apart
-    from lord_quant.statistics import save_statistics
+    from lord_quant.runs.execution import refuse_unshared
 
     refuse_unshared(config, world)
     say = sys.stdout.write if world.first else str

@@ -50,7 +50,7 @@ def run_sweep(args: argparse.Namespace) -> int:
         )
     folder = None
     if args.plots:
-        from lord_quant.plots import check_plots
+        from lord_quant.drawing.plots import check_plots
 
         folder = check_plots(args.plots, overwrite=args.overwrite)
     budgets = list(dict.fromkeys(args.sweep))
@@ -60,9 +60,9 @@ def run_sweep(args: argparse.Namespace) -> int:
 
     import_hosts()
     from lord_quant.corpus import load_corpus
+    from lord_quant.drawing.plot_data import collect_sweep
+    from lord_quant.drawing.plots import write_plots
     from lord_quant.evaluation.sweep import sweep, sweep_table
-    from lord_quant.plot_data import collect_sweep
-    from lord_quant.plots import write_plots
     from lord_quant.report import to_json
 
     heldout = load_corpus(args.heldout, split="heldout", text_key=config.calibration.text_key)

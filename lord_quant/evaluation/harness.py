@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lord_quant.blocks.source import choose_device
 from lord_quant.errors import EvaluationError, LordError, ModelError
 from lord_quant.evaluation.memory import peak_process_memory
 from lord_quant.evaluation.perplexity import Perplexity, corpus_perplexity
@@ -30,7 +31,6 @@ from lord_quant.evaluation.preflight import (
 )
 from lord_quant.evaluation.speed import Speed, measure_speed
 from lord_quant.silence import hush, import_hosts
-from lord_quant.source import choose_device
 
 
 if TYPE_CHECKING:

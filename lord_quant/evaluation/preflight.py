@@ -168,7 +168,7 @@ def check_model(model: str) -> None:
     if not path.exists():
         if model.startswith((".", "/", "~")) or model.count("/") > 1 or not model:
             raise ModelError(f"model {model!r}: no such folder")
-        from lord_quant.source import read_config  # late: `--print-include-path` is asked for by scripts
+        from lord_quant.blocks.source import read_config  # late: `--print-include-path` is asked for by scripts
 
         read_config(model)
         return

@@ -20,16 +20,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tabulate import tabulate
 from tqdm.auto import tqdm
 
-from lord_quant.budget import Planner
+from lord_quant.blocks.source import load_model
 from lord_quant.budget_config import BudgetConfig
+from lord_quant.budgets.budget import Planner
+from lord_quant.budgets.plan_file import apply_plan
 from lord_quant.calibration import windows_at_once
 from lord_quant.config import LordConfig
 from lord_quant.corpus import Corpus, load_corpus
 from lord_quant.errors import EvaluationError
 from lord_quant.evaluation.perplexity import DEFAULT_WINDOW, Perplexity, stream_perplexity, tokenize_stream
-from lord_quant.pipeline import Job, compress_model, prepare
-from lord_quant.plan_file import apply_plan
-from lord_quant.source import load_model
+from lord_quant.runs.pipeline import Job, compress_model, prepare
 
 
 if TYPE_CHECKING:

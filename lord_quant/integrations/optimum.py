@@ -14,20 +14,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lord_quant.artifact.fingerprint import Fingerprint
 from lord_quant.backends import gptq as backend
+from lord_quant.blocks.source import refuse_unfit, refuse_unready
 from lord_quant.calibration import TokenWindows, as_windows, require_known
-from lord_quant.cautions import log_cautions
 from lord_quant.checkpoint import check_output
-from lord_quant.claim import claimed
 from lord_quant.config import LordConfig
 from lord_quant.corpus import STDLIB, Corpus
 from lord_quant.engine import DecompositionRecord
 from lord_quant.errors import CalibrationError, ConfigError, unknown_keys
-from lord_quant.execution import write_checkpoint
-from lord_quant.fingerprint import Fingerprint
+from lord_quant.files.claim import claimed
 from lord_quant.integrations.rebuilt import packed
 from lord_quant.outcomes import StackRecord
-from lord_quant.pipeline import (
+from lord_quant.report import build_report
+from lord_quant.runs.cautions import log_cautions
+from lord_quant.runs.execution import write_checkpoint
+from lord_quant.runs.pipeline import (
     DEFAULT_SEQ_LEN,
     calibrate,
     compress_model,
@@ -35,8 +37,6 @@ from lord_quant.pipeline import (
     plan_model,
     vocabulary_of,
 )
-from lord_quant.report import build_report
-from lord_quant.source import refuse_unfit, refuse_unready
 
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ import torch
 
 from lord_quant.config import BITS, FLOAT_BITS, GROUP_SIZES, choice_problems, pattern_problems
 from lord_quant.errors import CheckpointError, ConfigError, LordError
-from lord_quant.headers import SUFFIX, check_tensors
-from lord_quant.layer_bytes import Packing
+from lord_quant.files.headers import SUFFIX, check_tensors
+from lord_quant.sizes.layer_bytes import Packing
 from lord_quant.surgery import is_compressed, is_low_rank
 from lord_quant.targets import find_linears
 

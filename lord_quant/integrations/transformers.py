@@ -343,7 +343,7 @@ class LordGptqHfQuantizer(GptqHfQuantizer):
             backend.post_init(self.optimum_quantizer, model)
             self.quantization_config.format = self.optimum_quantizer.format  # or what is saved again has a wrong label
         else:
-            from lord_quant.loaded import compress_loaded
+            from lord_quant.integrations.loaded import compress_loaded
 
             wanted, (path, commit) = self.quantization_config, rebuilt.home_of(model, self._dense_files)
             compress_loaded(model, wanted.tokenizer, wanted.to_lord_config(path), commit)

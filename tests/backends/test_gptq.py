@@ -17,9 +17,9 @@ from torch import nn
 from lord_quant.backends.gptq import PACK_VARIABLE, make_quantizer, pack_model, replace_by_packed
 from lord_quant.config import GptqConfig
 from lord_quant.errors import HostError, NumericsError
-from lord_quant.layer_bytes import Packing
-from lord_quant.refine import Quantized
-from lord_quant.solver import Gptq
+from lord_quant.rounding.refine import Quantized
+from lord_quant.rounding.solver import Gptq
+from lord_quant.sizes.layer_bytes import Packing
 
 
 GROUP = 32

@@ -17,10 +17,10 @@ import torch
 import yaml
 from in_process import exit_code_of, run_command
 
-from lord_quant.claim import claimed
+from lord_quant.artifact.stored import measure
 from lord_quant.commands.options import settings_from
 from lord_quant.errors import BudgetError, CheckpointError, ConfigError, OutputError
-from lord_quant.stored import measure
+from lord_quant.files.claim import claimed
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ WAIT_WHILE_SOLVING = """
     import signal, sys, time
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background of a shell
     from optimum.commands.optimum_cli import main
-    import lord_quant.pipeline as pipeline
+    import lord_quant.runs.pipeline as pipeline
 
     make = pipeline.Gptq
     def make_slow(*arguments):
@@ -41,7 +41,7 @@ WAIT_WHILE_SOLVING = """
 DIE_WHILE_WRITING = """
     import os, signal, sys
     from optimum.commands.optimum_cli import main
-    import lord_quant.execution as execution
+    import lord_quant.runs.execution as execution
 
     write = execution.write_weights
     def write_and_die(*arguments, **others):

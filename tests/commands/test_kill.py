@@ -25,7 +25,7 @@ START = "from optimum.commands.optimum_cli import main; main()"
 # Stands in for a kill behind the rename of the finished folder.
 DIE_WHEN_DONE = """
 import os, signal
-from lord_quant.journal import Journal
+from lord_quant.runs.journal import Journal
 Journal.close = lambda journal: os.kill(os.getpid(), signal.SIGKILL)
 """
 

@@ -18,7 +18,7 @@ class Layer(nn.Module):
 
 
 def test_empty_weights_leave_parameters_without_memory_and_buffers_computed() -> None:
-    """lord_quant/source.py builds skeletons in it; lord_quant/residency.py keeps the buffers it computed."""
+    """lord_quant/blocks/source.py builds skeletons in it; lord_quant/blocks/residency.py keeps the buffers it computed."""
     from accelerate import init_empty_weights
 
     with init_empty_weights():
@@ -29,7 +29,7 @@ def test_empty_weights_leave_parameters_without_memory_and_buffers_computed() ->
 
 
 def test_a_tensor_of_a_skeleton_is_filled_and_emptied_by_its_path() -> None:
-    """lord_quant/residency.py fills blocks with `set_module_tensor_to_device` and empties them again."""
+    """lord_quant/blocks/residency.py fills blocks with `set_module_tensor_to_device` and empties them again."""
     from accelerate import init_empty_weights
     from accelerate.utils import set_module_tensor_to_device
 
@@ -47,7 +47,7 @@ def test_a_tensor_of_a_skeleton_is_filled_and_emptied_by_its_path() -> None:
 
 
 def test_hooks_stand_in_the_instances_own_forward() -> None:
-    """lord_quant/stream.py puts a host's `forward` back where it found one on the module itself."""
+    """lord_quant/blocks/stream.py puts a host's `forward` back where it found one on the module itself."""
     from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 
     linear = nn.Linear(3, 2)

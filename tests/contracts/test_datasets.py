@@ -37,7 +37,7 @@ def test_a_parquet_files_column_is_read_by_name(tmp_path: Path) -> None:
 
 
 def test_what_the_hub_cannot_give_is_an_os_error_or_a_value_error(tmp_path: Path) -> None:
-    """lord_quant/source.py turns both into its own; tests run offline."""
+    """lord_quant/blocks/source.py turns both into its own; tests run offline."""
     from huggingface_hub import snapshot_download
 
     with pytest.raises((OSError, ValueError)):

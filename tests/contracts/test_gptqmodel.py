@@ -20,7 +20,7 @@ BITS_AND_SIZES = [(bits, size) for bits in PACKED_BITS for size in (32, 64, 128)
 
 @pytest.mark.parametrize("bits", PACKED_BITS)
 def test_a_packed_layer_holds_four_tensors_of_known_shapes_and_dtypes(bits: int) -> None:
-    """lord_quant/backends/gptq.py fills them itself, lord_quant/stored.py reads bits and group size off their shapes."""
+    """lord_quant/backends/gptq.py fills them, lord_quant/artifact/stored.py reads bits and group size off their shapes."""
     model, _, drawn = packed_model(bits)
     for name in LAYERS:
         layer = model.get_submodule(name)
@@ -39,7 +39,7 @@ def test_a_packed_layer_holds_four_tensors_of_known_shapes_and_dtypes(bits: int)
 def test_words_are_streams_of_codes_and_zeros_as_they_are_or_less_one(
     bits: int, first_format: bool, desc_act: bool
 ) -> None:
-    """lord_quant/packing.py writes words; lord_quant/gptq_v1.py stores zeros less one."""
+    """lord_quant/files/packing.py writes words; lord_quant/artifact/gptq_v1.py stores zeros less one."""
     model, quantizer, drawn = packed_model(bits, backend="gptq_torch", desc_act=desc_act, first_format=first_format)
     quantizer.post_init_model(model)
     for name in LAYERS:
@@ -52,7 +52,7 @@ def test_words_are_streams_of_codes_and_zeros_as_they_are_or_less_one(
 
 @pytest.mark.parametrize("bits,group_size", BITS_AND_SIZES)
 def test_the_chosen_kernel_computes_with_every_legal_group_size(bits: int, group_size: int) -> None:
-    """lord_quant/config.py allows these sizes, lord_quant/ranks.py snaps ranks to multiples of them."""
+    """lord_quant/config.py allows these sizes, lord_quant/sizes/ranks.py snaps ranks to multiples of them."""
     quantizer = host().GPTQQuantizer(bits=bits, group_size=group_size, sym=False, format="gptq_v2", act_group_aware=False)
     quantizer.block_name_to_quantize = "block"
     model = nn.ModuleDict({"block": nn.ModuleDict({"layer": nn.Linear(2 * group_size, 96, bias=False)})})

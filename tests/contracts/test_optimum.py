@@ -116,7 +116,7 @@ def test_layers_are_found_by_exact_type_in_the_order_of_registration() -> None:
 
 
 def test_tokens_are_used_as_they_are_given(run: Run) -> None:
-    """lord_quant/pipeline.py feeds windows of its own choice."""
+    """lord_quant/runs/pipeline.py feeds windows of its own choice."""
     assert torch.equal(torch.cat(run.seen), run.tokens)
 
 

@@ -37,7 +37,7 @@ def test_headers_tell_names_shapes_and_widths_of_dtypes(file: Path) -> None:
     """lord_quant/checkpoint.py measures files by what `safe_open` says of them, without reading tensors."""
     from safetensors import safe_open
 
-    from lord_quant.headers import read_headers
+    from lord_quant.files.headers import read_headers
 
     with safe_open(file, framework="pt") as handle:
         parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
@@ -48,7 +48,7 @@ def test_headers_tell_names_shapes_and_widths_of_dtypes(file: Path) -> None:
 
 
 def test_tensors_come_back_bit_for_bit_in_their_dtypes(file: Path) -> None:
-    """lord_quant/shards.py joins the files of blocks by loading and saving them."""
+    """lord_quant/runs/shards.py joins the files of blocks by loading and saving them."""
     from safetensors.torch import load_file
 
     found = load_file(file)
@@ -59,7 +59,7 @@ def test_tensors_come_back_bit_for_bit_in_their_dtypes(file: Path) -> None:
 
 
 def test_metadata_is_kept(file: Path) -> None:
-    """lord_quant/shards.py marks files as `pt`, as transformers does."""
+    """lord_quant/runs/shards.py marks files as `pt`, as transformers does."""
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as handle:
@@ -68,7 +68,7 @@ def test_metadata_is_kept(file: Path) -> None:
 
 @pytest.mark.parametrize("left", [0, 4, 100, -1])
 def test_a_damaged_file_is_a_safetensor_error(left: int, file: Path) -> None:
-    """lord_quant/residency.py tells a file that was cut short from other failures by that class."""
+    """lord_quant/blocks/residency.py tells a file that was cut short from other failures by that class."""
     from safetensors import SafetensorError, safe_open
 
     file.write_bytes(file.read_bytes()[:left])

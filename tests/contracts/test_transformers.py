@@ -215,7 +215,7 @@ def test_a_module_marked_as_loaded_is_not_initialised_again(family: str) -> None
 
 
 def test_loading_tells_missing_and_mismatched_tensors(folder: Path) -> None:
-    """lord_quant/source.py refuses incomplete models by `output_loading_info` instead of going on with random weights."""
+    """lord_quant/blocks/source.py refuses incomplete models by `output_loading_info`, or it would use random weights."""
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         del tensors["model.layers.0.mlp.up_proj.weight"]
@@ -229,7 +229,7 @@ def test_loading_tells_missing_and_mismatched_tensors(folder: Path) -> None:
 
 
 def test_pickled_weights_are_not_read_when_safetensors_are_asked_for(folder: Path) -> None:
-    """lord_quant/source.py loads with `use_safetensors=True`."""
+    """lord_quant/blocks/source.py loads with `use_safetensors=True`."""
     torch.save(families.stored_tensors(folder), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     with pytest.raises((OSError, ValueError)):
@@ -243,7 +243,7 @@ def test_one_file_is_preferred_to_an_index(folder: Path) -> None:
 
 
 def test_the_index_of_several_files_names_every_tensor(saved: Path, tmp_path: Path) -> None:
-    """lord_quant/shards.py writes the same, lord_quant/checkpoint.py reads it."""
+    """lord_quant/runs/shards.py writes the same, lord_quant/checkpoint.py reads it."""
     model = load(saved)
     model.save_pretrained(tmp_path, max_shard_size="50KB")
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
@@ -254,7 +254,7 @@ def test_the_index_of_several_files_names_every_tensor(saved: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("config", ['{"model_type": "no such type"}', "{}", "no json"])
 def test_an_unreadable_configuration_is_one_of_three_errors(config: str, tmp_path: Path) -> None:
-    """lord_quant/source.py catches OSError, ValueError and KeyError of `AutoConfig`."""
+    """lord_quant/blocks/source.py catches OSError, ValueError and KeyError of `AutoConfig`."""
     from transformers import AutoConfig
 
     (tmp_path / "config.json").write_text(config)
@@ -263,7 +263,7 @@ def test_an_unreadable_configuration_is_one_of_three_errors(config: str, tmp_pat
 
 
 def test_tied_weights_are_one_tensor_once_tied_and_stored_once(saved: Path) -> None:
-    """lord_quant/residency.py and lord_quant/source.py know tied tensors by identity."""
+    """lord_quant/blocks/residency.py and lord_quant/blocks/source.py know tied tensors by identity."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -280,7 +280,7 @@ def test_tied_weights_are_one_tensor_once_tied_and_stored_once(saved: Path) -> N
 
 
 def test_names_of_causal_and_masked_models_are_known_by_type() -> None:
-    """lord_quant/source.py tells decoders from encoders by the two mappings."""
+    """lord_quant/blocks/source.py tells decoders from encoders by the two mappings."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
@@ -304,8 +304,8 @@ def test_conv1d_is_where_it_was_and_holds_its_weight_transposed() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_called_as_the_model_calls_them_give_the_models_hidden_states(family: str) -> None:
-    """lord_quant/stream.py captures what the blocks of a list are called with, and runs them one after another."""
-    from lord_quant.stream import block_kinds, capture
+    """lord_quant/blocks/stream.py captures what the blocks of a list are called with, and runs them one after another."""
+    from lord_quant.blocks.stream import block_kinds, capture
     from lord_quant.targets import find_blocks
 
     model, tokens = tiny_model(family), random_tokens(2, 9)
@@ -325,13 +325,13 @@ def test_blocks_called_as_the_model_calls_them_give_the_models_hidden_states(fam
 
 
 def test_kinds_of_blocks_are_listed_by_the_configuration() -> None:
-    """lord_quant/stream.py labels blocks by `layer_types`: blocks of a kind are called with the same mask."""
+    """lord_quant/blocks/stream.py labels blocks by `layer_types`: blocks of a kind are called with the same mask."""
     assert list(tiny_model("qwen2").config.layer_types) == ["sliding_attention", "full_attention"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_computed_is_not_stored(family: str) -> None:
-    """lord_quant/residency.py fills a skeleton from files that hold its `state_dict`, and keeps what it computed."""
+    """lord_quant/blocks/residency.py fills a skeleton from files that hold its `state_dict`, and keeps what it computed."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -356,7 +356,7 @@ def test_a_key_value_cache_goes_on_from_where_it_was() -> None:
 
 
 def test_a_tokenizer_is_read_from_a_folder_and_written_to_one(tmp_path: Path) -> None:
-    """lord_quant/source.py reads it beside the weights, lord_quant/execution.py writes it beside the checkpoint's."""
+    """lord_quant/blocks/source.py reads it beside the weights, lord_quant/runs/execution.py writes it likewise."""
     from transformers import AutoTokenizer
 
     with warnings.catch_warnings():

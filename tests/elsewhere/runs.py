@@ -28,8 +28,8 @@ def errors_of(report: dict[str, Any]) -> dict[str, float]:
 def given(model: Path, corpus: str, device: str, bits: int, **lowrank: Any) -> dict[str, float]:
     """Runs a streamed job of given ranks."""
     from lord_quant.config import LordConfig
-    from lord_quant.execution import execute
-    from lord_quant.pipeline import prepare
+    from lord_quant.runs.execution import execute
+    from lord_quant.runs.pipeline import prepare
 
     values = {"calibration": {"dataset": corpus, **SHORT}, "gptq": {"bits": bits, "group_size": 32}}
     output = model.parent / f"{model.name}-{device}-{bits}-{len(lowrank)}"
@@ -41,14 +41,14 @@ def given(model: Path, corpus: str, device: str, bits: int, **lowrank: Any) -> d
 
 def budget(model: Path, corpus: str, device: str) -> dict[str, float]:
     """Runs the sensitivity pass, plans and runs the plan."""
-    from lord_quant.budget import Planner
     from lord_quant.budget_config import BudgetConfig
+    from lord_quant.budgets.budget import Planner
+    from lord_quant.budgets.menu import Menu
+    from lord_quant.budgets.plan_file import apply_plan
     from lord_quant.config import LordConfig
-    from lord_quant.execution import execute
-    from lord_quant.menu import Menu
-    from lord_quant.pipeline import prepare
-    from lord_quant.plan_file import apply_plan
-    from lord_quant.sensing import sense, unplanned
+    from lord_quant.losses.sensing import sense, unplanned
+    from lord_quant.runs.execution import execute
+    from lord_quant.runs.pipeline import prepare
 
     calibration = {"dataset": corpus, **SHORT}
     run = {"model": str(model), "device": device, "calibration": calibration, "lowrank": {"rank_ratio": 1}}
@@ -78,7 +78,7 @@ def loaded(model: Path, corpus: str, device: str) -> dict[str, float]:
 
 def loops(device: torch.device) -> dict[str, list[float]]:
     """What the loops make of the same columns here and there: all they return and all they write, one after the other."""
-    from lord_quant import kernels
+    from lord_quant.rounding import kernels
 
     draw = torch.Generator().manual_seed(0)
     columns, seen = 3 + 2 * torch.randn(16, 40, generator=draw), torch.randn(16, 64, generator=draw)

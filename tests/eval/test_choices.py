@@ -46,8 +46,8 @@ def test_sets_are_of_equal_bytes_and_of_different_ways(choices: Any) -> None:
 
 
 def test_predicted_parts_add_up_as_the_planner_counts_them(choices: Any) -> None:
-    from lord_quant.menu import Menu
-    from lord_quant.probe import FactorNoise, LayerLoss
+    from lord_quant.budgets.menu import Menu
+    from lord_quant.losses.probe import FactorNoise, LayerLoss
     from lord_quant.targets import LinearSite
 
     tail = torch.linspace(1, 0, 129, dtype=torch.float64)

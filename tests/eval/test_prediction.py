@@ -52,7 +52,7 @@ def test_layers_are_of_all_types_in_turn_and_of_different_blocks(prediction: Any
 
 def losses_of(prediction: Any) -> Any:
     """A layer whose rounding costs three times as much with its slope, and its truncation other amounts each way."""
-    from lord_quant.probe import FactorNoise, LayerLoss
+    from lord_quant.losses.probe import FactorNoise, LayerLoss
 
     tail = torch.linspace(1, 0, 129, dtype=torch.float64)
     noise = FactorNoise(64, {2: 0.1, 3: 0.02, 4: 0.005}, 0.9)

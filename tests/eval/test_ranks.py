@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lord_quant.layer_bytes import linear_bytes
+from lord_quant.sizes.layer_bytes import linear_bytes
 
 
 EVAL = Path(__file__).resolve().parents[2] / "eval"

@@ -13,18 +13,18 @@ from typing import Any
 import pytest
 import torch
 
-from lord_quant.budget import Planner
 from lord_quant.budget_config import BudgetConfig
+from lord_quant.budgets.budget import Planner
+from lord_quant.budgets.menu import Menu
+from lord_quant.budgets.plan_file import apply_plan
 from lord_quant.config import CalibrationConfig, JointConfig, LordConfig, LowrankConfig
 from lord_quant.corpus import Corpus, load_corpus
 from lord_quant.errors import BudgetError, EvaluationError
 from lord_quant.evaluation.perplexity import corpus_perplexity
 from lord_quant.evaluation.sweep import sweep, sweep_table
-from lord_quant.execution import execute
-from lord_quant.menu import Menu
-from lord_quant.pipeline import prepare
-from lord_quant.plan_file import apply_plan
-from lord_quant.sensing import sense
+from lord_quant.losses.sensing import sense
+from lord_quant.runs.execution import execute
+from lord_quant.runs.pipeline import prepare
 
 
 BUDGETS = [2.4, 4.0]

@@ -13,15 +13,15 @@ from typing import Any
 import families
 import pytest
 
-from lord_quant.budget import Planner
+from lord_quant.budgets.budget import Planner
+from lord_quant.budgets.menu import Menu
+from lord_quant.budgets.plan_file import apply_plan
 from lord_quant.config import JointConfig, LordConfig
 from lord_quant.errors import BudgetError, ConfigError
-from lord_quant.execution import execute
-from lord_quant.menu import Menu
-from lord_quant.pipeline import prepare
-from lord_quant.plan_file import apply_plan
-from lord_quant.sensing import sense, statistics_of
-from lord_quant.statistics import save_statistics
+from lord_quant.losses.sensing import sense, statistics_of
+from lord_quant.losses.statistics import save_statistics
+from lord_quant.runs.execution import execute
+from lord_quant.runs.pipeline import prepare
 
 
 BUDGET: dict[str, Any] = {"target_bpw": 2.4, "min_param_ratio": 0.3}

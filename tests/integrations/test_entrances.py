@@ -16,8 +16,8 @@ import families
 import pytest
 import torch
 
-from lord_quant.claim import claimed
 from lord_quant.errors import ModelError, OutputError
+from lord_quant.files.claim import claimed
 
 
 # label → (family, bits, settings by section)
@@ -232,10 +232,10 @@ def test_optimum_alone_gives_the_same_bits_on_the_decomposed_model(
     """Decompose with us, quantize with plain Optimum: what a naive run stores is the unmodified quantizer's work."""
     from optimum.gptq import GPTQQuantizer
 
+    from lord_quant.blocks.source import own_memory
     from lord_quant.config import LordConfig
     from lord_quant.engine import decompose_model
-    from lord_quant.pipeline import prepare
-    from lord_quant.source import own_memory
+    from lord_quant.runs.pipeline import prepare
 
     gptq = {"damp_percent": 0.1, "mse": 0.0} | settings  # Optimum's defaults
     lowrank = {"rank_ratio": 0.25, "form": form}

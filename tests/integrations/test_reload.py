@@ -230,8 +230,8 @@ def test_loading_imported_the_package_by_itself(reloaded: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize("label", EVERY)
 def test_predicted_bytes_are_the_bytes_in_the_files(label: str, checkpoints: dict[str, Checkpoint]) -> None:
-    from lord_quant.headers import read_headers, weight_files
-    from lord_quant.stored import measure
+    from lord_quant.artifact.stored import measure
+    from lord_quant.files.headers import read_headers, weight_files
 
     folder, plan, _ = checkpoints[label]
     on_disk = sum(size for _, _, size in read_headers(weight_files(folder)).values())

@@ -14,8 +14,8 @@ from families import different_tensors
 from lord_quant import LordGPTQConfig
 from lord_quant.config import LordConfig
 from lord_quant.errors import CheckpointError
-from lord_quant.execution import execute
-from lord_quant.pipeline import prepare
+from lord_quant.runs.execution import execute
+from lord_quant.runs.pipeline import prepare
 
 
 pytestmark = pytest.mark.slow

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every layer would lose: measured once, kept in a file."""

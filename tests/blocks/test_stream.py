@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Replaying finished parts of a block; capturing and running blocks is tested with the loops that do it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lord_quant.blocks.stream import Ending, Replay
+
+
+class Child(nn.Module):
+    """Doubles its input and counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.layer = nn.Identity()
+
+    def forward(self, x: torch.Tensor, pair: bool = False) -> Any:
+        self.calls += 1
+        return (self.layer(2 * x), None, (3 * x,)) if pair else self.layer(2 * x)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Child(), Child()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x))
+
+
+def batch(position: int) -> torch.Tensor:
+    return torch.full((2, 3), float(position + 1))
+
+
+def run(replay: Replay, block: nn.Module, modules: list[str], count: int = 2) -> list[torch.Tensor]:
+    outputs = []
+    with replay.of(modules):
+        for position in range(count):
+            replay.at(position)
+            outputs.append(block(batch(position)))
+    return outputs
+
+
+def test_a_child_runs_once_per_batch_and_its_output_is_remembered() -> None:
+    block = Block()
+    replay = Replay(block)
+    for calls in (2, 2, 2):
+        outputs = run(replay, block, ["first"])
+        assert all(torch.equal(output, 4 * batch(i)) for i, output in enumerate(outputs))
+        assert block.first.calls == calls
+    assert block.second.calls == 6
+    run(replay, block, ["first"], count=3)
+    assert block.first.calls == 3  # the third batch is new
+    run(replay, block, [])
+    assert block.first.calls == 5
+
+
+def test_of_what_holds_others_only_its_own_output_is_remembered() -> None:
+    block = Block()
+    replay = Replay(block)
+    run(replay, block, ["first.layer"])
+    assert set(replay.kept["first.layer"]) == {0, 1}
+    handle = block.first.layer.register_forward_hook(lambda module, args, output: calls.append(output))
+    calls: list[torch.Tensor] = []
+    outputs = run(replay, block, ["first", "first.layer"])  # first runs once more, on what its layer gave before
+    assert not replay.kept["first.layer"] and set(replay.kept["first"]) == {0, 1} and len(calls) == 2
+    again = run(replay, block, ["first", "first.layer"])
+    assert block.first.calls == 4 and len(calls) == 2
+    handle.remove()
+    for i, (output, other) in enumerate(zip(outputs, again, strict=True)):
+        assert torch.equal(output, 4 * batch(i)) and torch.equal(other, 4 * batch(i))
+
+
+def test_children_are_themselves_again_afterwards_whatever_happened() -> None:
+    block = Block()
+    replay = Replay(block)
+    run(replay, block, ["first", "second"])
+    assert not [name for name, module in block.named_modules() if "forward" in vars(module)]
+    with pytest.raises(ZeroDivisionError), replay.of(["first"]):
+        raise ZeroDivisionError
+    assert "forward" not in vars(block.first)
+
+
+def test_a_forward_that_was_put_over_a_child_stays() -> None:
+    block = Block()
+    block.first.forward = lambda x: x + 100
+    replay = Replay(block)
+    for _ in range(2):
+        assert torch.equal(run(replay, block, ["first"])[0], 2 * (batch(0) + 100))
+    assert torch.equal(block(batch(0)), 2 * (batch(0) + 100))
+
+
+def test_what_is_remembered_cannot_be_changed_by_those_who_get_it() -> None:
+    class InPlace(Block):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            doubled, nothing, (tripled,) = self.first(x, pair=True)
+            assert nothing is None
+            return doubled.add_(tripled.mul_(10))
+
+    block = InPlace()
+    replay = Replay(block)
+    for _ in range(3):
+        outputs = run(replay, block, ["first"])
+        assert all(torch.equal(output, 32 * batch(i)) for i, output in enumerate(outputs))
+    assert block.first.calls == 2
+
+
+def test_a_child_that_is_called_twice_per_batch_is_not_replayed() -> None:
+    class Twice(Block):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(self.first(x) + 1))
+
+    block = Twice()
+    replay = Replay(block)
+    for calls in (4, 8, 12):
+        outputs = run(replay, block, ["first", "second"])
+        assert all(torch.equal(output, 8 * batch(i) + 4) for i, output in enumerate(outputs))
+        assert block.first.calls == calls
+    assert block.second.calls == 2
+
+
+def test_an_exception_leaves_nothing_half_remembered() -> None:
+    block = Block()
+    replay = Replay(block)
+    handle = block.first.layer.register_forward_pre_hook(lambda module, args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(replay, block, ["first"])
+    handle.remove()
+    assert torch.equal(run(replay, block, ["first"])[1], 4 * batch(1))
+
+
+@pytest.mark.parametrize("others", [None, (None, ("kept",))])
+def test_a_part_left_at_a_layer_is_entered_there_again(others: tuple[Any, ...] | None) -> None:
+    block = Block()
+    replay = Replay(block)
+    replay.endings = {"first": Ending("first.layer", others)}
+    replay.at(0)
+    replay.leave("first.layer", batch(4))
+    with replay.of(["first"]):
+        for position, entered, calls in ((0, batch(4), 0), (0, batch(4), 0), (1, 2 * batch(1), 1)):
+            replay.at(position)
+            output = block.first(batch(position))
+            if not position and others is not None:
+                output, *rest = output
+                assert tuple(rest) == others
+            assert torch.equal(output, entered)
+            assert block.first.calls == calls
+    assert not replay.entered["first"]
+
+
+def test_leaving_a_part_forgets_what_was_remembered_inside_it() -> None:
+    block = Block()
+    replay = Replay(block)
+    replay.endings = {"first": Ending("first.layer", None)}
+    run(replay, block, ["first.layer"])
+    assert set(replay.kept["first.layer"]) == {0, 1}
+    replay.at(1)
+    replay.leave("first.layer", batch(4))
+    assert set(replay.kept["first.layer"]) == {0}
