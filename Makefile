@@ -16,7 +16,7 @@ setup: $(READY)
 # torch goes first and pinned, so that nothing else chooses its build; on a machine without a GPU point pip at the CPU
 # wheels of torch before, or this fetches gigabytes of CUDA. Re-made when a requirement changes.
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"wanted Python 3.10 or newer, found {sys.version}")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"wanted Python 3.11 or newer, found {sys.version}")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade --constraint constraints.txt pip
 	$(BIN)/pip install --quiet --constraint constraints.txt $(TORCH)

@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -172,7 +172,7 @@ class Progress:
         if self._handle is None:
             return
         line = {"event": event, **values} | ({} if self._phase is None else self._phase.told())
-        line |= {"time": datetime.now(timezone.utc).isoformat(timespec="milliseconds")}
+        line |= {"time": datetime.now(UTC).isoformat(timespec="milliseconds")}
         line |= {"seconds": round(time.perf_counter() - self._began, 3), **memory()}
         try:
             self._handle.write(json.dumps(line).encode() + b"\n")
