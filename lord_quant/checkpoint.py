@@ -143,7 +143,7 @@ def check_output(
         output: Folder to be written.
         overwrite: Whether an existing folder of this kind may be replaced.
         model: The model that will be read; the output may not be it or hold it.
-        dataset: The calibration data that will be read, likewise.
+        dataset: The calibration data that will be read; the output may not lie in it either.
         kind: What may be replaced, in words.
         is_kind: Tells whether a folder is one.
 
@@ -161,7 +161,8 @@ def check_output(
         where = path.parent
         while not where.exists():
             where = where.parent
-        os.rmdir(tempfile.mkdtemp(prefix=".lord-", dir=where))
+        # With a name as long as the longest that is made of the output's.
+        os.rmdir(tempfile.mkdtemp(prefix=f".lord-{path.name}.partial-", suffix="-end", dir=where))
     except OSError as error:
         place = where or error.filename  # on the way there, a folder that may not be entered
         raise OutputError(f"output {str(output)!r} cannot be written: {place}: {error.strerror}") from error
@@ -175,6 +176,8 @@ def _require_folder(output: str | Path, sources: Mapping[str, str | None]) -> Pa
         source = _existing(name)
         if source is not None and (source == path or path in source.parents):
             raise OutputError(f"output {str(output)!r} is or holds the {kind} itself; wanted another folder")
+        if source is not None and kind == "dataset" and source in path.parents:  # the next run would read it as text
+            raise OutputError(f"output {str(output)!r} lies in the dataset; wanted a folder outside {str(source)!r}")
     if os.path.islink(os.path.expanduser(output)) and not path.exists():
         raise OutputError(f"output {str(output)!r} is a link to {str(path)!r}, which does not exist; wanted a folder")
     if path.exists() and not path.is_dir():
@@ -332,8 +335,8 @@ def write_model(model: PreTrainedModel, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def cast_floats(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Casts float parameters to the stored dtype in place.
+def cast_floats(model: torch.nn.Module, dtype: torch.dtype, prefix: str = "") -> None:
+    """Casts float parameters of a model, or of its part whose names begin with `prefix`, to the stored dtype in place.
 
     Buffers stay: rotary frequencies are computed, not stored, and packed layers keep the dtypes of their format.
 
@@ -343,7 +346,7 @@ def cast_floats(model: torch.nn.Module, dtype: torch.dtype) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-            require_finite(parameter.data, f"{name!r} stored as {dtype}")
+            require_finite(parameter.data, f"{prefix + name!r} stored as {dtype}")
 
 
 def _umask() -> int:

@@ -104,7 +104,7 @@ def load_corpus(dataset: str, *, split: Split = "calibration", text_key: str = T
     if dataset == STDLIB:
         documents, source = tuple(_stdlib(split)), f"{STDLIB}:{split}"
     elif os.path.isdir(path):  # which a name that is too long does not break
-        documents, source = tuple(_folder(path)), path.name
+        documents, source = tuple(_folder(path)), Path(os.path.abspath(path)).name  # that of "." is empty
     elif os.path.isfile(path):
         documents, source = tuple(_file(path, text_key)), path.name
     elif dataset.startswith((".", "/", "~")) or path.suffix.lower() in SOURCE_SUFFIXES | DATA_SUFFIXES:

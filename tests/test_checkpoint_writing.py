@@ -217,3 +217,16 @@ def test_output_files_are_checked_before_work(tmp_path: Path) -> None:
             check_file(tmp_path / "there", overwrite=True, **{kind: str(tmp_path)})
         with pytest.raises(OutputError, match=f"is or lies in the {kind} itself"):
             check_file(tmp_path / "there", overwrite=True, **{kind: str(tmp_path / "there")})
+
+
+def test_a_folder_that_would_become_calibration_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="lies in the dataset; wanted a folder outside"):
+        check_output(tmp_path / "runs" / "out", dataset=str(tmp_path))
+    assert check_output(tmp_path / "out", model=str(tmp_path)) == tmp_path / "out"
+
+
+def test_a_name_that_leaves_no_room_for_those_made_of_it_is_refused(tmp_path: Path) -> None:
+    assert check_output(tmp_path / ("x" * 220), dataset=None)
+    with pytest.raises(OutputError, match="name too long"):
+        check_output(tmp_path / ("x" * 235))
+    assert list(tmp_path.iterdir()) == []

@@ -262,3 +262,9 @@ def test_what_is_written_like_a_file_never_reaches_the_hub(
     with pytest.raises(CalibrationError, match="no such file or folder"):
         load_corpus(name)
     assert not hub.asked
+
+
+def test_the_current_folder_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "code.py").write_text("x = 1\n")
+    monkeypatch.chdir(tmp_path)
+    assert load_corpus(".").source == load_corpus(str(tmp_path)).source == tmp_path.name

@@ -218,6 +218,8 @@ def _require(problems: Iterator[str], title: str) -> None:
 def _environment() -> dict[str, str]:
     """Returns the variables of the fresh process, which is alone and computes on the CPU."""
     kept = {name: value for name, value in os.environ.items() if name not in LAUNCHER and "TORCHELASTIC" not in name}
+    if kept.get("PYTHONPATH"):  # the process has another current folder
+        kept["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, kept["PYTHONPATH"].split(os.pathsep)))
     return kept | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 

@@ -32,7 +32,7 @@ from lord_quant.files.places import places_of
 from lord_quant.files.reading import open_tensors
 from lord_quant.files.scratch import Scratch
 from lord_quant.linalg import require_finite
-from lord_quant.targets import find_blocks
+from lord_quant.targets import find_blocks, find_linears
 
 
 WAITING_BYTES = 2**27
@@ -117,6 +117,8 @@ class Streamed(Residency):
         files: The checkpoint's safetensors files.
         dtype: dtype of float weights in memory.
         device: Where they will be.
+        stored: dtype in which floats will be stored that are no linear layer's, such as norms: they have to fit. None for
+            any.
         read_ahead: Whether the block that comes next is read while one is at work, which takes the memory of a block on the
             host; None does so unless the device is the CPU, where that memory is dear and the gain is small.
 
@@ -126,7 +128,7 @@ class Streamed(Residency):
     Raises:
         LayoutError: The files do not hold every tensor of the model by its name, or hold one in another shape.
         ModelError: A file cannot be read.
-        NumericsError: A weight holds NaN or inf.
+        NumericsError: A weight holds NaN or inf, or would where it is stored.
     """
 
     spare_bytes = 2**31  # in a file
@@ -139,11 +141,13 @@ class Streamed(Residency):
         device: torch.device,
         *,
         read_ahead: bool | None = None,
+        stored: torch.dtype | None = None,
     ) -> None:
         self.model, self.dtype, self.device = model, dtype, device
         self.scratch: Path | None = None
         self._file: Scratch | None = None
         self.blocks, self.places = find_blocks(model), places_of(model, files)
+        self._stored, self._layers = stored, {site.name for site in find_linears(model)}
         self.read_ahead = device.type != "cpu" if read_ahead is None else read_ahead
         self._ahead: dict[int, Future[dict[str, torch.Tensor]]] = {}
         self._waiting, self._on_host = 0, 0
@@ -258,6 +262,8 @@ class Streamed(Residency):
                             own = torch.empty(value.shape, dtype=dtype, pin_memory=self.device.type == "cuda")
                             found[name] = own.copy_(value)
                             require_finite(own, f"weight {name!r}")
+                            if self._stored is not None and name.rpartition(".")[0] not in self._layers:
+                                require_finite(own.to(self._stored), f"{name!r} stored as {self._stored}")
             except (OSError, SafetensorError) as error:
                 raise ModelError(f"the model's file {file!r} cannot be read: {error}") from error
         return found

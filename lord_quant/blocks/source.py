@@ -239,11 +239,11 @@ def stream_source(source: Source, device: torch.device) -> tuple[PreTrainedModel
         NumericsError: A weight outside the blocks holds NaN or inf.
     """
     files, model = local_files(source.path), build_skeleton(source).eval()
-    own = _generation_config(source.path)
+    own, dtype = _generation_config(source.path), torch.float32 if device.type == "cpu" else source.dtype
     if own is not None:
         model.generation_config = own
     try:
-        return model, Streamed(model, files, torch.float32 if device.type == "cpu" else source.dtype, device)
+        return model, Streamed(model, files, dtype, device, stored=source.dtype)
     except LayoutError as error:
         logger.info("the whole model will be loaded: %s", error)
         return None

@@ -65,7 +65,8 @@ def capture(
             hidden, args = (args[0], args[1:]) if args else (kwargs["hidden_states"], args)
             if index == 0:
                 captured.append(BlockCall(hidden, residency.keep))
-            captured[-1].calls[kind] = (args, others)
+            before = captured[-2].calls.get(kind) if len(captured) > 1 else None
+            captured[-1].calls[kind] = (args, others) if before is None else _shared((args, others), before)
             if index == max(first_of_kind.values()):
                 raise StopForward
 
@@ -86,6 +87,18 @@ def capture(
         for handle in handles:
             handle.remove()
     return captured
+
+
+def _shared(value: Any, before: Any) -> Any:
+    """Returns a value with `before` in place of every tensor that equals it: masks take memory, batch by batch."""
+    if isinstance(value, torch.Tensor):
+        alike = isinstance(before, torch.Tensor) and (value.device, value.dtype) == (before.device, before.dtype)
+        return before if alike and torch.equal(value, before) else value
+    if isinstance(value, dict) and isinstance(before, dict):
+        return {key: _shared(item, before.get(key)) for key, item in value.items()}
+    if type(value) is tuple and type(before) is tuple and len(value) == len(before):
+        return tuple(map(_shared, value, before))
+    return value
 
 
 def block_kinds(model: nn.Module, count: int) -> list[str]:

@@ -116,7 +116,7 @@ def _prepare(args: argparse.Namespace, config: LordConfig, progress: Progress, w
         measured_on, config = (planned or {}).get("calibration_sha256"), apply_plan(config, settings)
     if there is not None:
         earlier = prepare(dataclasses.replace(config, output=None))
-        if world.broadcast(is_finished(earlier, there, world.size)):
+        if world.broadcast(is_finished(earlier, there, world.size, verified=args.verify)):
             if world.first:
                 clear_away(earlier, there, world.size)
             say(f"finished      by an earlier run of the same command: {config.output}\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from lord_quant.files.reading import parse_json
 
 SAMPLES, SAMPLE_BYTES = 16, 4096
 """Pieces that are read of a large tensor to tell it from others, from first to last, and bytes of each."""
+COMPANIONS = {".json", ".jinja", ".txt", ".model"}
+APART = {"config.json", "model.safetensors.index.json", "lord_report.json", "lord_manifest.json"}
+"""Files with other tellers, or none."""
 PASSING = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype"})
 """What a configuration says of how it was loaded and by what."""
 
@@ -38,6 +42,18 @@ def digest_of_file(path: str, what: str) -> str:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except OSError as error:
         raise CheckpointError(f"{what} {path!r} cannot be read: {error.strerror}") from error
+
+
+def companions_digest(model: str) -> str | None:
+    """Returns a SHA-256 of what lies beside a model's weights and goes with them: tokenizer, chat template, generation.
+
+    None for a model on the hub, of which more files may be there the next time.
+    """
+    if not os.path.isdir(model):
+        return None
+    paths = [path for path in sorted(Path(model).iterdir()) if path.is_file() and path.suffix in COMPANIONS]
+    own = [path for path in paths if path.name not in APART]
+    return digest_of_values({path.name: digest_of_file(str(path), "the model's file") for path in own})
 
 
 def model_digest(config: dict[str, Any], files: Sequence[str]) -> str:

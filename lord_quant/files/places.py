@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -10,10 +12,13 @@ import torch
 from torch import nn
 
 from lord_quant.errors import LayoutError, ModelError
+from lord_quant.files.headers import FLOATS
 from lord_quant.files.reading import open_tensors
 from lord_quant.targets import find_blocks
 
 
+COMPUTED = re.compile(r"(inv_freq|embed_positions)$")
+"""Names of floats that old checkpoints hold although they are computed."""
 ROWS_AT_ONCE = 4096
 """Rows of tensors that are compared; tied ones may be a tenth of a model."""
 
@@ -45,7 +50,7 @@ def places_of(model: nn.Module, files: Sequence[str]) -> dict[str, Place]:
             problems.append(f"missing: {names[0]}")
             continue
         name, key = next(iter(found.items()))
-        file, shape = stored[key]
+        file, shape, _ = stored[key]
         if shape != tuple(tensor.shape):
             problems.append(f"{key} is {shape}, config.json says {tuple(tensor.shape)}")
         places[name] = Place(file, key)
@@ -90,15 +95,70 @@ def stored_apart(model: nn.Module, files: Sequence[str]) -> tuple[str, str] | No
     return None
 
 
-def _stored(files: Sequence[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Returns file and shape of all that is stored, by the name it has there."""
+def refuse_unread(model: nn.Module, files: Sequence[str]) -> list[str]:
+    """Refuses files that hold weights otherwise than as floats, or more weights of a block than the model has.
+
+    Where transformers renames or merges tensors nothing is known of that.
+
+    Args:
+        model: The model, possibly on the meta device.
+        files: Its safetensors files.
+
+    Returns:
+        Names of other weights that the model does not have, such as those of layers behind its last one.
+
+    Raises:
+        ModelError: There are such weights (the first are named), or a file cannot be read.
+    """
+    stored, taken = _stored(files), dict[str, torch.Tensor]()
+    for names, tensor in _tied(model):
+        found = _found(model, names, stored)
+        if not found:
+            return []
+        taken |= dict.fromkeys(found.values(), tensor)
+    odd = [
+        f"{key} is {stored[key][2]}"
+        for key, own in taken.items()
+        if own.is_floating_point() and stored[key][2] not in FLOATS
+    ]
+    if odd:
+        raise ModelError(_listed("the files hold no dense model, weights are not stored as floats", odd))
+    known = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    rest = [
+        key
+        for key, (_, shape, dtype) in stored.items()
+        if key not in taken and _is_weight(key, shape, dtype) and not any(re.search(pattern, key) for pattern in known)
+    ]
+    blocks, base = find_blocks(model), f"{getattr(model, 'base_model_prefix', '')}."
+    paths = "|".join(re.escape(path) for path in {blocks.path, blocks.path.removeprefix(base)})
+    own_block = re.compile(rf"(?:{paths})\.(\d+)\.")
+    inside = [key for key in rest if (hit := own_block.match(key)) and int(hit[1]) < len(blocks.modules)]
+    if inside:
+        raise ModelError(_listed(f"the files hold weights of blocks that {type(model).__name__} does not have", inside))
+    return rest
+
+
+def _is_weight(key: str, shape: tuple[int, ...], dtype: str) -> bool:
+    """Tells weights from masks and the like, which old checkpoints hold as well."""
+    return dtype.startswith(("F", "BF")) and len(shape) < 4 and math.prod(shape) > 1 and not COMPUTED.search(key)
+
+
+def _listed(problem: str, names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{problem}: {', '.join(names[:3])}{more}"
+
+
+def _stored(files: Sequence[str]) -> dict[str, tuple[str, tuple[int, ...], str]]:
+    """Returns file, shape and dtype of all that is stored, by the name it has there."""
     from safetensors import SafetensorError
 
-    stored: dict[str, tuple[str, tuple[int, ...]]] = {}
+    stored: dict[str, tuple[str, tuple[int, ...], str]] = {}
     for file in files:
         try:
             with open_tensors(file) as handle:
-                stored |= {key: (file, tuple(handle.get_slice(key).get_shape())) for key in handle.keys()}  # noqa: SIM118
+                for key in handle.keys():  # noqa: SIM118 (not a dict)
+                    part = handle.get_slice(key)
+                    stored[key] = (file, tuple(part.get_shape()), str(part.get_dtype()))
         except (OSError, SafetensorError) as error:
             raise ModelError(f"the model's file {file!r} cannot be read: {error}") from error
     return stored

@@ -32,7 +32,7 @@ from lord_quant.config import FLOAT_BITS, LordConfig
 from lord_quant.distributed import ALONE, World
 from lord_quant.errors import CheckpointError, ConfigError, ModelError, OutputError, reason_of
 from lord_quant.files.claim import claimed, folder_of, forget_sensed
-from lord_quant.files.digests import digest_of_values, model_digest
+from lord_quant.files.digests import companions_digest, digest_of_values, model_digest
 from lord_quant.files.headers import read_headers, weight_files
 from lord_quant.files.reading import parse_json
 from lord_quant.outcomes import plan_as_run
@@ -51,6 +51,7 @@ from lord_quant.runs.pipeline import (
 )
 from lord_quant.runs.streaming import Finished, Settings, stream_model, write_weights
 from lord_quant.sensitivity import Sensitivity
+from lord_quant.version import __version__
 
 
 if TYPE_CHECKING:
@@ -230,7 +231,8 @@ def _stream(run: _Streaming, journal: Unfinished, made_of_sha256: str) -> dict[s
         "dtype": torch.float64 if config.lowrank.float64 else torch.float32,
     }
     names = minded_layers(model, plan, config.joint)
-    if len(fisher_windows(job.windows, config)) and any(names):
+    left = len(journal.blocks) <= max(layer.block for layer in plan.layers)  # or all that is to be compressed is finished
+    if left and len(fisher_windows(job.windows, config)) and any(names):
         with phases.measure("sensitivity"):
             batches, seed = backward_batches(job.windows, config), config.calibration.seed
             asked: dict[str, Any] = {"names": names, "dtype": others["dtype"]}
@@ -276,12 +278,12 @@ def _planned(job: Job) -> dict[str, Any]:
     return {} if job.planned is None else {"planned": dict(job.planned)}
 
 
-def is_finished(job: Job, output: Path, processes: int = 1) -> bool:
-    """Tells whether a folder is what a run of this job by so many processes wrote."""
+def is_finished(job: Job, output: Path, processes: int = 1, *, verified: bool = False) -> bool:
+    """Tells whether a folder is what a run of this job by so many processes wrote, and if it has to be, verified."""
     try:
         report = parse_json((output / REPORT_NAME).read_text(encoding="utf-8"))
         same = isinstance(report, dict) and report.get("made_of_sha256") == digest_of_values(made_of(job, processes))
-        return same and all_there(output)
+        return same and all_there(output) and ("verified" in report or not verified)
     except (CheckpointError, OSError, ValueError):
         return False
 
@@ -300,10 +302,12 @@ def made_of(job: Job, processes: int) -> dict[str, Any]:
     return {
         **config,
         "model_sha256": model,
+        "stored_dtype": str(job.source.dtype).removeprefix("torch."),
+        "tokenizer_sha256": companions_digest(job.source.path),
         "calibration_sha256": job.windows.sha256,
         "processes": processes,
         "device": str(job.device),
-        "versions": package_versions(),
+        "versions": package_versions() | {"lord-quant": __version__},
     }
 
 

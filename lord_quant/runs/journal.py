@@ -10,7 +10,9 @@ Of several processes the first writes the journal and the blocks; each keeps the
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +27,11 @@ from lord_quant.files.kept import read_tensors
 from lord_quant.files.reading import parse_json
 
 
+logger = logging.getLogger(__name__)
+
 JOURNAL = "journal.jsonl"
+SHARD = "shard_sha256"
+"""What a block's line calls the digest of its weights."""
 
 
 class Unfinished:
@@ -120,6 +126,7 @@ class Journal(Unfinished):
                 raise OutputError(self._differs(lines[0]))
             if lines and lines[0] == self.made_of:
                 self.blocks = lines[1:]
+                self._go_back_to_what_is_sound()
             else:
                 for path in claim.others():
                     path.unlink()
@@ -142,10 +149,12 @@ class Journal(Unfinished):
             OutputError: It cannot be written.
         """
         try:
+            digest = self._digest(len(self.blocks))
+            block = dict(block) | ({} if digest is None else {SHARD: digest})
             self._append(block)
         except OSError as error:
             raise OutputError(f"{str(self.folder)!r} cannot be written: {error.strerror or error}") from error
-        self.blocks.append(dict(block))
+        self.blocks.append(block)
 
     def go_back(self, blocks: int) -> None:
         """Lets only the first blocks count as finished.
@@ -161,6 +170,22 @@ class Journal(Unfinished):
     def close(self, *, keep: bool = False) -> None:
         """Lets other runs have the folder; removes it, unless something in it is still needed."""
         self._claim.release(keep=keep)
+
+    def _go_back_to_what_is_sound(self) -> None:
+        """Lets blocks from the first on whose weights are not as they were written count no more."""
+        for index, block in enumerate(self.blocks):
+            if block.get(SHARD) != self._digest(index):
+                logger.warning("%s is gone or damaged: the run goes on from block %d", self.shard(index), index)
+                self.go_back(index)
+                return
+
+    def _digest(self, block: int) -> str | None:
+        """Returns a SHA-256 of a block's finished weights; None if there are none."""
+        path = self.shard(block)
+        if not path.is_file():
+            return None
+        with path.open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
 
     def _lines(self) -> list[dict[str, Any]]:
         """Reads the journal up to the first line that was not written to its end."""

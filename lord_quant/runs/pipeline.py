@@ -24,6 +24,7 @@ from lord_quant.blocks.source import (
     build_skeleton,
     choose_device,
     inspect_source,
+    local_files,
     own_memory,
 )
 from lord_quant.calibration import PASS_TOKENS, TokenWindows, require_known, sample_windows
@@ -35,7 +36,7 @@ from lord_quant.config import FLOAT_BITS, GptqConfig, LordConfig
 from lord_quant.corpus import Corpus, load_corpus
 from lord_quant.engine import DecompositionRecord, decompose_model
 from lord_quant.errors import ConfigError, GroupSizeError, ModelError
-from lord_quant.files.places import tensor_bytes
+from lord_quant.files.places import refuse_unread, tensor_bytes
 from lord_quant.linalg import require_finite
 from lord_quant.outcomes import StackRecord, plan_as_run
 from lord_quant.plan import LayerPlan, Plan, build_plan
@@ -179,6 +180,7 @@ def prepare(config: LordConfig, *, overwrite: bool = False, measured_on: str | N
     skeleton = build_skeleton(source)
     plan = plan_model(skeleton, config, source.dtype.itemsize)
     refuse_weight_reads(skeleton, plan)
+    left_out = _left_out(skeleton, source)
     windows = calibrate(config, source.tokenizer, source.context, vocabulary_of(skeleton))
     joint = config.stack == "joint"
     backward = joint and any(minds(layer, config.joint) for layer in plan.layers)
@@ -193,7 +195,21 @@ def prepare(config: LordConfig, *, overwrite: bool = False, measured_on: str | N
     )
     guess = estimate(plan, load, device)
     cautions = run_cautions(skeleton, plan, windows, device, config.stack, measured_on)
-    return Job(config, source, plan, windows, device, output, overwrite, guess, cautions)
+    return Job(config, source, plan, windows, device, output, overwrite, guess, (*left_out, *cautions))
+
+
+def _left_out(skeleton: PreTrainedModel, source: Source) -> tuple[str, ...]:
+    """Says which weights of the files are no part of the model; refuses files that hold another one."""
+    try:
+        files = local_files(source.path, fetch=False)
+    except ModelError:
+        return ()  # a plan needs no weights
+    try:
+        names = refuse_unread(skeleton, files)
+    except ModelError as error:
+        raise ModelError(f"model {source.path!r}: {error}") from error
+    some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return (f"the files hold weights that are no part of {type(skeleton).__name__} and are left out: {some}",) * bool(names)
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:

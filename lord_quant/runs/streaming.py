@@ -28,7 +28,7 @@ from lord_quant.backends import gptq as backend
 from lord_quant.blocks.residency import Streamed
 from lord_quant.checkpoint import cast_floats
 from lord_quant.distributed import World
-from lord_quant.errors import OutputError
+from lord_quant.errors import CheckpointError, OutputError
 from lord_quant.outcomes import StackRecord
 from lord_quant.runs.joint import JointRun
 from lord_quant.runs.journal import Unfinished
@@ -172,7 +172,10 @@ def write_weights(model: PreTrainedModel, blocks: Blocks, journal: Unfinished, f
             parameter.data = parameter.data.to(dtype)
     cast = {name: tensor.to(dtype) for name, tensor in outside(model, blocks.path).items() if tensor.is_floating_point()}
     model.save_pretrained(folder, state_dict=outside(model, blocks.path) | cast)
-    join_shards(folder, [journal.shard(index) for index in range(len(blocks.modules))])
+    try:
+        join_shards(folder, [journal.shard(index) for index in range(len(blocks.modules))])
+    except CheckpointError as error:  # not of what is written, but of what it is made from
+        raise OutputError(f"a finished block cannot be read: {error}") from error
 
 
 def _streams(world: World) -> str:
@@ -265,5 +268,5 @@ def _pack(run: JointRun, index: int, settings: Settings) -> list[backend.GptqRec
         found = backend.pack_model(block, settings.quantizer, own, packings, ready=False)
         packed = [dataclasses.replace(record, name=prefix + record.name) for record in found]
         run.done.quantized.clear()
-    cast_floats(block, settings.dtype)
+    cast_floats(block, settings.dtype, prefix)
     return packed

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from families import copy_tokenizer, edit_tensors
 from models import tiny_model
 from safetensors.torch import save_file
 
+from lord_quant.artifact import verification
 from lord_quant.artifact.manifest import MANIFEST_NAME, all_there, changed_files, read_manifest, write_manifest
 from lord_quant.artifact.verification import tensor_problems, verify
 from lord_quant.backends import gptq as backend
@@ -190,3 +192,13 @@ def test_what_a_fresh_process_reads_otherwise_is_not_put_in_place(
     assert report["blocks_resumed"] == 2 and "verified" not in report
     with pytest.raises(CheckpointError, match="not what was compressed"):
         verify(output)
+
+
+@pytest.mark.slow
+def test_a_relative_search_path_means_the_same_to_the_fresh_process(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has another current folder: a module beside ours would not be found there."""
+    (copy.parent / "marker.py").write_text("")
+    monkeypatch.chdir(copy.parent)
+    monkeypatch.setenv("PYTHONPATH", f".{os.pathsep}beside")
+    monkeypatch.setattr(verification, "START", f"import marker; {verification.START}")
+    assert verify(copy).tensors > 0

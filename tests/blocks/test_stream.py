@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import families
 import pytest
 import torch
 from torch import nn
 
-from lord_quant.blocks.stream import Ending, Replay
+from lord_quant.blocks.stream import Ending, Replay, block_kinds, capture
+from lord_quant.targets import find_blocks
 
 
 class Child(nn.Module):
@@ -163,3 +165,22 @@ def test_leaving_a_part_forgets_what_was_remembered_inside_it() -> None:
     replay.at(1)
     replay.leave("first.layer", batch(4))
     assert set(replay.kept["first.layer"]) == {0}
+
+
+def test_what_is_the_same_for_every_batch_is_kept_once() -> None:
+    """CodeGen's attention takes a mask per batch, all of them equal."""
+    model = families.build("codegen")
+    blocks = find_blocks(model).modules
+    batches = [torch.randint(1, 100, (size, 16)) for size in (2, 2, 2, 1)]
+    calls = capture(model, blocks, block_kinds(model, len(blocks)), batches)
+    masks = [call.calls["block"][1]["attention_mask"] for call in calls]
+    assert [mask.shape for mask in masks] == [(2, 1, 16, 16)] * 3 + [(1, 1, 16, 16)]
+    assert masks[0] is masks[1] is masks[2]
+    with torch.no_grad():
+        for batch, call in zip(batches, calls, strict=True):
+            hidden = call.hidden
+            for block in blocks:
+                hidden = call.run(block, "block", hidden)
+            assert torch.equal(
+                model.lm_head(model.transformer.ln_f(hidden)), model(input_ids=batch, use_cache=False).logits
+            )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from safetensors.torch import save_file
 
 from lord_quant.blocks.residency import Streamed
 from lord_quant.blocks.source import build_skeleton, inspect_source, load_model, stream_source
-from lord_quant.errors import LayoutError
+from lord_quant.errors import LayoutError, ModelError
 from lord_quant.files import places
-from lord_quant.files.places import Place, places_of, stored_apart
+from lord_quant.files.places import Place, places_of, refuse_unread, stored_apart
 
 
 CPU = torch.device("cpu")
@@ -122,3 +123,46 @@ def test_head_and_embedding_are_as_transformers_loads_them(change: float, tmp_pa
     theirs = probe_logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
     assert torch.equal(probe_logits(loaded), theirs)
     require_streamed(folder, theirs)
+
+
+def unread(folder: Path) -> list[str]:
+    return refuse_unread(build_skeleton(inspect_source(str(folder))), [file_of(folder)])
+
+
+def test_masks_and_frequencies_of_old_checkpoints_are_no_weights(tmp_path: Path) -> None:
+    folder = save(build("gpt2"), tmp_path / "model")
+    old = {"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8), "transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}
+    old |= {"transformer.h.1.rotary_emb.inv_freq": torch.ones(8), "transformer.h.1.attn.mask": torch.ones(8, 8).bool()}
+    edit_tensors(folder, lambda tensors: tensors.update(old))
+    assert unread(folder) == []
+
+
+def test_weights_of_a_block_that_the_model_does_not_have_are_refused_and_others_named(tmp_path: Path) -> None:
+    folder = save(build("llama"), tmp_path / "model")
+    further = {"model.layers.2.mlp.down_proj.weight": torch.ones(4, 4), "score.weight": torch.ones(2, 4)}
+    edit_tensors(folder, lambda tensors: tensors.update(further))
+    assert sorted(unread(folder)) == sorted(further)
+    edit_tensors(folder, lambda tensors: tensors.update({"model.layers.1.mlp.down_proj.bias": torch.ones(4)}))
+    with pytest.raises(
+        ModelError, match=r"blocks that LlamaForCausalLM does not have: model\.layers\.1\.mlp\.down_proj\.bias$"
+    ):
+        unread(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_weights_that_are_quantized_though_config_json_does_not_say_so_are_refused(dtype: Any, tmp_path: Path) -> None:
+    folder, name = save(build("llama"), tmp_path / "model"), "model.layers.0.mlp.down_proj.weight"
+
+    def quantize(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = tensors[name].to(dtype)
+        tensors[f"{name}_scale"] = torch.ones(128, 1)
+
+    edit_tensors(folder, quantize)
+    with pytest.raises(
+        ModelError, match=rf"no dense model, weights are not stored as floats: {re.escape(name)} is (F8_E4M3|I8)"
+    ):
+        unread(folder)
+
+
+def test_experts_that_loading_merges_are_not_held_against_the_files(tmp_path: Path) -> None:
+    assert unread(save(build("mixtral"), tmp_path / "model")) == []

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from test_streaming import config_of, require_same, run
 
 from lord_quant.blocks import residency
 from lord_quant.config import LordConfig
-from lord_quant.errors import ModelError, OutputError
+from lord_quant.errors import ModelError, NumericsError, OutputError
 from lord_quant.files.claim import folder_of
 from lord_quant.runs import execution, joint, streaming
 from lord_quant.runs.execution import clear_away, is_finished
@@ -226,3 +228,84 @@ def test_what_a_finished_run_left_behind_is_cleared_away_unless_it_is_anothers(
     clear_away(job, output)
     clear_away(job, output)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut short", "a bit"])
+def test_a_finished_block_that_was_damaged_meanwhile_is_made_again(
+    damage: str, model: Path, whole: Path, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    output = tmp_path / "out"
+    config = config_for(model, output, corpus_file)
+    monkeypatch.setattr(streaming, "SAVING", float("inf"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Journal, "finish", after(2, interrupt))
+        run(config)
+    shard = folder_of(output) / "block-00001.safetensors"
+    content = shard.read_bytes()
+    if damage == "gone":
+        shard.unlink()
+    else:
+        shard.write_bytes(content[:-1] if damage == "cut short" else content[:-1] + bytes([content[-1] ^ 1]))
+    steps = steps_of(monkeypatch)
+    run(config)
+    assert steps[-2:] == [1, 2] and f"{shard} is gone or damaged: the run goes on from block 1" in caplog.text
+    require_same(whole, output)
+
+
+def test_a_run_of_which_only_the_end_is_missing_goes_through_the_model_no_more(
+    model: Path, whole: Path, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for(model, tmp_path / "out", corpus_file)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(execution, "write_checkpoint", lambda *_, **__: interrupt())
+        run(config)
+    steps = steps_of(monkeypatch)
+    monkeypatch.setattr(execution.Sensitivity, "measure", lambda *_, **__: pytest.fail("a backward pass for nothing"))
+    assert run(config)["blocks_resumed"] == BLOCKS and steps == []
+    require_same(whole, tmp_path / "out")
+
+
+def test_what_a_run_is_made_of_holds_all_that_its_output_depends_on(
+    model: Path, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(model, tmp_path / "model")
+    output = tmp_path / "out"
+    run(config_for(copy, output, corpus_file))
+
+    def same(**asked: bool) -> bool:
+        return is_finished(prepare(config_for(copy, tmp_path / "none", corpus_file)), output, **asked)
+
+    assert same() and not same(verified=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(execution, "__version__", "99.0")
+        assert not same()
+    (copy / "chat_template.jinja").write_text("{{ messages }}")
+    assert not same()
+    (copy / "chat_template.jinja").unlink()
+    assert same()
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    assert not same()
+
+
+def test_a_norm_that_its_stored_dtype_does_not_hold_is_refused_before_a_block_is_compressed(
+    model: Path, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = steps_of(monkeypatch)
+    for name in ("model.norm.weight", "model.layers.2.input_layernorm.weight"):
+        tensors = dict(build("llama", num_hidden_layers=BLOCKS).state_dict())
+        tensors[name] = tensors[name].clone()
+        tensors[name][3] = 1e5
+        folder = tmp_path / name
+        build("llama", num_hidden_layers=BLOCKS).save_pretrained(folder, state_dict=tensors)
+        copy_tokenizer(folder)
+        for joint_options in ({}, {"fisher": False}):
+            changes = {"dtype": "float16", "joint": joint_options}
+            config = LordConfig.from_dict(config_for(folder, tmp_path / "out", corpus_file).to_dict() | changes)
+            with pytest.raises(NumericsError, match=rf"'{name}' stored as torch.float16: 1 of"):
+                run(config)
+    assert steps == []
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
