@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import os
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 from lord_quant.commands.budget_options import add_budget_flags, menu_from, run_of
@@ -169,12 +170,14 @@ def _choose(
         say(_calibration(job))
         say("planned       nothing: that takes statistics, and --dry-run reads no weights; all else is in order\n")
         return None
-    settings, statistics = {}, statistics_of(config, progress, world, keep=True)
+    settings, began = {}, time.perf_counter()
+    statistics = statistics_of(config, progress, world, keep=True)
     if world.first:  # one process chooses, so that all run the same plan
         planner = Planner(config, statistics, menu)
         allocation = planner.choose(budget)
         settings = planner.settings(allocation)
-        asked = {"asked_sha256": asked_of(job, config, menu, world.size), "budget": budget.asked}
+        took = round(time.perf_counter() - began, 3)
+        asked = {"asked_sha256": asked_of(job, config, menu, world.size), "budget": budget.asked, "seconds": took}
         settings[PLANNED] = asked | settings[PLANNED]
         say(f"planned       {planner.bpw(allocation):.3f} bits per weight, {planner.tell(allocation)}\n")
     found: dict[str, Any] = world.broadcast(settings)

@@ -96,6 +96,8 @@ def execute(job: Job, progress: Progress | None = None, world: World = ALONE, *,
         LordError: Whatever else goes wrong. A streamed run keeps the blocks that are finished.
     """
     phases, progress = Phases(), progress or Progress()
+    if job.planned is not None and "seconds" in job.planned:
+        phases.seconds["budget"] = job.planned["seconds"]  # measuring and choosing belong to what the run took
     refuse_several(job.config, world)
     if job.config.stack == "joint" and job.output is not None:
         with phases.measure("load"), progress.phase("load"), world.together():

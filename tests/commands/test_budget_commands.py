@@ -317,6 +317,9 @@ def test_a_finished_budget_says_so_and_reports_what_was_predicted(
     planned = report["planned"]
     assert planned["budget"] == {"target_bpw": 3.0} and planned["bits_per_weight"] == round(report["totals"]["bpw"], 4)
     assert planned["predicted_loss"] > 0 and str(tmp_path) not in json.dumps(report)
+    seconds = report["seconds"]
+    assert seconds["budget"] == planned["seconds"] > 0
+    assert sum(seconds.values()) == pytest.approx(2 * seconds["total"], abs=0.01)
     assert f"nats per token | {planned['predicted_loss']:.4f}" in re.sub(" +", " ", (out / "README.md").read_text())
     capfd.readouterr()
     assert run_command("quantize", *run) == 0
