@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -54,10 +54,15 @@ def capture(
     batches: Sequence[torch.Tensor],
     residency: Residency = RESIDENT,
 ) -> list[BlockCall]:
-    """Runs the model up to its first blocks and keeps what they are called with, once per kind of block."""
+    """Runs the model up to its first blocks and keeps what they are called with, once per kind of block.
+
+    Blocks in front of the last that is looked at run for the first batch; all that this shows is how they return hidden
+    states. What the others are called with does not depend on these.
+    """
     first_of_kind = {kind: kinds.index(kind) for kind in kinds}
-    device = next(model.parameters()).device
+    device, last = next(model.parameters()).device, max(first_of_kind.values())
     captured: list[BlockCall] = []
+    ways: list[Way] = []
 
     def store(index: int, kind: str) -> Any:
         def pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -67,7 +72,7 @@ def capture(
                 captured.append(BlockCall(hidden, residency.keep))
             before = captured[-2].calls.get(kind) if len(captured) > 1 else None
             captured[-1].calls[kind] = (args, others) if before is None else _shared((args, others), before)
-            if index == max(first_of_kind.values()):
+            if index == last:
                 raise StopForward
 
         return pre_hook
@@ -77,12 +82,11 @@ def capture(
         for kind, index in first_of_kind.items()
     ]
     try:
-        with residency.of(*range(max(first_of_kind.values()))):  # those in front of the last that is looked at
-            for batch in batches:
-                try:
-                    model(input_ids=batch.to(device), use_cache=False)
-                except StopForward:
-                    continue
+        for batch in batches:
+            ahead = blocks[:last]
+            passing = passed_over(ahead, ways) if ways else one_at_a_time(ahead, residency, ways)
+            with passing, suppress(StopForward):
+                model(input_ids=batch.to(device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -296,13 +300,17 @@ class Way(NamedTuple):
         return hidden if self.container is None else self.container((hidden, *(None,) * self.others))
 
 
+def _way(output: Any) -> Way:
+    return Way(type(output), len(output) - 1) if isinstance(output, tuple | list) else Way(None, 0)
+
+
 @contextmanager
 def way_of(block: nn.Module, ways: list[Way]) -> Iterator[None]:
     """Notes how a block returns its hidden states: alone, or in front of something else."""
     seen: list[Way] = []
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
-        seen.append(Way(type(output), len(output) - 1) if isinstance(output, tuple | list) else Way(None, 0))
+        seen.append(_way(output))
 
     handle = block.register_forward_hook(keep)
     try:
@@ -313,24 +321,51 @@ def way_of(block: nn.Module, ways: list[Way]) -> Iterator[None]:
 
 
 @contextmanager
-def passed_over(blocks: Sequence[nn.Module], ways: Sequence[Way], leaving: torch.Tensor) -> Iterator[list[int]]:
-    """Lets a model run while its blocks do nothing but the last return `leaving`; yields which were called."""
+def passed_over(
+    blocks: Sequence[nn.Module], ways: Sequence[Way], leaving: torch.Tensor | None = None
+) -> Iterator[list[int]]:
+    """Lets a model run while its blocks do nothing, but the last return `leaving` if given; yields which were called."""
     called: list[int] = []
 
-    def stand_in(index: int) -> Callable[..., Any]:
+    def stand_in(index: int, block: nn.Module) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             called.append(index)
             hidden = args[0] if args else kwargs["hidden_states"]
             # A leaf may not be changed in place, and what follows might.
-            return ways[index].back(leaving.clone() if index == len(blocks) - 1 else hidden)
+            return ways[index].back(hidden if leaving is None or index < len(blocks) - 1 else leaving.clone())
 
         return forward
 
+    with _other_forwards(blocks, stand_in):
+        yield called
+
+
+@contextmanager
+def one_at_a_time(blocks: Sequence[nn.Module], residency: Residency, ways: list[Way]) -> Iterator[None]:
+    """Lets each of the first blocks have its weights only while it runs, and notes how it returns its hidden states."""
+
+    def stand_in(index: int, block: nn.Module) -> Callable[..., Any]:
+        own = block.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with residency.of(index):
+                output = own(*args, **kwargs)
+            ways.append(_way(output))
+            return output
+
+        return forward
+
+    with _other_forwards(blocks, stand_in):
+        yield
+
+
+@contextmanager
+def _other_forwards(blocks: Sequence[nn.Module], make: Callable[[int, nn.Module], Callable[..., Any]]) -> Iterator[None]:
     own = {index: vars(block)["forward"] for index, block in enumerate(blocks) if "forward" in vars(block)}
     for index, block in enumerate(blocks):
-        block.forward = stand_in(index)
+        block.forward = make(index, block)
     try:
-        yield called
+        yield
     finally:
         for index, block in enumerate(blocks):
             if index in own:  # put there by a host, as accelerate does

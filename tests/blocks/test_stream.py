@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import families
@@ -10,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from lord_quant.blocks.residency import Residency
 from lord_quant.blocks.stream import Ending, Replay, block_kinds, capture
 from lord_quant.targets import find_blocks
 
@@ -184,3 +187,35 @@ def test_what_is_the_same_for_every_batch_is_kept_once() -> None:
             assert torch.equal(
                 model.lm_head(model.transformer.ln_f(hidden)), model(input_ids=batch, use_cache=False).logits
             )
+
+
+class Counted(Residency):
+    """Counts how many blocks have their weights at a time."""
+
+    def __init__(self) -> None:
+        self.now, self.most, self.filled = 0, 0, list[int]()
+
+    @contextmanager
+    def of(self, *blocks: int, then: int | None = None) -> Iterator[None]:
+        self.filled += blocks
+        self.now += len(blocks)
+        self.most = max(self.most, self.now)
+        yield
+        self.now -= len(blocks)
+
+
+def test_of_blocks_of_several_kinds_one_has_its_weights_at_a_time_and_calls_are_those_of_the_model() -> None:
+    layers = {"num_hidden_layers": 6, "layer_types": ["sliding_attention"] * 5 + ["full_attention"]}
+    model = families.build("qwen2", use_sliding_window=True, sliding_window=4, **layers)
+    blocks = find_blocks(model).modules
+    kinds = block_kinds(model, len(blocks))
+    batches, counted = [torch.randint(1, 100, (2, 16)) for _ in range(3)], Counted()
+    with torch.no_grad():
+        calls = capture(model, blocks, kinds, batches, counted)
+        assert counted.most == 1 and counted.filled == [0, 1, 2, 3, 4]
+        for batch, call in zip(batches, calls, strict=True):
+            hidden = call.hidden
+            for block, kind in zip(blocks, kinds, strict=True):
+                hidden = call.run(block, kind, hidden)
+            assert torch.equal(model.lm_head(model.model.norm(hidden)), model(input_ids=batch, use_cache=False).logits)
+    assert not any("forward" in vars(block) for block in blocks)
