@@ -25,6 +25,7 @@ from lord_quant.checkpoint import (
     REPORT_NAME,
     atomic_folder,
     cast_floats,
+    check_output,
     quantization_config,
     write_model,
 )
@@ -99,6 +100,9 @@ def execute(job: Job, progress: Progress | None = None, world: World = ALONE, *,
     if job.planned is not None and "seconds" in job.planned:
         phases.seconds["budget"] = job.planned["seconds"]  # measuring and choosing belong to what the run took
     refuse_several(job.config, world)
+    with world.together():
+        if world.first and job.output is not None:  # something may have appeared there since it was prepared
+            check_output(job.output, overwrite=job.overwrite)
     if job.config.stack == "joint" and job.output is not None:
         with phases.measure("load"), progress.phase("load"), world.together():
             streamed = stream_source(job.source, job.device)

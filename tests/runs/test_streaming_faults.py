@@ -309,3 +309,14 @@ def test_a_norm_that_its_stored_dtype_does_not_hold_is_refused_before_a_block_is
 
 def interrupt() -> None:
     raise KeyboardInterrupt
+
+
+def test_a_job_run_twice_is_refused_before_its_second_run(
+    model: Path, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = prepare(config_for(model, tmp_path / "out", corpus_file))
+    execution.execute(job, verify=False)
+    steps = steps_of(monkeypatch)
+    with pytest.raises(OutputError, match="is not empty; wanted a new folder, or --overwrite"):
+        execution.execute(job, verify=False)
+    assert steps == [] and [path.name for path in tmp_path.iterdir()] == ["out"]
