@@ -136,7 +136,7 @@ class _Parts:
     """
 
     def __init__(self, output: Path | None) -> None:
-        self.path = None if output is None else output.with_name(f"{output.name}{PARTS_SUFFIX}")
+        self.path = None if output is None else output.expanduser().with_name(f"{output.name}{PARTS_SUFFIX}")
         self.last: EvalResult | None = None
 
     def __enter__(self) -> _Parts:

@@ -17,7 +17,7 @@ from lord_quant.files.reading import open_tensors
 from lord_quant.targets import find_blocks
 
 
-COMPUTED = re.compile(r"(inv_freq|embed_positions)$")
+COMPUTED = re.compile(r"(inv_freq|embed_positions|cos_cached|sin_cached)$")
 """Names of floats that old checkpoints hold although they are computed."""
 ROWS_AT_ONCE = 4096
 """Rows of tensors that are compared; tied ones may be a tenth of a model."""
