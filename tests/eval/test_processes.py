@@ -60,7 +60,8 @@ def test_time_memory_and_result_are_those_of_the_process(processes: Any) -> None
 def test_processor_time_is_counted_and_limited(processes: Any) -> None:
     whole, cut = (processes.measured("chore:work", "0.6", limit=limit) for limit in (None, 0.3))
     assert whole.finished and whole.returned == "done" and 0.6 < whole.processor_s < 60
-    assert not cut.finished and cut.returned is None and 0.3 <= cut.processor_s < 0.6
+    # What is read in the end is cut down to whole ticks, user's and system's time each.
+    assert not cut.finished and cut.returned is None and 0.3 - 0.05 < cut.processor_s < 0.6
 
 
 def test_a_command_line_may_leave_in_good_order(processes: Any) -> None:
