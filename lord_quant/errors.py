@@ -13,7 +13,7 @@ A command that ends with an error exits with the error's `exit_code`, which tell
 2. What was asked for, as with argparse: `LordError`, `ConfigError` (plans too), `TargetError`, `RankError`, `BudgetError`,
    `GroupSizeError`, `EvaluationError`, `ConsentError`.
 3. What was to be read: `ModelError` and `LayoutError`, `CalibrationError`, `CheckpointError` and `FormatVersionError`.
-4. What was to be written: `OutputError`.
+4. What was to be written: `OutputError`, `SpoiltError`.
 5. Numbers that are not finite: `NumericsError`.
 6. A host library or another process: `HostError`, `ElsewhereError`.
 
@@ -77,6 +77,10 @@ class OutputError(LordError, ValueError):
     """The output folder is not empty or cannot be written."""
 
     exit_code = 4
+
+
+class SpoiltError(OutputError):
+    """What an unfinished run left cannot be gone on from."""
 
 
 class CheckpointError(LordError, ValueError):

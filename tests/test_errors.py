@@ -26,6 +26,7 @@ CODES = {
     errors.CheckpointError: 3,
     errors.FormatVersionError: 3,
     errors.OutputError: 4,
+    errors.SpoiltError: 4,
     errors.NumericsError: 5,
     errors.HostError: 6,
     errors.ElsewhereError: 6,

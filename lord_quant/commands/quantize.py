@@ -19,6 +19,7 @@ from lord_quant.distributed import World, joined
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from lord_quant.calibration import TokenWindows
     from lord_quant.config import LordConfig
     from lord_quant.progress import Progress
     from lord_quant.runs.pipeline import Job
@@ -108,21 +109,23 @@ def _prepare(args: argparse.Namespace, config: LordConfig, progress: Progress, w
     output = None if config.output is None or args.overwrite else whole_path(config.output)
     # The first process writes, and on its disk the report lies.
     there = world.broadcast(output if output is not None and os.path.isfile(output / REPORT_NAME) else None)
-    planned = None
+    planned, windows = None, None
     if config.budget is not None:
-        settings = _choose(args, config, there, progress, world)
+        settings, windows = _choose(args, config, there, progress, world)
         if settings is None:
             return None
         planned = settings.get(PLANNED)
         measured_on, config = (planned or {}).get("calibration_sha256"), apply_plan(config, settings)
     if there is not None:
-        earlier = prepare(dataclasses.replace(config, output=None))
+        earlier = prepare(dataclasses.replace(config, output=None), windows=windows)
+        windows = earlier.windows
         if world.broadcast(is_finished(earlier, there, world.size, verified=args.verify)):
             if world.first:
                 clear_away(earlier, there, world.size)
             say(f"finished      by an earlier run of the same command: {config.output}\n")
             return None
-    job = dataclasses.replace(prepare(config, overwrite=args.overwrite, measured_on=measured_on), planned=planned)
+    job = prepare(config, overwrite=args.overwrite, measured_on=measured_on, windows=windows)
+    job = dataclasses.replace(job, planned=planned)
     say((plan_table(job.plan) if args.dry_run else plan_summary(job.plan)) + "\n")
     say(_calibration(job))
     if world.size > 1:
@@ -141,8 +144,9 @@ def _prepare(args: argparse.Namespace, config: LordConfig, progress: Progress, w
 
 def _choose(
     args: argparse.Namespace, config: LordConfig, there: Path | None, progress: Progress, world: World
-) -> dict[str, Any] | None:
-    """Returns the plan for a budget, and what its report says of it; None of a dry run, which may not measure.
+) -> tuple[dict[str, Any] | None, TokenWindows]:
+    """Returns the plan for a budget, and what its report says of it; None of a dry run, which may not measure. Also the
+    run's calibration tokens.
 
     If a finished run with the same budget wrote the folder that is there, it is that one's plan: nothing is measured.
     """
@@ -153,14 +157,15 @@ def _choose(
     from lord_quant.runs.pipeline import prepare
 
     assert config.budget is not None  # the caller asked
-    budget, dense, menu = config.budget, unplanned(config), menu_from(args)
+    budget, dense, menu, windows = config.budget, unplanned(config), menu_from(args), None
     if there is not None:
         job = prepare(dataclasses.replace(dense, output=None))
+        windows = job.windows
         settings = world.broadcast(chosen_before(there, asked_of(job, config, menu, world.size)) if world.first else None)
         if settings is not None:
-            return settings
+            return settings, windows
     say = sys.stdout.write if world.first else str
-    job = prepare(dense, overwrite=args.overwrite)  # refuses what is wrong before the sensitivity pass
+    job = prepare(dense, overwrite=args.overwrite, windows=windows)  # refuses what is wrong before the sensitivity pass
     if not budget.statistics:
         refuse_unreachable(config, menu, [budget])
         expected = human_seconds(sensing_seconds(job))
@@ -169,9 +174,9 @@ def _choose(
     if args.dry_run and not budget.statistics:
         say(_calibration(job))
         say("planned       nothing: that takes statistics, and --dry-run reads no weights; all else is in order\n")
-        return None
+        return None, job.windows
     settings, began = {}, time.perf_counter()
-    statistics = statistics_of(config, progress, world, keep=True)
+    statistics = statistics_of(config, progress, world, keep=True, windows=job.windows)
     if world.first:  # one process chooses, so that all run the same plan
         planner = Planner(config, statistics, menu)
         allocation = planner.choose(budget)
@@ -181,7 +186,7 @@ def _choose(
         settings[PLANNED] = asked | settings[PLANNED]
         say(f"planned       {planner.bpw(allocation):.3f} bits per weight, {planner.tell(allocation)}\n")
     found: dict[str, Any] = world.broadcast(settings)
-    return found
+    return found, job.windows
 
 
 def _calibration(job: Job) -> str:

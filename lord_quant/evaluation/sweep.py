@@ -106,7 +106,9 @@ def sweep(
     """
     chosen = [planner.choose(BudgetConfig(target_bpw=budget)) for budget in budgets]
     runs = [apply_plan(dataclasses.replace(config, output=None), planner.settings(each)) for each in chosen]
-    jobs = [prepare(run, measured_on=planner.statistics.origin.get("calibration_sha256")) for run in runs]
+    measured_on, jobs = planner.statistics.origin.get("calibration_sha256"), list[Job]()
+    for run in runs:  # all with the same text
+        jobs.append(prepare(run, measured_on=measured_on, windows=jobs[0].windows if jobs else None))
     ids, window = _heldout_tokens(jobs[0], heldout, window, max_windows)
     for warning in dict.fromkeys(warning for job in jobs for warning in job.warnings):
         logger.warning(warning)

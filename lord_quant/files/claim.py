@@ -60,6 +60,7 @@ class Claim:
 
     def __init__(self, output: Path) -> None:
         self.folder = folder_of(output)
+        self._output = output
         self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         self._lock = FileLock(self.folder / LOCK)
         try:
@@ -68,6 +69,7 @@ class Claim:
             for path in output.parent.glob(f".{glob.escape(output.name)}.partial-*"):  # what a killed run was just writing
                 if path.is_dir():
                     shutil.rmtree(path)
+            self._remove_replaced()
         except Timeout:
             raise OutputError(f"another run is writing {str(output)!r}; wanted one at a time") from None
         except OSError:
@@ -80,6 +82,7 @@ class Claim:
 
     def release(self, *, keep: bool = False) -> None:
         """Lets other runs write; removes the folder, unless something in it is still needed, and empty ones it lay in."""
+        self._remove_replaced()
         if not keep:
             shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.release()
@@ -88,6 +91,12 @@ class Claim:
         with contextlib.suppress(OSError):  # one of them holds something: the output, or what is kept
             for path in self._made:
                 path.rmdir()
+
+    def _remove_replaced(self) -> None:
+        """Removes what a killed run was just removing, having replaced it; not where it is all that there is."""
+        if self._lock.is_locked and self._output.exists():
+            for path in self._output.parent.glob(f".{glob.escape(self._output.name)}.replaced-*"):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager

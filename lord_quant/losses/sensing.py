@@ -51,6 +51,7 @@ def statistics_of(
     world: World = ALONE,
     *,
     keep: bool = False,
+    windows: TokenWindows | None = None,
 ) -> Statistics:
     """Reads the statistics that a run's budget names; measures them where it names none.
 
@@ -59,6 +60,7 @@ def statistics_of(
         progress: Where it is told how far the pass is.
         world: The processes that share the pass. Files are the first one's.
         keep: Keep them beside the run's output until it is finished, and use those of one that was cut off.
+        windows: Its calibration tokens, where they are read already.
 
     Raises:
         OutputError: They are to be kept, and another run is writing the output.
@@ -67,8 +69,8 @@ def statistics_of(
     if config.budget is not None and config.budget.statistics:
         return world.broadcast(load_statistics(config.budget.statistics) if world.first else None)
     if not keep or config.output is None:
-        return sense(config, progress, world=world)
-    job, output = dense_job(config), whole_path(config.output)
+        return sense(config, progress, dense_job(config, windows), world=world)
+    job, output = dense_job(config, windows), whole_path(config.output)
     with claimed(output) if world.first else contextlib.nullcontext():
         return _kept_or_sensed(config, job, output, progress, world)
 
@@ -93,13 +95,14 @@ def _kept_or_sensed(config: LordConfig, job: Job, output: Path, progress: Progre
     return statistics
 
 
-def dense_job(config: LordConfig) -> Job:
-    """Prepares the run of a sensitivity pass: layers stay dense, nothing is written.
+def dense_job(config: LordConfig, windows: TokenWindows | None = None) -> Job:
+    """Prepares the run of a sensitivity pass, perhaps with tokens that are read already: layers stay dense, nothing is
+    written.
 
     Raises:
         LordError: Whatever is wrong with model or calibration.
     """
-    return prepare(dataclasses.replace(unplanned(config), output=None))
+    return prepare(dataclasses.replace(unplanned(config), output=None), windows=windows)
 
 
 def told_apart(config: LordConfig, job: Job) -> str:

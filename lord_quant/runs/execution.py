@@ -31,7 +31,7 @@ from lord_quant.checkpoint import (
 )
 from lord_quant.config import FLOAT_BITS, LordConfig
 from lord_quant.distributed import ALONE, World
-from lord_quant.errors import CheckpointError, ConfigError, ModelError, OutputError, reason_of
+from lord_quant.errors import CheckpointError, ConfigError, ModelError, OutputError, SpoiltError, reason_of
 from lord_quant.files.claim import claimed, folder_of, forget_sensed
 from lord_quant.files.digests import companions_digest, digest_of_values, model_digest
 from lord_quant.files.headers import read_headers, weight_files
@@ -185,6 +185,8 @@ def _execute_streamed(run: _Streaming) -> dict[str, Any]:
         journal.close(keep=bool(journal.blocks))
         if isinstance(error, CheckpointError):
             raise CheckpointError(f"{error}; {TO_WRITE_ANYWAY}") from error
+        if isinstance(error, SpoiltError):
+            raise
         if isinstance(error, ModelError | OutputError):  # a full disk, a file that is gone: nothing that was done was wrong
             kept = f"; {len(journal.blocks)} of {len(residency.blocks.modules)} blocks are finished and kept"
             raise type(error)(f"{error}{kept * bool(journal.blocks)}; {TO_CONTINUE}") from error
@@ -251,6 +253,8 @@ def _stream(run: _Streaming, journal: Unfinished, made_of_sha256: str) -> dict[s
     settings = Settings(plan, batches, solve, config.joint, sensitivity, quantizer, job.source.dtype, world, others)
     with phases.measure("stack"):
         done = stream_model(model, residency, journal, settings, progress)
+    if done.resumed:
+        phases.seconds["resumed"] = done.resumed_seconds  # of the runs that were cut off, what was not for nothing
     tokens = world.gather(sum(batch.numel() for batch in batches))
     report: dict[str, Any] = {}
     if world.first:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from lord_quant.checkpoint import atomic_file
-from lord_quant.errors import OutputError
+from lord_quant.errors import OutputError, SpoiltError
 from lord_quant.files.claim import Claim, folder_of
 from lord_quant.files.kept import read_tensors
 from lord_quant.files.reading import parse_json
@@ -69,14 +69,14 @@ class Unfinished:
         """Returns tensors that were saved.
 
         Raises:
-            OutputError: They cannot be read.
+            SpoiltError: They cannot be read.
         """
         from safetensors import SafetensorError
 
         try:
             return read_tensors(self._file(name))
         except (OSError, SafetensorError) as error:
-            raise OutputError(
+            raise SpoiltError(
                 f"{str(self._file(name))!r} of an unfinished run cannot be read ({error}); --overwrite starts again"
             ) from error
 

@@ -161,13 +161,16 @@ def plan_model(model: torch.nn.Module, config: LordConfig, itemsize: int) -> Pla
     return plan
 
 
-def prepare(config: LordConfig, *, overwrite: bool = False, measured_on: str | None = None) -> Job:
+def prepare(
+    config: LordConfig, *, overwrite: bool = False, measured_on: str | None = None, windows: TokenWindows | None = None
+) -> Job:
     """Checks a run and reads its calibration text, before any weight is loaded.
 
     Args:
         config: The run.
         overwrite: Whether an existing checkpoint at its output may be replaced.
         measured_on: Digest of the tokens on which the losses were measured that its plan rests on, if it does.
+        windows: Those of another job with the same model and calibration settings, whose text is not read again.
 
     Raises:
         LordError: Whatever is wrong; nothing was written.
@@ -181,7 +184,7 @@ def prepare(config: LordConfig, *, overwrite: bool = False, measured_on: str | N
     plan = plan_model(skeleton, config, source.dtype.itemsize)
     refuse_weight_reads(skeleton, plan)
     left_out = _left_out(skeleton, source)
-    windows = calibrate(config, source.tokenizer, source.context, vocabulary_of(skeleton))
+    windows = windows or calibrate(config, source.tokenizer, source.context, vocabulary_of(skeleton))
     joint = config.stack == "joint"
     backward = joint and any(minds(layer, config.joint) for layer in plan.layers)
     head = skeleton.get_output_embeddings()

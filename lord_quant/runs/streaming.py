@@ -28,7 +28,7 @@ from lord_quant.backends import gptq as backend
 from lord_quant.blocks.residency import Streamed
 from lord_quant.checkpoint import cast_floats
 from lord_quant.distributed import World
-from lord_quant.errors import CheckpointError, OutputError
+from lord_quant.errors import CheckpointError, OutputError, SpoiltError
 from lord_quant.outcomes import StackRecord
 from lord_quant.runs.joint import JointRun
 from lord_quant.runs.journal import Unfinished
@@ -87,12 +87,14 @@ class Finished(NamedTuple):
         records: One per layer.
         quantized: One per packed linear layer.
         resumed: Blocks that an earlier run had finished, and this one did not do again.
+        resumed_seconds: How long the earlier run was at them.
         fingerprint: Of the compressed model before packing; only the first process has it.
     """
 
     records: list[StackRecord]
     quantized: list[backend.GptqRecord]
     resumed: int
+    resumed_seconds: float
     fingerprint: Fingerprint | None
 
 
@@ -127,10 +129,11 @@ def stream_model(
     if passenger is not None and resumed:
         passenger.restore(journal.load(_named(PASSENGER, resumed)))
     quantized = [record for block in journal.blocks for record in _told(block, journal)[1]]
+    resumed_seconds = sum(block["seconds"] for block in journal.blocks)
     saved, cost = time.perf_counter(), 0.0
     with progress.phase("stack", len(run.blocks.modules), resumed):
         for index in range(resumed, len(run.blocks.modules)):
-            before = len(run.done.records)
+            before, start = len(run.done.records), time.perf_counter()
             with residency.of(index, then=index + 1):
                 if index <= run.last:
                     run.step(index)
@@ -152,6 +155,7 @@ def stream_model(
                 {
                     "records": [record._asdict() for record in run.done.records[before:]],
                     "quantized": [dataclasses.asdict(record) for record in packed],
+                    "seconds": round(time.perf_counter() - start, 3),
                 }
             )
             if due:
@@ -159,7 +163,8 @@ def stream_model(
                 _drop_but(journal, _streams(world), index + 1)
             quantized += packed
             progress.block(f"{run.blocks.path}.{index}")
-    return Finished(run.done.records, quantized, resumed, None if passenger is None else passenger.arrive())
+    fingerprint = None if passenger is None else passenger.arrive()
+    return Finished(run.done.records, quantized, resumed, round(resumed_seconds, 3), fingerprint)
 
 
 def write_weights(model: PreTrainedModel, blocks: Blocks, journal: Unfinished, folder: Path, dtype: torch.dtype) -> None:
@@ -245,17 +250,18 @@ def _told(block: Mapping[str, Any], journal: Unfinished) -> tuple[list[StackReco
     """Returns what the journal says of a block's layers.
 
     Raises:
-        OutputError: It says something else.
+        SpoiltError: It says something else.
     """
     try:
         records = [StackRecord(**values | {"remedies": tuple(values["remedies"])}) for values in block["records"]]
+        float(block["seconds"])
         return records, [backend.GptqRecord(**values) for values in block["quantized"]]
-    except (LookupError, TypeError) as error:
+    except (LookupError, TypeError, ValueError) as error:
         raise _spoilt(journal, "the journal") from error
 
 
-def _spoilt(journal: Unfinished, what: str) -> OutputError:
-    return OutputError(f"{what} of the unfinished run in {str(journal.folder)!r} is spoilt; --overwrite starts again")
+def _spoilt(journal: Unfinished, what: str) -> SpoiltError:
+    return SpoiltError(f"{what} of the unfinished run in {str(journal.folder)!r} is spoilt; --overwrite starts again")
 
 
 def _pack(run: JointRun, index: int, settings: Settings) -> list[backend.GptqRecord]:

@@ -19,8 +19,10 @@ from in_process import exit_code_of, run_command
 
 from lord_quant.artifact.stored import measure
 from lord_quant.commands.options import settings_from
+from lord_quant.corpus import Corpus, load_corpus
 from lord_quant.errors import BudgetError, CheckpointError, ConfigError, OutputError
 from lord_quant.files.claim import claimed
+from lord_quant.runs import pipeline
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +251,21 @@ def test_a_sweep_refuses(
     assert run_command("plan", "--model", model, "--statistics", statistics, "--refine", "1", *flags) == exit_code_of(error)
     printed = capfd.readouterr()
     assert re.search(error, printed.err, re.DOTALL) and not printed.out
+
+
+def test_a_run_with_a_budget_reads_its_text_once(
+    model: Path, data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def load(dataset: str, **asked: Any) -> Corpus:
+        read.append(dataset)
+        return load_corpus(dataset, **asked)
+
+    monkeypatch.setattr(pipeline, "load_corpus", load)
+    run = ["--model", model, *data, "--output", tmp_path / "out", "--no-verify", "--target-bpw", "3"]
+    assert run_command("quantize", *run) == 0 and len(read) == 1
+    assert run_command("quantize", *run) == 0 and len(read) == 2  # finished, says the second run
 
 
 def test_a_budget_out_of_reach_costs_no_second_measurement(

@@ -13,6 +13,7 @@ from pathlib import Path
 import families
 import pytest
 
+from lord_quant.checkpoint import atomic_folder
 from lord_quant.config import LordConfig
 from lord_quant.errors import OutputError
 from lord_quant.files.claim import Claim, claimed, folder_of
@@ -66,6 +67,21 @@ def test_what_another_run_keeps_stays_and_nothing_else(tmp_path: Path) -> None:
     assert again.blocks == [{"loss": 1}]
     again.close()
     assert [path.name for path in output.parent.iterdir()] == [".out.partial-of-a-file"]
+
+
+def test_what_a_killed_run_had_replaced_goes_once_there_is_another(tmp_path: Path) -> None:
+    """Killed between two renames, what it was to replace is all that there is."""
+    output, aside = tmp_path / "out", tmp_path / ".out.replaced-abc" / "out"
+    aside.mkdir(parents=True)
+    with claimed(output):
+        assert aside.exists()
+    assert aside.exists()
+    with claimed(output), atomic_folder(output) as folder:
+        (folder / "file").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    aside.mkdir(parents=True)
+    with claimed(output):
+        assert not aside.parent.exists()
 
 
 def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:

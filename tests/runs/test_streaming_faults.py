@@ -17,7 +17,7 @@ from test_streaming import config_of, require_same, run
 
 from lord_quant.blocks import residency
 from lord_quant.config import LordConfig
-from lord_quant.errors import ModelError, NumericsError, OutputError
+from lord_quant.errors import ModelError, NumericsError, OutputError, SpoiltError
 from lord_quant.files.claim import folder_of
 from lord_quant.runs import execution, joint, streaming
 from lord_quant.runs.execution import clear_away, is_finished
@@ -247,8 +247,28 @@ def test_a_finished_block_that_was_damaged_meanwhile_is_made_again(
     else:
         shard.write_bytes(content[:-1] if damage == "cut short" else content[:-1] + bytes([content[-1] ^ 1]))
     steps = steps_of(monkeypatch)
-    run(config)
+    report = run(config)
     assert steps[-2:] == [1, 2] and f"{shard} is gone or damaged: the run goes on from block 1" in caplog.text
+    require_same(whole, output)
+    seconds = report["seconds"]
+    assert seconds["resumed"] > 0 and sum(seconds.values()) == pytest.approx(2 * seconds["total"], abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["streams-0-00002", "fingerprint-00002"])
+def test_what_a_run_cannot_go_on_from_is_named_with_one_way_out(
+    name: str, model: Path, whole: Path, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    config = config_for(model, output, corpus_file)
+    monkeypatch.setattr(streaming, "SAVING", float("inf"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Journal, "finish", after(2, interrupt))
+        run(config)
+    file = folder_of(output) / f"{name}.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(SpoiltError, match=rf"{name}.*cannot be read .*; --overwrite starts again$"):
+        run(config)
+    assert run(config, overwrite=True)["blocks_resumed"] == 0
     require_same(whole, output)
 
 
