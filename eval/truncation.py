@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Truncating one layer: what the joint stack does, against whitened SVD, on the same weight and moments.
 
-Whitened SVD as usual low-rank tools do it: Σ = L Lᵀ, W L = U S Vᵀ, up = U √S, down = √S Vᵀ L⁻¹. For the same rank both
-minimise the same output error, so that must be the same. The joint stack also truncates in the metric of the model's loss,
-which whitened SVD cannot; what that takes on top is timed by itself.
+Whitened SVD: Σ = L Lᵀ, W L = U S Vᵀ, up = U √S, down = √S Vᵀ L⁻¹. For the same rank it minimises the same output error as
+ours, so that must be the same. It is done in two ways. As usual low-rank tools do it: SVD-LLM's code
+(github.com/AIoT-MLSys-Lab/SVD-LLM, SVDLLM.py) factors and inverts in float64, by a general inverse, and takes the SVD in
+float32; AA-SVD's (github.com/atulkumarin/AA-SVD, compress_module_obj2) does the same in the dtype of its moments. And as
+lean as we know how: all in float32, and a triangular solve instead of the inverse. The joint stack also truncates in the
+metric of the model's loss, which whitened SVD cannot; what that takes is timed by itself.
 
 Weights and moments are random: Σ and G have a diagonal that falls over three orders of magnitude and a part of low rank.
 """
@@ -33,7 +36,9 @@ STARCODER = {
 }
 """(out_features, in_features) of the linear layers of a StarCoder-15B block."""
 SHAPES = {"small": {name: (m // 8, n // 8) for name, (m, n) in STARCODER.items()}, "starcoder-15b": STARCODER}
-WAYS = ("ours", "whitened", "ours_of_loss")
+WAYS = ("ours", "whitened", "lean", "ours_of_loss")
+"""Ours; whitened SVD as usual tools do it, and without what they could spare; ours in the metric of the loss."""
+OTHERS = ("whitened", "lean")
 STEP = 32
 """Ranks are multiples of this."""
 
@@ -74,7 +79,20 @@ def make_problem(shape: tuple[int, int], rank_ratio: float, seed: int, device: s
 
 
 def whitened_svd(weight: torch.Tensor, covariance: torch.Tensor, rank: int) -> Factors:
-    """Returns the factors of whitened SVD."""
+    """Returns the factors of whitened SVD as SVD-LLM's code makes them, less a product with √S as a matrix."""
+    import torch
+
+    from lord_quant.decompose import Factors
+
+    lower = torch.linalg.cholesky(covariance.double())
+    inverse = torch.linalg.inv(lower).float()
+    u, s, vh = torch.linalg.svd(weight @ lower.float(), full_matrices=False)
+    root = s[:rank].sqrt()
+    return Factors(root[:, None] * (vh[:rank] @ inverse), u[:, :rank] * root, None)
+
+
+def lean_whitened_svd(weight: torch.Tensor, covariance: torch.Tensor, rank: int) -> Factors:
+    """Returns the factors of whitened SVD without an inverse and in float32."""
     import torch
 
     from lord_quant.decompose import Factors
@@ -91,8 +109,8 @@ def run_way(way: str, problem: Problem) -> Factors:
     from lord_quant.truncation import truncate, weigh
 
     weight, covariance, metric, rank = problem
-    if way == "whitened":
-        return whitened_svd(weight, covariance, rank)
+    if way in OTHERS:
+        return (whitened_svd if way == "whitened" else lean_whitened_svd)(weight, covariance, rank)
     return truncate(weigh(weight, metric if way == "ours_of_loss" else None), covariance, rank)[1]
 
 
@@ -109,8 +127,7 @@ def compare(shapes: str, rank_ratio: float, repeats: int, seed: int, device: str
     """Times every layer every way, as often as asked for, each time beginning with another way.
 
     Returns:
-        One row per layer: its shape and rank, all seconds by way, and the relative output errors of ours and of whitened
-        SVD.
+        One row per layer: its shape and rank, and all seconds and relative output errors by way.
     """
     from lord_quant.linalg import relative_error
 
@@ -136,9 +153,9 @@ def summarise(rows: Sequence[dict[str, Any]], tolerance: float) -> list[dict[str
     """Returns medians and ratios of every layer and of all together, and whether both errors agree within a share."""
     lines = []
     for row in rows:
-        ours, other = row["errors"]["ours"], row["errors"]["whitened"]
+        ours, others = row["errors"]["ours"], [row["errors"][way] for way in OTHERS]
         middle = {way: median(row["seconds"][way]) for way in WAYS}
-        same = abs(ours - other) <= tolerance * other
+        same = all(abs(ours - other) <= tolerance * other for other in others)
         lines.append({"layer": row["layer"], "shape": row["shape"], "seconds": middle, "same_error": same})
     if lines:
         total = {way: sum(line["seconds"][way] for line in lines) for way in WAYS}
@@ -146,20 +163,23 @@ def summarise(rows: Sequence[dict[str, Any]], tolerance: float) -> list[dict[str
         lines.append({"layer": "all", "shape": None, "seconds": total, "same_error": same})
     for line in lines:
         seconds = line["seconds"]
-        line |= {f"whitened_over_{way}": seconds["whitened"] / seconds[way] for way in ("ours", "ours_of_loss")}
+        line |= {
+            f"{other}_over_{way}": seconds[other] / seconds[way] for other in OTHERS for way in ("ours", "ours_of_loss")
+        }
     return lines
 
 
 def markdown(lines: Sequence[dict[str, Any]]) -> str:
     """Renders the summary."""
-    headers = ["layer", "out x in", "ours, s", "whitened SVD, s", "ratio", "same error", "ours, loss's metric, s", "ratio"]
+    headers = ["layer", "out x in", "ours, s", "whitened SVD, s", "ratio", "lean, s", "ratio", "same error"]
+    headers += ["ours, loss's metric, s", "ratio", "ratio to lean"]
     cells = []
     for line in lines:
-        ours, whitened, of_loss = (f"{line['seconds'][way]:.3g}" for way in WAYS)
+        ours, whitened, lean, of_loss = (f"{line['seconds'][way]:.3g}" for way in WAYS)
         shape = "" if line["shape"] is None else "x".join(map(str, line["shape"]))
         same = "yes" if line["same_error"] else "NO"
-        ratios = [f"{line[f'whitened_over_{way}']:.2f}" for way in ("ours", "ours_of_loss")]
-        cells.append([line["layer"], shape, ours, whitened, ratios[0], same, of_loss, ratios[1]])
+        ratios = [f"{line[f'{other}_over_{way}']:.2f}" for way in ("ours", "ours_of_loss") for other in OTHERS]
+        cells.append([line["layer"], shape, ours, whitened, ratios[0], lean, ratios[1], same, of_loss, *ratios[2:]])
     return grid(headers, cells)
 
 

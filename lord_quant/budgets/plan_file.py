@@ -34,8 +34,10 @@ HEAD = """\
 #   form_pattern is their form: two_factor, pivoted, column_pivoted or grouped.
 # gptq: bits (8, 4, 3, 2) and group_size (32, 64, 128, 256) are those of all layers but those the patterns name;
 #   NAME.down and NAME.up are the factors of a layer.
-# planned: what was predicted before anybody edited; it changes nothing.
+# planned: what was predicted before anybody edited; it changes nothing. The report of a run repeats it if nobody did.
 """
+UNEDITED = "plan_sha256"
+"""What a plan file calls the digest of all else in it."""
 
 
 def write_plan(settings: Mapping[str, Any], path: str | Path) -> None:
@@ -45,7 +47,9 @@ def write_plan(settings: Mapping[str, Any], path: str | Path) -> None:
         OutputError: It cannot be written.
     """
     with atomic_file(path) as staging:
-        staging.write_text(HEAD + yaml.safe_dump(dict(settings), sort_keys=False), encoding="utf-8")
+        about = dict(settings[PLANNED]) | {UNEDITED: digest_of_values(settings)}
+        content = dict(settings) | {PLANNED: about}
+        staging.write_text(HEAD + yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 
 
 def apply_plan(config: LordConfig, settings: Mapping[str, Any]) -> LordConfig:
@@ -119,3 +123,17 @@ def chosen_before(output: Path, asked: str) -> dict[str, Any] | None:
 def origin_of_plan(path: str | Path) -> Mapping[str, Any]:
     """Returns what a plan file says of where it comes from: the `origin` of its statistics, and what it predicts."""
     return read_yaml(path).get(PLANNED) or {}
+
+
+def predicted_for(path: str | Path, config: LordConfig) -> dict[str, Any] | None:
+    """Returns what a plan file predicts of a run; None if the file was edited or the run does not do all that it says."""
+    values = read_yaml(path)
+    about = dict(values[PLANNED])
+    unedited = about.pop(UNEDITED, None)
+    try:
+        same = unedited == digest_of_values(values | {PLANNED: about})
+    except TypeError:  # a date, or whatever else YAML may hold
+        return None
+    run = config.to_dict()
+    obeyed = all(run[section].get(name) == value for section in CHOSEN for name, value in values.get(section, {}).items())
+    return about if same and obeyed else None

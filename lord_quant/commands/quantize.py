@@ -96,7 +96,7 @@ def _checked(args: argparse.Namespace, world: World) -> tuple[LordConfig, Progre
 def _prepare(args: argparse.Namespace, config: LordConfig, progress: Progress, world: World) -> Job | None:
     """Plans the job and prints what is to be done; returns None if that is nothing."""
     from lord_quant.budgets.budget import PLANNED
-    from lord_quant.budgets.plan_file import apply_plan, origin_of_plan
+    from lord_quant.budgets.plan_file import apply_plan, origin_of_plan, predicted_for
     from lord_quant.checkpoint import REPORT_NAME, whole_path
     from lord_quant.losses.sensing import other_settings
     from lord_quant.report import human_bytes, human_seconds, plan_summary, plan_table
@@ -109,7 +109,7 @@ def _prepare(args: argparse.Namespace, config: LordConfig, progress: Progress, w
     output = None if config.output is None or args.overwrite else whole_path(config.output)
     # The first process writes, and on its disk the report lies.
     there = world.broadcast(output if output is not None and os.path.isfile(output / REPORT_NAME) else None)
-    planned, windows = None, None
+    planned, windows = predicted_for(args.plan, config) if origin and not odd else None, None
     if config.budget is not None:
         settings, windows = _choose(args, config, there, progress, world)
         if settings is None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import calendar
+import datetime
 import json
 import math
 import re
@@ -18,7 +19,9 @@ import yaml
 from in_process import exit_code_of, run_command
 
 from lord_quant.artifact.stored import measure
+from lord_quant.budgets.plan_file import predicted_for
 from lord_quant.commands.options import settings_from
+from lord_quant.config import LordConfig
 from lord_quant.corpus import Corpus, load_corpus
 from lord_quant.errors import BudgetError, CheckpointError, ConfigError, OutputError
 from lord_quant.files.claim import claimed
@@ -71,6 +74,7 @@ def test_a_plan_is_saved_and_run(
     assert measure(out).bpw == pytest.approx(bpw, abs=1e-4)
     report = json.loads((out / "lord_report.json").read_text())
     assert report["config"]["lowrank"]["rank_pattern"] == yaml.safe_load(plan.read_text())["lowrank"]["rank_pattern"]
+    assert f"{report['planned']['predicted_loss']:.4f}" == predicted.group(1)
 
     from transformers import AutoModelForCausalLM
 
@@ -86,6 +90,31 @@ def test_a_flag_wins_over_a_plan_and_leaves_the_rest_of_it(model: Path, statisti
     path.write_text(yaml.safe_dump(plan | {"joint": {"fisher_samples": 2, "anchor": False}}))
     settings = settings_from(Namespace(model=str(model), config=None, plan=str(path), fisher_samples=3))
     assert settings["joint"] == {"fisher_samples": 3, "anchor": False} and settings["gptq"] == plan["gptq"]
+
+
+def test_a_prediction_is_of_the_plan_as_it_was_written(model: Path, statistics: Path, tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    budget = ["--model", model, "--statistics", statistics, "--target-bpw", "2.6", "--refine", "1"]
+    assert run_command("plan", *budget, "--save", path) == 0
+    plan, text = yaml.safe_load(path.read_text()), path.read_text()
+
+    def predicted(**flags: Any) -> dict[str, Any] | None:
+        settings = settings_from(Namespace(model=str(model), config=None, plan=str(path), **flags))
+        return predicted_for(path, LordConfig.from_dict(settings))
+
+    found = predicted()
+    assert found is not None and found == {key: value for key, value in plan["planned"].items() if key != "plan_sha256"}
+    assert predicted(fisher_samples=3) is None
+    for edit in (
+        {"gptq": plan["gptq"] | {"group_size": 32 if plan["gptq"]["group_size"] != 32 else 64}},
+        {"planned": plan["planned"] | {"predicted_loss": 0.0}},
+        {"planned": plan["planned"] | {"predicted_loss": datetime.date(2026, 1, 1)}},
+        {"planned": {key: value for key, value in plan["planned"].items() if key != "plan_sha256"}},
+    ):
+        path.write_text(yaml.safe_dump(plan | edit))
+        assert predicted() is None
+    path.write_text("# somebody's words\n" + text)  # which change nothing
+    assert predicted() == found
 
 
 @pytest.mark.slow

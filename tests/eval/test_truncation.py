@@ -29,7 +29,7 @@ def test_whitened_svd_reaches_the_least_error_there_is(truncation: Any, shape: t
     problem = truncation.make_problem(shape, 0.5, 3, "cpu")
     assert problem.rank == 32
     weight, covariance = problem.weight.double(), problem.covariance.double()
-    for way in ("whitened", "ours"):
+    for way in ("whitened", "lean", "ours"):
         left = truncation.run_way(way, problem).product().double() - weight
         # Eckart and Young: the discarded squared singular values of W Σ^½.
         tail = torch.linalg.eigvalsh(weight @ covariance @ weight.T).flip(0)[32:].clamp_min(0).sum()
@@ -58,19 +58,22 @@ def test_every_way_is_timed_as_often_as_asked_for(truncation: Any, monkeypatch: 
     assert [(row["layer"], row["rank"]) for row in rows] == [("fc", 32), ("proj", 32)]
     for row in rows:
         assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in row["seconds"].values())
-        assert row["errors"]["ours"] == pytest.approx(row["errors"]["whitened"], rel=1e-3)
+        for other in ("whitened", "lean"):
+            assert row["errors"]["ours"] == pytest.approx(row["errors"][other], rel=1e-3)
     assert all(line["same_error"] for line in truncation.summarise(rows, 1e-3))
 
 
 def test_summary_of_canned_rows(truncation: Any) -> None:
     def row(name: str, ours: float, whitened: float, off: float) -> dict[str, Any]:
-        seconds = {"ours": [ours, 9.0, ours], "whitened": [whitened] * 3, "ours_of_loss": [2 * ours] * 3}
-        errors = {"ours": 0.1 + off, "whitened": 0.1, "ours_of_loss": 0.2}
+        seconds = {"ours": [ours, 9.0, ours], "whitened": [whitened] * 3, "lean": [5.0] * 3, "ours_of_loss": [2 * ours] * 3}
+        errors = {"ours": 0.1, "whitened": 0.1, "lean": 0.1 + off, "ours_of_loss": 0.2}
         return {"layer": name, "shape": (4, 2), "rank": 32, "seconds": seconds, "errors": errors}
 
     first, second, whole = truncation.summarise([row("a", 1.0, 6.0, 0.0), row("b", 3.0, 6.0, 2e-4)], 1e-3)
     assert first["whitened_over_ours"] == 6 and first["same_error"]
     assert second["whitened_over_ours_of_loss"] == 1 and not second["same_error"]
     assert whole["whitened_over_ours"] == 3 and whole["layer"] == "all" and not whole["same_error"]
+    assert whole["lean_over_ours"] == 2.5 and whole["lean_over_ours_of_loss"] == 1.25
     lines = truncation.markdown([first, second, whole]).splitlines()
-    assert [cell.strip() for cell in lines[3].strip("|").split("|")] == ["b", "4x2", "3", "6", "2.00", "NO", "6", "1.00"]
+    cells = [cell.strip() for cell in lines[3].strip("|").split("|")]
+    assert cells == ["b", "4x2", "3", "6", "2.00", "5", "1.67", "NO", "6", "1.00", "0.83"]
