@@ -95,11 +95,12 @@ def sample_windows(
             break
     available = len(stream) // seq_len
     if available < (1 if fewer else num_samples):
-        raise CalibrationError(
-            f"{corpus.source} fills {available} windows of {seq_len} tokens ({len(stream)} tokens); wanted {num_samples}. "
-            + (f"Use --num-samples {available}, " if available else "Use ")
-            + f"a --seq-len of at most {max(len(stream) // num_samples, 1)}, or more text"
+        found = (
+            f"{corpus.source} fills {available} windows of {seq_len} tokens ({len(stream)} tokens); wanted {num_samples}"
         )
+        longest = len(stream) // num_samples
+        ways = [f"--num-samples {available}"] * (available > 0) + [f"a --seq-len of at most {longest}"] * (longest > 1)
+        raise CalibrationError(f"{found}. Use {', '.join([*ways, ''])}{'or ' * bool(ways)}more text")
     pool = torch.tensor(stream[: available * seq_len]).view(available, seq_len)
     chosen = pool[torch.randperm(available, generator=generator)[:num_samples]].contiguous()
     return as_windows(chosen, corpus.source)

@@ -87,7 +87,9 @@ def test_windows_spread_over_the_corpus() -> None:
     [
         # 2 documents of 37 words and a separator each: 76 tokens
         (8, 16, ["test fills 4 windows of 16 tokens (76 tokens)", "wanted 8", "--num-samples 4", "--seq-len of at most 9"]),
-        (1, 100, ["fills 0 windows of 100 tokens", "wanted 1", "Use a --seq-len of at most 76"]),
+        (1, 100, ["fills 0 windows of 100 tokens", "wanted 1", "Use a --seq-len of at most 76, or more text"]),
+        (50, 16, ["wanted 50. Use --num-samples 4, or more text"]),  # windows of one token are none
+        (77, 100, ["wanted 77. Use more text"]),
     ],
 )
 def test_too_few_tokens_says_how_many_there_are(num_samples: int, seq_len: int, parts: list[str]) -> None:

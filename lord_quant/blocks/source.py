@@ -301,7 +301,7 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.ones(1, device=device).item()  # the meta device has no values
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device {name!r} is not available: {_first_line(error)}; wanted 'auto' or 'cpu'") from error
     return device

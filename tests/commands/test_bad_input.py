@@ -267,6 +267,7 @@ CASES: dict[str, tuple[Spoil, str, list[str]]] = {
         ["1 tensors have other shapes", "'transformer.ln_f.weight': (64,), wanted (128,)"],
     ),
     "unknown device": (lambda box: box.flags.update({"--device": "gpu"}), "ConfigError", ["'gpu'", "wanted"]),
+    "device without values": (lambda box: box.flags.update({"--device": "meta"}), "ConfigError", ["'meta'", "wanted"]),
     "unknown dtype": (
         lambda box: box.flags.update({"--dtype": "float61"}),
         "ConfigError",
