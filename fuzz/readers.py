@@ -16,9 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
 from scene import Scene
 
-from lord_quant.config import LordConfig, merge, read_yaml, to_yaml
+from lord_quant.config import LordConfig, merge, read_yaml
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -31,7 +32,7 @@ def read_config(data: bytes, scene: Scene) -> None:
     path = scene.root / "run.yaml"
     path.write_bytes(data)
     config = LordConfig.from_dict(read_yaml(path))
-    path.write_text(to_yaml(config), encoding="utf-8")
+    path.write_text(yaml.safe_dump(config.to_dict()), encoding="utf-8")
     assert LordConfig.from_dict(read_yaml(path)) == config
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The configuration of a run: frozen dataclasses, YAML in and out.
+"""The configuration of a run: frozen dataclasses, and YAML in.
 
 A value is checked where it is made, so a `LordConfig` that exists is legal in itself; what depends on the model (shapes,
 ranks, group sizes) is checked when the plan is built. An unknown key is an error that names the nearest known one.
@@ -13,11 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lord_quant.budget_config import BudgetConfig
 from lord_quant.corpus import STDLIB, TEXT_KEY
-from lord_quant.errors import ConfigError, nearest_name, unknown_keys
+from lord_quant.errors import ConfigError, LordError, nearest_name, unknown_keys
 from lord_quant.files.reading import parse_yaml
 
 
@@ -318,7 +316,8 @@ class LordConfig:
         """Builds a configuration from nested mappings.
 
         Raises:
-            ConfigError: A key is unknown (every such key is named) or a value illegal.
+            ConfigError: A key is unknown or a value illegal; all are named, section by section.
+            BudgetError: Nothing is, but for the budget.
         """
         sections: dict[str, type] = {"lowrank": LowrankConfig, "calibration": CalibrationConfig}
         sections |= {"gptq": GptqConfig, "joint": JointConfig, "budget": BudgetConfig}
@@ -326,14 +325,20 @@ class LordConfig:
         if "model" not in values:
             raise ConfigError("model is not given; wanted a folder or a hub name")
         built: dict[str, Any] = {key: value for key, value in values.items() if key not in sections}
+        errors: list[LordError] = []
         for name, section in sections.items():
             given = {} if values.get(name) is None else values[name]
-            _require_known(given, section, f"section {name!r}")
-            if name == "budget" and not given:
-                continue
-            if name == "lowrank" and values.get("budget") and not any(given.get(way) is not None for way in RANK_CHOICES):
-                given = {**given, "rank_ratio": 1}  # until the budget chooses
-            built[name] = section(**{key: _tuples(value) for key, value in given.items()})
+            try:
+                _require_known(given, section, f"section {name!r}")
+                if name == "budget" and not given:
+                    continue
+                if name == "lowrank" and values.get("budget") and all(given.get(way) is None for way in RANK_CHOICES):
+                    given = {**given, "rank_ratio": 1}  # until the budget chooses
+                built[name] = section(**{key: _tuples(value) for key, value in given.items()})
+            except LordError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0] if len(errors) == 1 else ConfigError("\n".join(map(str, errors)))
         return cls(**built)
 
 
@@ -366,11 +371,6 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"configuration file {str(path)!r} holds {type(values).__name__}; wanted a mapping")
     return values
-
-
-def to_yaml(config: LordConfig) -> str:
-    """Renders a configuration as YAML that `read_yaml` and `LordConfig.from_dict` turn back into it."""
-    return yaml.safe_dump(config.to_dict(), sort_keys=False)
 
 
 def merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
