@@ -21,8 +21,9 @@ from typing import Any
 import torch
 
 from lord_quant.checkpoint import atomic_file
-from lord_quant.errors import OutputError, SpoiltError
+from lord_quant.errors import CheckpointError, OutputError, SpoiltError
 from lord_quant.files.claim import Claim, folder_of
+from lord_quant.files.headers import read_headers
 from lord_quant.files.kept import read_tensors
 from lord_quant.files.reading import parse_json
 
@@ -77,8 +78,17 @@ class Unfinished:
             return read_tensors(self._file(name))
         except (OSError, SafetensorError) as error:
             raise SpoiltError(
-                f"{str(self._file(name))!r} of an unfinished run cannot be read ({error}); --overwrite starts again"
+                f"{str(self._file(name))!r} of an unfinished run cannot be read ({error}); remove its folder to start again"
             ) from error
+
+    def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of tensors that were saved; none if the file is not there or not whole, which is told."""
+        path = self._file(name)
+        try:
+            return {key: shape for key, (shape, _, _) in read_headers([str(path)]).items()} if path.is_file() else {}
+        except CheckpointError:
+            logger.warning("%s is damaged: the run goes on from where it does not need it", path)
+            return {}
 
     def saved(self, prefix: str) -> set[str]:
         """Returns the names of tensors that were saved and begin with a prefix."""

@@ -216,26 +216,29 @@ def _load(run: JointRun, journal: Unfinished, block: int) -> None:
     """Puts both streams in front of a block, as they were saved there."""
     for at, name in enumerate(_parts(run, block)):
         state, call = journal.load(name), run.stream[at]
-        dense, ours = state.get("dense"), state.get("ours")
-        if dense is None or ours is None or not dense.shape == ours.shape == call.hidden.shape:
-            raise _spoilt(journal, name)
-        call.hidden, run.ours[at] = dense.to(call.hidden), ours.to(call.hidden)
+        call.hidden, run.ours[at] = state["dense"].to(call.hidden), state["ours"].to(call.hidden)
+
+
+def _can_go_on(run: JointRun, journal: Unfinished, block: int) -> bool:
+    """Tells whether all is there, and whole, that this process needs to go on in front of a block."""
+    whole = not run.world.first or {"hidden", "way"} <= journal.shapes(_named(PASSENGER, block)).keys()
+    if not whole or block > run.last:  # where nobody needs the streams
+        return whole
+    shapes = [dict.fromkeys(("dense", "ours"), tuple(call.hidden.shape)) for call in run.stream]
+    return all(journal.shapes(name) == wanted for name, wanted in zip(_parts(run, block), shapes, strict=True))
 
 
 def _restore(run: JointRun, journal: Unfinished) -> int:
-    """Puts a run behind finished blocks, as many as it can go on from: where both streams are there, or not needed.
+    """Puts a run behind finished blocks, as many as all its processes can go on from.
 
     Returns:
         How many; the others do not count any more. The sensitivity pass has no state but what it computes again.
     """
-    streams = _streams(run.world)
-    own = journal.saved(streams)
-    found, saved = len(journal.blocks), [n for n in range(1, len(journal.blocks) + 1) if _named(streams, n) in own]
-    common = set.intersection(*(set(each) for each in run.world.gather(saved)))
-    resumed = next(n for n in range(found, -1, -1) if n == 0 or n > run.last or n in common)
-    if resumed < found:
+    possible = {block for block in range(1, len(journal.blocks) + 1) if _can_go_on(run, journal, block)}
+    resumed = max({0}.union(set.intersection(*run.world.gather(possible))))
+    if resumed < len(journal.blocks):
         journal.go_back(resumed)
-    _drop_but(journal, streams, resumed)
+    _drop_but(journal, _streams(run.world), resumed)
     if 0 < resumed <= run.last:
         _load(run, journal, resumed)
     for index, block in enumerate(journal.blocks):
@@ -261,7 +264,9 @@ def _told(block: Mapping[str, Any], journal: Unfinished) -> tuple[list[StackReco
 
 
 def _spoilt(journal: Unfinished, what: str) -> SpoiltError:
-    return SpoiltError(f"{what} of the unfinished run in {str(journal.folder)!r} is spoilt; --overwrite starts again")
+    return SpoiltError(
+        f"{what} of the unfinished run in {str(journal.folder)!r} is spoilt; to start again, remove that folder"
+    )
 
 
 def _pack(run: JointRun, index: int, settings: Settings) -> list[backend.GptqRecord]:

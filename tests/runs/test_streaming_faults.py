@@ -254,9 +254,9 @@ def test_a_finished_block_that_was_damaged_meanwhile_is_made_again(
     assert seconds["resumed"] > 0 and sum(seconds.values()) == pytest.approx(2 * seconds["total"], abs=0.01)
 
 
-@pytest.mark.parametrize("name", ["streams-0-00002", "fingerprint-00002"])
-def test_what_a_run_cannot_go_on_from_is_named_with_one_way_out(
-    name: str, model: Path, whole: Path, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["streams-0-00002", "streams-0-00002.00000", "fingerprint-00002"])
+def test_a_run_goes_on_from_where_it_does_not_need_what_was_damaged(
+    name: str, model: Path, whole: Path, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     output = tmp_path / "out"
     config = config_for(model, output, corpus_file)
@@ -266,10 +266,25 @@ def test_what_a_run_cannot_go_on_from_is_named_with_one_way_out(
         run(config)
     file = folder_of(output) / f"{name}.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(SpoiltError, match=rf"{name}.*cannot be read .*; --overwrite starts again$"):
-        run(config)
-    assert run(config, overwrite=True)["blocks_resumed"] == 0
+    assert run(config)["blocks_resumed"] == 1 and f"{file} is damaged" in caplog.text
     require_same(whole, output)
+
+
+def test_a_journal_that_says_something_else_has_one_way_out(
+    model: Path, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    config = config_for(model, output, corpus_file)
+    monkeypatch.setattr(streaming, "SAVING", float("inf"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Journal, "finish", after(1, interrupt))
+        run(config)
+    journal = folder_of(output) / "journal.jsonl"
+    first, *blocks = journal.read_text().splitlines()
+    told = json.loads(blocks[0])
+    journal.write_text(f"{first}\n{json.dumps(told | {'records': [{}]})}\n")
+    with pytest.raises(SpoiltError, match=r"the journal of .* is spoilt; to start again, remove that folder$"):
+        run(config)
 
 
 def test_a_run_of_which_only_the_end_is_missing_goes_through_the_model_no_more(
