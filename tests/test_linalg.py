@@ -118,6 +118,38 @@ def test_thin_qr(shape: tuple[int, int]) -> None:
     assert torch.equal(r, r.triu())
 
 
+def conditioned(exponent: float, seed: int = 3) -> torch.Tensor:
+    """A tall matrix whose singular values fall evenly over so many orders of magnitude."""
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (torch.linalg.qr(torch.randn(size, 48, generator=generator, dtype=torch.float64)).Q for size in (200, 48))
+    return ((left * torch.logspace(0, -exponent, 48, dtype=torch.float64)) @ right.T).float()
+
+
+@pytest.mark.parametrize(
+    ("exponent", "householder"), [(0, False), (1, False), (2.5, False), (3.2, False), (6, True), (30, True)]
+)
+def test_large_matrices_are_factored_by_way_of_their_gram_matrix_where_that_is_as_good(
+    exponent: float, householder: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, before = conditioned(exponent), conditioned(exponent)
+    plain, called = torch.linalg.qr, []
+    monkeypatch.setattr(linalg, "LARGE_QR", 48 * 200)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "qr", lambda *given, **asked: called.append(1) or plain(*given, **asked))
+        q, r = linalg.thin_qr(weight)
+    assert bool(called) == householder and torch.equal(weight, before)
+    assert torch.equal(r, r.triu())
+    torch.testing.assert_close(q @ r, weight, atol=2e-6, rtol=0)
+    torch.testing.assert_close(q.T @ q, torch.eye(48), atol=2e-4, rtol=0)
+    skew = torch.linalg.matrix_norm(q.double().T @ q.double() - torch.eye(48), 2)
+    assert linalg._skewness(q) == pytest.approx(float(skew), rel=0.3, abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_columns_that_are_orthonormal_are_not_skew(size: int) -> None:
+    assert linalg._skewness(torch.eye(5, size)) == 0
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 24), st.integers(0, 10**9))
 def test_random_orthogonal_is_orthogonal_and_the_seeds_own(size: int, seed: int) -> None:

@@ -189,7 +189,7 @@ def cholesky_flops(size: int) -> float:
 
 
 def qr_flops(rows: int, columns: int) -> float:
-    """Returns the operations of a thin QR factorization and of forming Q, rows ≥ columns."""
+    """Returns the operations of a thin QR factorization and of forming Q, rows ≥ columns; large ones may take fewer."""
     return 2 * (2.0 * rows * columns**2 - 2 / 3 * columns**3)
 
 
