@@ -7,6 +7,7 @@ says. It is found out on the meta device, where a forward pass takes shapes but 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from typing import Any
 
@@ -17,6 +18,9 @@ from lord_quant.errors import ModelError
 from lord_quant.plan import Plan
 from lord_quant.silence import silence
 from lord_quant.targets import dense_weight, find_linears, layer_type
+
+
+logger = logging.getLogger(__name__)
 
 
 class _Read(AttributeError):
@@ -87,11 +91,15 @@ def weight_readers(skeleton: nn.Module, names: Collection[str]) -> list[str]:
 
 def _first_read(skeleton: Any) -> str | None:
     tokens = torch.zeros(1, 2, dtype=torch.long, device="meta")
-    try:
-        with torch.no_grad(), silence():
-            skeleton(input_ids=tokens, use_cache=False)
-    except _Read as read:
-        return str(read)
-    except Exception:  # whatever a model stumbles over that finds no values
-        return None
+    # Of four dimensions, it is taken as it is: making one looks at values.
+    asked = {"attention_mask": torch.zeros(1, 1, 2, 2, device="meta")}
+    for others in (asked, {}):
+        try:
+            with torch.no_grad(), silence():
+                skeleton(input_ids=tokens, use_cache=False, **others)
+            return None
+        except _Read as read:
+            return str(read)
+        except Exception as error:  # whatever a model stumbles over that finds no values, or takes no mask
+            logger.debug("%s cannot be run without values: %r", type(skeleton).__name__, error)
     return None

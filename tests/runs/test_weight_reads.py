@@ -17,7 +17,7 @@ from lord_quant.errors import ModelError
 from lord_quant.runs.execution import execute
 from lord_quant.runs.pipeline import prepare
 from lord_quant.runs.weight_reads import refuse_weight_reads, weight_readers
-from lord_quant.targets import find_linears
+from lord_quant.targets import find_linears, layer_type
 
 
 STATE_SPACE = {
@@ -56,6 +56,25 @@ def test_layers_whose_weight_is_read_are_found(family: str, kinds: list[str]) ->
     before, training = dict(model.named_modules()), model.training
     assert weight_readers(model, all_layers(model)) == kinds
     assert dict(model.named_modules()) == before and model.training == training
+
+
+@pytest.mark.parametrize(
+    "family", ["gpt_bigcode", "codegen", "gpt2", "llama", "qwen2", "qwen3", "starcoder2", "mistral", "gpt_neox", "mamba2"]
+)
+def test_a_reader_in_the_last_block_is_found(family: str) -> None:
+    """Which shows that the model is run to its end: that nothing is found in it means something."""
+    model = skeleton(family)
+    site = find_linears(model)[-1]
+    path, _, leaf = site.name.rpartition(".")
+    parent: Any = model.get_submodule(path)
+    forward = parent.forward
+
+    def reading(*args: Any, **kwargs: Any) -> Any:
+        getattr(parent, leaf).weight.sum()
+        return forward(*args, **kwargs)
+
+    parent.forward = reading
+    assert weight_readers(model, all_layers(model)) == [layer_type(site)]
 
 
 class Reader(nn.Module):
