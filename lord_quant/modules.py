@@ -41,7 +41,31 @@ class LowRankLinear(nn.Module):
         return self.up(self.down(x))
 
 
-class PivotedLinear(nn.Module):
+class Ordered(nn.Module):
+    """What has an order of its inputs or outputs, which is stored in as few bytes as can say it.
+
+    In memory it is int32, which indexing wants, and which processes that train together can send each other: their
+    libraries know no int16.
+
+    Args:
+        features: How many inputs or outputs.
+    """
+
+    def __init__(self, features: int, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.order: torch.Tensor
+        self.register_buffer("order", torch.zeros(features, dtype=torch.int32, device=device))
+
+    def widen(self) -> None:
+        """Takes an order as it was stored to what it is in memory."""
+        self.order = self.order.int()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}order"] = self.order.to(order_dtype(len(self.order)))
+
+
+class PivotedLinear(Ordered):
     """Two plain linear layers, the second of which only predicts what the first does not already compute.
 
     `down` computes r of the outputs themselves (the pivots), `up` predicts the others from them, and `order` puts both
@@ -64,12 +88,9 @@ class PivotedLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(out_features, device)
         self.down = nn.Linear(in_features, rank, bias=bias, device=device, dtype=dtype)
         self.up = nn.Linear(rank, out_features - rank, bias=bias, device=device, dtype=dtype)
-        # 2 bytes an output wherever they can say which; indexing wants int32 and casts on the way.
-        self.order: torch.Tensor
-        self.register_buffer("order", torch.zeros(out_features, dtype=order_dtype(out_features), device=device))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (..., in_features) to (..., out_features)."""
@@ -77,7 +98,7 @@ class PivotedLinear(nn.Module):
         return torch.cat((z, self.up(z)), dim=-1).index_select(-1, self.order.int())
 
 
-class ColumnPivotedLinear(nn.Module):
+class ColumnPivotedLinear(Ordered):
     """Two plain linear layers, the first of which only adds what some inputs do not already bring.
 
     `order` puts r of the inputs, the pivots, in front; they pass `down` by: y = up(p + down(q)), with p and q the first r
@@ -99,12 +120,10 @@ class ColumnPivotedLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(in_features, device)
         self.down = nn.Linear(in_features - rank, rank, bias=False, device=device, dtype=dtype)
         self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
         self.split = (rank, in_features - rank)
-        self.order: torch.Tensor
-        self.register_buffer("order", torch.zeros(in_features, dtype=order_dtype(in_features), device=device))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (..., in_features) to (..., out_features)."""

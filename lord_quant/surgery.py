@@ -16,7 +16,7 @@ from torch import nn
 from lord_quant.decompose import Factors
 from lord_quant.errors import CheckpointError, RankError
 from lord_quant.linalg import require_finite
-from lord_quant.modules import Bottleneck, ColumnPivotedLinear, GroupedLinear, LowRankLinear, PivotedLinear
+from lord_quant.modules import Bottleneck, ColumnPivotedLinear, GroupedLinear, LowRankLinear, Ordered, PivotedLinear
 from lord_quant.targets import dense_weight, is_linear
 
 
@@ -33,6 +33,13 @@ GROUPED = "grouped"
 def is_low_rank(module: nn.Module) -> bool:
     """Tells whether a module is one of ours, in any form."""
     return isinstance(module, Standalone | GroupedLinear)
+
+
+def widen_orders(model: nn.Module) -> None:
+    """Takes orders of a model whose tensors were just read from where they are stored to what they are in memory."""
+    for module in model.modules():
+        if isinstance(module, Ordered):
+            module.widen()
 
 
 def is_compressed(module: nn.Module) -> bool:

@@ -114,6 +114,34 @@ COLLECTIVES = """
 """
 
 
+TRAINING = """
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from lord_quant.modules import ColumnPivotedLinear, LowRankLinear, PivotedLinear
+torch.distributed.init_process_group("gloo")
+torch.manual_seed(torch.distributed.get_rank())
+for form in (LowRankLinear, PivotedLinear, ColumnPivotedLinear):
+    layer = form(12, 4, 8, True)
+    if form is not LowRankLinear:
+        layer.order.copy_(torch.randperm(len(layer.order)))
+    together = DistributedDataParallel(layer)
+    together(torch.randn(3, 12)).square().sum().backward()
+    seen = (*layer.buffers(), layer.up.weight, layer.up.weight.grad)
+    print(form.__name__, [round(float(value.sum()), 4) for value in seen])
+    print([*layer.state_dict().get("order", torch.zeros(0)).tolist()])
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_every_form_trains_in_several_processes(tmp_path: Path) -> None:
+    """Which begin with what the first has, buffers too, and end with the same gradients."""
+    ended = torchrun(2, TRAINING, tmp_path / "job")
+    assert ended.code == 0, ended.stderr
+    one, other = ended.stdout
+    assert one == other and "ColumnPivotedLinear" in one
+
+
 @pytest.mark.slow
 def test_collectives_are_those_of_one_process_and_errors_reach_all(tmp_path: Path) -> None:
     ended = torchrun(3, COLLECTIVES, tmp_path / "job")

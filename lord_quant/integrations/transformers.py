@@ -25,7 +25,7 @@ from lord_quant.budget_config import BudgetConfig
 from lord_quant.checkpoint import METHOD_FLOAT, METHOD_GPTQ, check_version
 from lord_quant.errors import CheckpointError, ConfigError, unknown_keys
 from lord_quant.integrations import rebuilt
-from lord_quant.surgery import apply_rank_pattern
+from lord_quant.surgery import apply_rank_pattern, widen_orders
 from lord_quant.targets import find_blocks
 from lord_quant.version import FORMAT_VERSION, __version__
 
@@ -340,6 +340,7 @@ class LordGptqHfQuantizer(GptqHfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if self.pre_quantized:
+            widen_orders(model)
             backend.post_init(self.optimum_quantizer, model)
             self.quantization_config.format = self.optimum_quantizer.format  # or what is saved again has a wrong label
         else:
@@ -377,6 +378,7 @@ class LordHfQuantizer(HfQuantizer):
         rebuilt.protect_from_initialization(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        widen_orders(model)
         # Nothing is quantized: `.half()`, `.float()` and full fine-tuning must work as on any float model.
         host: Any = model
         host.is_quantized = False
