@@ -214,7 +214,7 @@ def check_file(
         where = path.parent
         while not where.exists():
             where = where.parent
-        with tempfile.TemporaryFile(dir=where):
+        with tempfile.NamedTemporaryFile(prefix=f".{path.name}.partial-", dir=where):  # a name as long as it will be
             return path
     except OSError as error:
         raise OutputError(f"output {str(output)!r} cannot be written: {error.strerror}") from error

@@ -90,7 +90,8 @@ def fingerprint_of(model: Any) -> Fingerprint:
     with torch.no_grad():
         logits = model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False).logits[0]
     require_finite(logits, "logits of the compressed model on fixed tokens")
-    places = torch.linspace(0, logits.shape[1] - 1, min(PLACES, logits.shape[1])).long()
+    count, last = min(PLACES, logits.shape[1]), logits.shape[1] - 1
+    places = torch.arange(count) * last // max(1, count - 1)
     return Fingerprint(tokens[0].tolist(), places.tolist(), logits.cpu()[:, places].float())
 
 

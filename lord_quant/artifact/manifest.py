@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from lord_quant.artifact.fingerprint import Fingerprint
 from lord_quant.errors import CheckpointError, reason_of
+from lord_quant.files.reading import parse_json
 
 
 MANIFEST_NAME = "lord_manifest.json"
@@ -54,7 +55,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         return None
     try:
         text = path.read_text(encoding="utf-8")
-        values = json.loads(text)
+        values = parse_json(text)
         files = {name: (item["sha256"], item["bytes"]) for name, item in values["files"].items()}
         told = values["fingerprint"]
         sound = text == _render({"files": values["files"], "fingerprint": told})

@@ -185,21 +185,28 @@ def _fill(module: Any, solution: Quantized, bias: torch.Tensor | None, name: str
 def require_savable(model: nn.Module) -> None:
     """Refuses to save packed layers that no longer hold what a checkpoint's would: some kernels rewrite theirs to run.
 
+    Those of GPUs may do so as soon as they are loaded, and keep dtype and shape. Kernels that can pack hold what is stored,
+    until those of the CPU rewrite it into something of another shape when they first run.
+
     Raises:
         CheckpointError: There are such layers; one is named.
     """
+    from gptqmodel.nn_modules.qlinear import PackableQuantLinear
+
     rewritten = []
     for name, module in model.named_modules():
-        if {"qweight", "qzeros", "g_idx"} <= module._buffers.keys():
-            part, layer = module._buffers["qweight"], cast(Any, module)
-            wanted = (layer.in_features * layer.bits // 32, layer.out_features)
-            if part is None or (part.dtype, tuple(part.shape)) != (torch.int32, wanted):
-                rewritten.append(name)
+        if "qweight" not in (module._buffers.keys() | module._parameters.keys()):
+            continue
+        part, layer = module._buffers.get("qweight"), cast(Any, module)
+        wanted = (layer.in_features * layer.bits // 32, layer.out_features)
+        as_stored = part is not None and (part.dtype, tuple(part.shape)) == (torch.int32, wanted)
+        if not as_stored or not isinstance(module, PackableQuantLinear):
+            rewritten.append(name)
     if rewritten:
         raise CheckpointError(
             f"{len(rewritten)} packed layers, such as {rewritten[0]!r}, hold weights as their kernel rewrote them to run, "
-            "which cannot be loaded again; wanted a model that is saved before its first forward pass, or one loaded with "
-            "quantization_config=LordGPTQConfig(bits=4, backend='gptq_torch')"
+            "which cannot be loaded again; wanted a model that was loaded on the CPU and is saved before its first forward "
+            "pass, or one loaded with quantization_config=LordGPTQConfig(bits=4, backend='gptq_torch')"
         )
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         from lord_quant.checkpoint import check_file
 
         check_file(args.output, overwrite=args.overwrite)
-
+        check_file(_incomplete(args.output), overwrite=True)  # an evaluation that was cut off leaves one
     from lord_quant.evaluation.harness import evaluate
     from lord_quant.evaluation.preflight import read_settings
 
@@ -136,28 +137,40 @@ class _Parts:
     """
 
     def __init__(self, output: Path | None) -> None:
-        self.path = None if output is None else output.expanduser().with_name(f"{output.name}{PARTS_SUFFIX}")
+        self.path = None if output is None else _incomplete(output)
         self.last: EvalResult | None = None
+        self.kept = False
 
     def __enter__(self) -> _Parts:
         return self
 
     def keep(self, result: EvalResult) -> None:
-        """Replaces what was kept before by `result`, which holds it."""
+        """Replaces what was kept before by `result`, which holds it; an evaluation does not end because that cannot be."""
+        from lord_quant.errors import OutputError
+
         if launched().first:
             self.last = result
             if self.path is not None:
-                _write(self.path, result)
+                try:
+                    _write(self.path, result)
+                    self.kept = True
+                except OutputError as error:
+                    sys.stderr.write(f"warning: what is measured until now is not kept: {error}\n")
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.last is None:
             return
         if kind is None:
-            if self.path is not None:
+            if self.path is not None and self.kept:
                 self.path.unlink(missing_ok=True)
             return
-        place = "" if self.path is None else f", and in {self.path}"
+        place = f", and in {self.path}" if self.kept else ""
         print(f"{format_table(self.last)}\n\nnot all that was asked for: above is what was measured until then{place}")
+
+
+def _incomplete(output: Path) -> Path:
+    """Returns where results wait until all are there."""
+    return output.expanduser().with_name(f"{output.name}{PARTS_SUFFIX}")
 
 
 def format_table(result: EvalResult) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -152,6 +153,7 @@ class LordGPTQQuantizer(_GPTQQuantizer):
         self._tokenizer: Any = None
         self._report: dict[str, Any] | None = None
         self._fingerprint: Fingerprint | None = None
+        self._done: weakref.ref[Any] | None = None
 
     def quantize_model(self, model: PreTrainedModel, tokenizer: Any = None) -> PreTrainedModel:
         """Decomposes and quantizes a loaded dense model in place.
@@ -188,7 +190,7 @@ class LordGPTQQuantizer(_GPTQQuantizer):
         # The report names the text that was used, which for a caller's own is not what the configuration says.
         calibration = dataclasses.replace(config.calibration, dataset=windows.source, num_samples=len(windows.input_ids))
         config = dataclasses.replace(config, calibration=calibration)
-        self._fingerprint = done.fingerprint
+        self._fingerprint, self._done = done.fingerprint, weakref.ref(model)
         self._report = build_report(config, done.plan, windows, done.decomposed, done.quantized, done.seconds)
         return model
 
@@ -206,10 +208,12 @@ class LordGPTQQuantizer(_GPTQQuantizer):
         Raises:
             OutputError: The folder is not empty, cannot be written, or another run is writing it.
             CheckpointError: What was written is not what was compressed, or a kernel has rewritten what is to be written.
-            ConfigError: Nothing was quantized yet.
+            ConfigError: Nothing was quantized yet, or another model was since.
         """
-        if self._report is None:
+        if self._report is None or self._done is None:
             raise ConfigError("nothing to save: call quantize_model first")
+        if self._done() is not model:
+            raise ConfigError("the model is not the one that was quantized last, whose report is kept; wanted that one")
         told: dict[str, Any] = {"fingerprint": self._fingerprint, "verify": verify}
         output = check_output(save_dir)
         with claimed(output):

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from lord_quant.config import BITS, FLOAT_BITS, GROUP_SIZES, choice_problems, pattern_problems
+from lord_quant.config import BITS, FLOAT_BITS, GROUP_SIZES, PACKED_BITS, choice_problems, pattern_problems
 from lord_quant.errors import CheckpointError, ConfigError, LordError
 from lord_quant.files.headers import SUFFIX, check_tensors
 from lord_quant.sizes.layer_bytes import Packing
@@ -20,6 +20,8 @@ from lord_quant.targets import find_linears
 
 
 PACKING_PATTERNS = ("bits_pattern", "group_size_pattern")
+FORMATS = ("gptq", "gptq_v2")
+"""How packed tensors are stored: with zeros less one, or as they are."""
 
 
 @contextmanager
@@ -51,6 +53,18 @@ def packed(bits: Any) -> Any:
     return bits
 
 
+def refuse_two_formats(values: Mapping[str, Any]) -> None:
+    """Refuses a configuration that names its format twice, and not the same: zeros would be read as one less or more.
+
+    Raises:
+        ConfigError: It does.
+    """
+    names = {key: values[key] for key in ("format", "checkpoint_format") if values.get(key) is not None}
+    if len(set(names.values())) > 1:
+        found = " and ".join(f"{key} is {value!r}" for key, value in names.items())
+        raise ConfigError(f"{found}: the weights are in one of them; wanted the same, or format alone")
+
+
 def packings_of(model: torch.nn.Module, wanted: Any) -> dict[str, Packing]:
     """Returns how a checkpoint packs every linear layer of the rebuilt skeleton, factors included, by full path.
 
@@ -70,7 +84,8 @@ def packings_of(model: torch.nn.Module, wanted: Any) -> dict[str, Packing]:
         parent = site.name.rpartition(".")[0]
         owners[site.name] = parent if is_low_rank(model.get_submodule(parent)) else site.name
     known = {*owners, *owners.values()}
-    problems = choice_problems("group_size", wanted.group_size, GROUP_SIZES)
+    problems = choice_problems("bits", wanted.bits, PACKED_BITS) + choice_problems("format", wanted.format, FORMATS)
+    problems += choice_problems("group_size", wanted.group_size, GROUP_SIZES)
     problems += pattern_problems("bits_pattern", bits, BITS)
     problems += pattern_problems("group_size_pattern", sizes, GROUP_SIZES)
     for name, pattern in zip(PACKING_PATTERNS, (bits, sizes), strict=True):

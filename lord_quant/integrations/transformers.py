@@ -154,6 +154,7 @@ class LordGPTQConfig(GPTQConfig):
         if unknown:
             raise unknown
         _require_kinds({"mean_correction": mean_correction, "sym": sym, **kwargs}, {"targets": targets, "ignore": ignore})
+        rebuilt.refuse_two_formats(kwargs)
         with rebuilt.told_by_host():
             super().__init__(
                 rebuilt.packed(bits),

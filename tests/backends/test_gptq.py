@@ -14,9 +14,9 @@ import torch
 from layer_problems import layer_of
 from torch import nn
 
-from lord_quant.backends.gptq import PACK_VARIABLE, make_quantizer, pack_model, replace_by_packed
+from lord_quant.backends.gptq import PACK_VARIABLE, make_quantizer, pack_model, replace_by_packed, require_savable
 from lord_quant.config import GptqConfig
-from lord_quant.errors import HostError, NumericsError
+from lord_quant.errors import CheckpointError, HostError, NumericsError
 from lord_quant.rounding.refine import Quantized
 from lord_quant.rounding.solver import Gptq
 from lord_quant.sizes.layer_bytes import Packing
@@ -169,6 +169,25 @@ def test_importing_the_host_keeps_nobody_that_asked_for_it(python: list[str]) ->
         assert alive() is None, "the model of whoever imported the host first is still there"
     """
     subprocess.run([*python, "-c", textwrap.dedent(program)], check=True)
+
+
+@pytest.mark.parametrize("rewritten", ["class", "parameter", "shape"])
+def test_layers_of_kernels_that_rewrite_their_weights_are_not_saved(rewritten: str) -> None:
+    """Those of GPUs do it as they are loaded, some in place: neither dtype nor shape tells."""
+    from gptqmodel.nn_modules.qlinear.exllamav2 import ExllamaV2Linear
+
+    model, quantized = solved_model(4)
+    pack(model, quantized, 4)
+    require_savable(model)
+    layer: Any = model.second
+    if rewritten == "class":
+        layer.__class__ = ExllamaV2Linear
+    else:
+        codes = layer._buffers.pop("qweight")
+        own = nn.Parameter(codes, requires_grad=False) if rewritten == "parameter" else codes.T.contiguous()
+        (layer.register_parameter if rewritten == "parameter" else layer.register_buffer)("qweight", own)
+    with pytest.raises(CheckpointError, match=r"1 packed layers, such as 'second', hold weights as their kernel rewrote"):
+        require_savable(model)
 
 
 def test_layers_that_the_host_does_not_replace_are_noticed() -> None:

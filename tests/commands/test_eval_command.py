@@ -175,3 +175,24 @@ def test_what_was_measured_before_a_failure_is_printed_and_kept(
     whole = json.loads(target.read_text())
     assert whole["perplexity"] == whole["baseline"]["perplexity"] == found["perplexity"]
     assert not kept.exists()
+
+
+@pytest.mark.parametrize("name", ["scores.json", "x" * 230])
+def test_where_parts_are_kept_is_looked_at_before_anything_is_measured(
+    name: str, box: Box, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if name == "scores.json":
+        (tmp_path / "scores.json.incomplete").mkdir()
+    measured = ["--perplexity", box.corpus, "--window", "32", "--max-windows", "2", "--output", tmp_path / name]
+    assert run_command("eval", "--model", tmp_path / "none", *measured) == OutputError.exit_code
+    assert f"{name}.incomplete" in capfd.readouterr().err
+
+
+def test_parts_that_cannot_be_kept_do_not_end_an_evaluation(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KeyboardInterrupt), command._Parts(tmp_path / "scores.json") as parts:
+        (tmp_path / "scores.json.incomplete").mkdir()
+        parts.keep(EvalResult("m", {"t": {"x": 1.0}}))
+        raise KeyboardInterrupt
+    told = capfd.readouterr()
+    assert "warning: what is measured until now is not kept: output" in told.err
+    assert told.out.endswith("not all that was asked for: above is what was measured until then\n")
