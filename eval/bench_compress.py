@@ -76,6 +76,10 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=48, help="calibration windows (default: 48)")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens per window (default: 512)")
     parser.add_argument("--shapes", choices=[*truncation.SHAPES, "none"], default="small", help="layers (default: small)")
+    parser.add_argument(
+        "--layers", nargs="+", choices=list(truncation.STARCODER), metavar="NAME",
+        help="time only these of the layers; rows of others stay as they are in the output file, each with its revision",
+    )  # fmt: skip
     parser.add_argument("--tolerance", type=float, default=1e-3, help="share by which errors may differ (default: 0.001)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=5)
@@ -87,7 +91,12 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             run_models(args, Path(folder), found, clock)
     if args.shapes != "none":
-        rows = truncation.compare(args.shapes, args.rank_ratio, args.repeats, args.seed, _device())
+        rows = truncation.compare(args.shapes, args.rank_ratio, args.repeats, args.seed, _device(), args.layers)
+        rows = [row | {"revision": revision()} for row in rows]
+        if args.layers:
+            kept = json.loads(args.output.read_text(encoding="utf-8"))["layers"]["rows"]
+            by_name = {row["layer"]: row for row in [*kept, *rows]}
+            rows = [by_name[name] for name in truncation.SHAPES[args.shapes] if name in by_name]
         found.content["layers"] = {"rows": rows, "summary": truncation.summarise(rows, args.tolerance)}
     shown = found.write()
     print(f"\n{shown}\n\nwritten to {args.output} and {args.output.with_suffix('.md')} ({clock})")

@@ -123,8 +123,10 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def compare(shapes: str, rank_ratio: float, repeats: int, seed: int, device: str) -> list[dict[str, Any]]:
-    """Times every layer every way, as often as asked for, each time beginning with another way.
+def compare(
+    shapes: str, rank_ratio: float, repeats: int, seed: int, device: str, layers: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
+    """Times every layer, or those that are named, every way, as often as asked for, each time beginning with another way.
 
     Returns:
         One row per layer: its shape and rank, and all seconds and relative output errors by way.
@@ -133,6 +135,8 @@ def compare(shapes: str, rank_ratio: float, repeats: int, seed: int, device: str
 
     rows = []
     for name, shape in SHAPES[shapes].items():
+        if layers and name not in layers:
+            continue
         problem = make_problem(shape, rank_ratio, seed, device)
         seconds: dict[str, list[float]] = {way: [] for way in WAYS}
         errors: dict[str, float] = {}

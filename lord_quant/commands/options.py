@@ -252,7 +252,9 @@ def _pairs(items: list[str]) -> dict[str, int]:
     pairs = {}
     for item in items:
         pattern, _, rank = item.rpartition("=")
-        if not pattern or not rank.isdigit():
-            raise ConfigError(f"--rank-pattern {item!r}; wanted PATTERN=RANK, such as mlp.c_fc=192")
+        if not pattern or not (rank.isascii() and rank.isdigit()) or len(rank) > 9:
+            raise ConfigError(f"--rank-pattern {item[:100]!r}; wanted PATTERN=RANK, such as mlp.c_fc=192")
+        if pattern in pairs:
+            raise ConfigError(f"--rank-pattern names {pattern!r} twice: {pairs[pattern]} and {rank}; wanted one rank")
         pairs[pattern] = int(rank)
     return pairs
