@@ -182,6 +182,8 @@ def _require_folder(output: str | Path, sources: Mapping[str, str | None]) -> Pa
         raise OutputError(f"output {str(output)!r} is a link to {str(path)!r}, which does not exist; wanted a folder")
     if path.exists() and not path.is_dir():
         raise OutputError(f"output {str(output)!r} is a file; wanted a folder")
+    if path == Path.cwd():  # whoever stands in it would stand in a folder that is gone
+        raise OutputError(f"output {str(output)!r} is the current folder, which is replaced by a rename; wanted one in it")
     if os.path.ismount(path):
         raise OutputError(f"output {str(output)!r} is a mount point and cannot be replaced; wanted a folder inside it")
     return path

@@ -104,7 +104,7 @@ class CalibrationConfig:
         if not _is_int(self.seed) or not 0 <= self.seed < 2**32:
             problems.append(f"seed is {self.seed!r}; wanted an integer from 0 to {2**32 - 1}")
         if not isinstance(self.dataset, str) or not self.dataset:
-            problems.append(f"dataset is {self.dataset!r}; wanted a path, a hub name or {STDLIB!r}")
+            problems.append(f"dataset is {repr(self.dataset)[:80]}; wanted a path, a hub name or {STDLIB!r}")
         if not isinstance(self.text_key, str) or not self.text_key:
             problems.append(f"text_key is {self.text_key!r}; wanted the name of a field, such as {TEXT_KEY!r}")
         _check(problems, "calibration")
@@ -292,7 +292,7 @@ class LordConfig:
         problems = []
         if not isinstance(self.model, str) or not self.model:
             problems.append(f"model is {self.model or 'not given'!s}; wanted a folder or a hub name, as text")
-        if self.output is not None and not isinstance(self.output, str):
+        if self.output is not None and (not isinstance(self.output, str) or not self.output):
             problems.append(f"output is {self.output!r}; wanted a folder, or none")
         if not isinstance(self.device, str) or not self.device:
             problems.append(f"device is {self.device!r}; wanted a name such as 'auto', 'cpu' or 'cuda:0'")

@@ -184,13 +184,14 @@ def _read_text(path: Path) -> str:
 
 
 def _file(path: Path, text_key: str) -> Iterator[str]:
-    if path.suffix == ".parquet":
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
         yield from _parquet(path, text_key)
         return
     text = _read_text(path)
     if not text.strip():
         raise CalibrationError(f"dataset {str(path)!r} is empty; wanted at least one document")
-    yield from _jsonl(path, text, text_key) if path.suffix in {".jsonl", ".ndjson"} else (text,)
+    yield from _jsonl(path, text, text_key) if suffix in {".jsonl", ".ndjson"} else (text,)
 
 
 def _jsonl(path: Path, text: str, text_key: str) -> Iterator[str]:

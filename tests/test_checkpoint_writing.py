@@ -41,6 +41,12 @@ def test_a_relative_output_becomes_absolute(tmp_path: Path, monkeypatch: pytest.
     assert check_output("out") == tmp_path / "out"
 
 
+def test_the_current_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match="is the current folder"):
+        check_output(".")
+
+
 def test_a_folder_with_anything_in_it_needs_overwrite(tmp_path: Path) -> None:
     out = model_folder(tmp_path / "out")
     with pytest.raises(OutputError, match=r"out' is not empty.*--overwrite"):

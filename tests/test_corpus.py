@@ -33,7 +33,7 @@ def test_a_text_file_is_one_document(tmp_path: Path) -> None:
     assert corpus == Corpus((DOCUMENTS[1],), "code.py", digest([DOCUMENTS[1]]))
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".ndjson"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".JSONL"])
 @pytest.mark.parametrize("ascii_only", [True, False])
 def test_jsonl(tmp_path: Path, suffix: str, ascii_only: bool) -> None:
     path = tmp_path / f"data{suffix}"

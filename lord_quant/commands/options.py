@@ -180,13 +180,13 @@ def settings_from(args: argparse.Namespace) -> dict[str, Any]:
     from lord_quant.errors import ConfigError
 
     given = vars(args)
-    values = read_yaml(given["config"]) if given.get("config") else {}
+    values = read_yaml(given["config"]) if given.get("config") is not None else {}
     budget, beside = [name in given for name in BUDGETS], [name for name in BESIDE_BUDGET if given.get(name) is not None]
     if any(budget) and beside:
         raise ConfigError(f"a budget and {_flags(beside)} are given; wanted one or the other")
     if beside:
         values = {key: value for key, value in values.items() if key != "budget"}
-    if given.get("plan"):
+    if given.get("plan") is not None:
         values = _with_plan(values, given)
     if any(budget) or any(name in given for name in RANK_CHOICES):
         values = without(values, lowrank=RANK_CHOICES, budget=BUDGETS)
@@ -223,10 +223,10 @@ def _with_plan(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     if beside:
         raise ConfigError(f"--plan and {_flags(beside)} are given; wanted one or the other: edit the plan")
     model = given.get("model", values.get("model"))
-    if not model:
-        raise ConfigError("model is not given; wanted a folder or a hub name")
-    plan = read_plan(given["plan"], model)
-    if (values.get("joint") or {}).get("fisher_samples"):
+    if not model or not isinstance(model, str):
+        raise ConfigError(f"model is {model or 'not given'!s}; wanted a folder or a hub name, as text")
+    plan, joint = read_plan(given["plan"], model), values.get("joint")
+    if isinstance(joint, dict) and joint.get("fisher_samples"):
         plan = without(plan, joint=("fisher_samples",))  # the run's own
     return merge(without(values, lowrank=(*RANK_CHOICES, "form", "form_pattern"), gptq=PACKING), plan)
 
@@ -249,7 +249,7 @@ def _flags(names: Sequence[str], last: str = "") -> str:
 def _pairs(items: list[str]) -> dict[str, int]:
     from lord_quant.errors import ConfigError
 
-    pairs = {}
+    pairs: dict[str, int] = {}
     for item in items:
         pattern, _, rank = item.rpartition("=")
         if not pattern or not (rank.isascii() and rank.isdigit()) or len(rank) > 9:

@@ -104,7 +104,7 @@ def _prepare(args: argparse.Namespace, config: LordConfig, progress: Progress, w
     from lord_quant.runs.pipeline import prepare
 
     say = sys.stdout.write if world.first else str
-    origin = origin_of_plan(args.plan) if args.plan else {}
+    origin = origin_of_plan(args.plan) if args.plan is not None else {}
     measured_on, odd = origin.get("calibration_sha256"), other_settings(origin, config) if origin else ""
     output = None if config.output is None or args.overwrite else whole_path(config.output)
     # The first process writes, and on its disk the report lies.

@@ -199,7 +199,7 @@ def clear_away(job: Job, output: Path, processes: int = 1) -> None:
     """Removes what a finished run left beside its output because it was killed before it could; not what is another's."""
     with contextlib.suppress(OutputError):
         if folder_of(output).is_dir():
-            Journal(output, made_of(job, processes)).close()
+            Journal(output, made_of(job, processes), go_on=False).close()
         with claimed(output):
             forget_sensed(output)
 

@@ -10,6 +10,7 @@ Of several processes the first writes the journal and the blocks; each keeps the
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -21,11 +22,10 @@ from typing import Any
 import torch
 
 from lord_quant.checkpoint import atomic_file
-from lord_quant.errors import CheckpointError, OutputError, SpoiltError
+from lord_quant.errors import OutputError, SpoiltError
 from lord_quant.files.claim import Claim, folder_of
-from lord_quant.files.headers import read_headers
 from lord_quant.files.kept import read_tensors
-from lord_quant.files.reading import parse_json
+from lord_quant.files.reading import open_tensors, parse_json
 
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 JOURNAL = "journal.jsonl"
 SHARD = "shard_sha256"
 """What a block's line calls the digest of its weights."""
+TENSORS = "tensors_sha256"
+"""What other files call the digest of what is in them."""
 
 
 class Unfinished:
@@ -56,15 +58,16 @@ class Unfinished:
         return self.folder / f"block-{block:05}.safetensors"
 
     def save(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Writes tensors; they appear by one rename.
+        """Writes tensors and a digest of them; they appear by one rename.
 
         Raises:
             OutputError: They cannot be written.
         """
         from safetensors.torch import save_file
 
+        here = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         with atomic_file(self._file(name)) as staging:
-            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, staging)
+            save_file(here, staging, metadata={TENSORS: _digest_of(here)})
 
     def load(self, name: str) -> dict[str, torch.Tensor]:
         """Returns tensors that were saved.
@@ -82,13 +85,18 @@ class Unfinished:
             ) from error
 
     def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
-        """Returns the shapes of tensors that were saved; none if the file is not there or not whole, which is told."""
+        """Returns the shapes of tensors that were saved; none if they are not there or not as they were, which is told."""
         path = self._file(name)
-        try:
-            return {key: shape for key, (shape, _, _) in read_headers([str(path)]).items()} if path.is_file() else {}
-        except CheckpointError:
-            logger.warning("%s is damaged: the run goes on from where it does not need it", path)
+        if not path.is_file():
             return {}
+        with contextlib.suppress(SpoiltError):
+            tensors = self.load(name)
+            with open_tensors(str(path)) as handle:
+                told = (handle.metadata() or {}).get(TENSORS)
+            if told == _digest_of(tensors):
+                return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        logger.warning("%s is damaged: the run goes on from where it does not need it", path)
+        return {}
 
     def saved(self, prefix: str) -> set[str]:
         """Returns the names of tensors that were saved and begin with a prefix."""
@@ -120,12 +128,13 @@ class Journal(Unfinished):
         output: The folder the run is to write.
         made_of: What must be the same for a run to continue it: JSON values.
         restart: Whether what another run left there is thrown away instead of refused.
+        go_on: Whether the run goes on, and finished blocks are held against their digests.
 
     Raises:
         OutputError: Another run is at work there, an unfinished one differs, and in what, or the folder cannot be used.
     """
 
-    def __init__(self, output: Path, made_of: Mapping[str, Any], *, restart: bool = False) -> None:
+    def __init__(self, output: Path, made_of: Mapping[str, Any], *, restart: bool = False, go_on: bool = True) -> None:
         super().__init__(output, [])
         self.made_of = json.loads(json.dumps(made_of))
         claim = None
@@ -136,7 +145,8 @@ class Journal(Unfinished):
                 raise OutputError(self._differs(lines[0]))
             if lines and lines[0] == self.made_of:
                 self.blocks = lines[1:]
-                self._go_back_to_what_is_sound()
+                if go_on:
+                    self._go_back_to_what_is_sound()
             else:
                 for path in claim.others():
                     path.unlink()
@@ -230,6 +240,15 @@ class Journal(Unfinished):
             f"an unfinished run in {str(self.folder)!r} differs: {shown}. Run the same command to continue it, or "
             "--overwrite to start again"
         )
+
+
+def _digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Returns a SHA-256 of tensors in the host's memory, contiguous, by name."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(tensors.items()):
+        digest.update(key.encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

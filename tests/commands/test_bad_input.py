@@ -147,6 +147,27 @@ CASES: dict[str, tuple[Spoil, str, list[str]]] = {
         "ConfigError",
         ["mlp.c_fc=half", "PATTERN=RANK"],
     ),
+    "rank in other digits": (
+        lambda box: (box.flags.pop("--rank-ratio"), box.flags.update({"--rank-pattern": ["mlp.c_fc=²"]})),
+        "ConfigError",
+        ["mlp.c_fc=²", "PATTERN=RANK"],
+    ),
+    "two ranks for a pattern": (
+        lambda box: (box.flags.pop("--rank-ratio"), box.flags.update({"--rank-pattern": ["mlp.c_fc=32", "mlp.c_fc=64"]})),
+        "ConfigError",
+        ["--rank-pattern names 'mlp.c_fc' twice: 32 and 64"],
+    ),
+    "output that is empty": (lambda box: box.flags.update({"--output": ""}), "ConfigError", ["output is ''; wanted"]),
+    "configuration that is empty": (
+        lambda box: box.flags.update({"--config": ""}),
+        "ConfigError",
+        ["configuration file ''"],
+    ),
+    "plan that is empty": (
+        lambda box: (box.flags.pop("--rank-ratio"), box.flags.pop("--group-size"), box.flags.update({"--plan": ""})),
+        "ConfigError",
+        ["configuration file ''", "cannot be read"],
+    ),
     "pattern that matches nothing": (
         lambda box: box.flags.update({"--targets": ["mlp", "c_atn"]}),
         "TargetError",

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -403,6 +404,28 @@ def test_damage_is_named(label: str, bits: int, sound: dict[int, Path], tmp_path
     folder = shutil.copytree(sound[bits], tmp_path / "damaged")
     edit(folder, bits)
     with pytest.raises(error, match=message):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bits": 4.0}, "bits is 4.0; wanted one of 2, 3, 4, 8"),
+        ({"format": "gptq_p"}, "format is 'gptq_p'; wanted one of gptq, gptq_v2"),
+        (
+            {"checkpoint_format": "gptq"},
+            "format is 'gptq_v2' and checkpoint_format is 'gptq': the weights are in one of them",
+        ),
+    ],
+)
+def test_how_layers_are_packed_is_read_strictly(
+    change: dict[str, Any], message: str, sound: dict[int, Path], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = shutil.copytree(sound[4], tmp_path / "damaged")
+    edit_config(folder, lambda values: values.update(change))
+    with pytest.raises((CheckpointError, ConfigError), match=re.escape(message)):
         AutoModelForCausalLM.from_pretrained(folder)
 
 

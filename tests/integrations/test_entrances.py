@@ -16,7 +16,7 @@ import families
 import pytest
 import torch
 
-from lord_quant.errors import ModelError, OutputError
+from lord_quant.errors import ConfigError, ModelError, OutputError
 from lord_quant.files.claim import claimed
 
 
@@ -156,6 +156,14 @@ def test_saving_is_refused_while_another_writes(entrances: Entrances, tmp_path: 
 
 
 @pytest.mark.slow
+def test_only_the_model_that_was_quantized_last_is_saved_with_its_report(entrances: Entrances, tmp_path: Path) -> None:
+    label = next(iter(RUNS))
+    with pytest.raises(ConfigError, match="the model is not the one that was quantized last"):
+        entrances.quantizers[label].save(families.build("llama"), str(tmp_path / "out"), verify=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
 def test_tokens_given_as_tensors_and_as_lists_are_the_same_tokens(entrances: Entrances) -> None:
     folders = [entrances.saved[f"dataset-{kind}"].folder for kind in ("samples", "lists", "texts")]
     assert families.different_tensors(*folders[:2]) == []
@@ -266,7 +274,6 @@ def test_the_drop_in_takes_what_optimums_class_takes() -> None:
     from optimum.gptq import GPTQQuantizer
 
     from lord_quant import LordGPTQQuantizer
-    from lord_quant.errors import ConfigError
 
     assert issubclass(LordGPTQQuantizer, GPTQQuantizer)
     host = inspect.signature(GPTQQuantizer.__init__).parameters
@@ -414,7 +421,6 @@ def test_settings_of_a_run_are_checked_before_weights_are_read(
 def test_groups_cannot_be_given_to_a_run() -> None:
     """They are what a checkpoint records; a run makes its own."""
     from lord_quant import LordGPTQConfig
-    from lord_quant.errors import ConfigError
 
     with pytest.raises(ConfigError, match=r"not supported while compressing: group_pattern=\{'a': 'b'\}"):
         LordGPTQConfig(4, rank_ratio=0.5, form="grouped", group_pattern={"a": "b"})
