@@ -190,7 +190,13 @@ def _require_folder(output: str | Path, sources: Mapping[str, str | None]) -> Pa
 
 
 def check_file(
-    output: str | Path, *, overwrite: bool = False, model: str | None = None, dataset: str | None = None
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    model: str | None = None,
+    dataset: str | None = None,
+    kind: str = "file",
+    is_kind: Callable[[Path], bool] | None = None,
 ) -> Path:
     """Checks that a file can be written, before any work; leaves nothing behind.
 
@@ -199,20 +205,25 @@ def check_file(
         overwrite: Whether a file there may be replaced.
         model: The model that will be read; the output may not lie in it.
         dataset: The calibration data that will be read, likewise.
+        kind: What may be replaced, in words; empty files may always be.
+        is_kind: Tells whether a file is one; None lets any be replaced.
 
     Raises:
-        OutputError: It is there already, is a folder, lies in what will be read, or cannot be written.
+        OutputError: It is there already, and not to be replaced or of another kind; is a folder, lies in what will be
+            read, or cannot be written.
     """
     path = whole_path(output)
-    for kind, name in {"model": model, "dataset": dataset}.items():
+    for source_kind, name in {"model": model, "dataset": dataset}.items():
         source = _existing(name)
         if source is not None and (source == path or source in path.parents):
-            raise OutputError(f"output {str(output)!r} is or lies in the {kind} itself; wanted another place")
+            raise OutputError(f"output {str(output)!r} is or lies in the {source_kind} itself; wanted another place")
     try:
         if path.is_dir():
             raise OutputError(f"output {str(output)!r} is a folder; wanted a file")
         if path.exists() and not overwrite:
             raise OutputError(f"output {str(output)!r} exists; wanted a new file, or --overwrite")
+        if is_kind and path.exists() and not (path.is_file() and (not path.stat().st_size or is_kind(path))):
+            raise OutputError(f"output {str(output)!r} is no {kind}: --overwrite replaces nothing else")
         where = path.parent
         while not where.exists():
             where = where.parent

@@ -52,6 +52,14 @@ def write_plan(settings: Mapping[str, Any], path: str | Path) -> None:
         staging.write_text(HEAD + yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 
 
+def is_plan(path: Path) -> bool:
+    """Tells whether a file looks like a plan."""
+    try:
+        return PLANNED in read_yaml(path)
+    except ConfigError:
+        return False
+
+
 def apply_plan(config: LordConfig, settings: Mapping[str, Any]) -> LordConfig:
     """Returns a run with the ranks, bits and group sizes of a plan instead of a budget; everything else stays.
 

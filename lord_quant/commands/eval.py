@@ -96,8 +96,9 @@ def run(args: argparse.Namespace) -> int:
     if args.output is not None:
         from lord_quant.checkpoint import check_file
 
-        check_file(args.output, overwrite=args.overwrite)
-        check_file(_incomplete(args.output), overwrite=True)  # an evaluation that was cut off leaves one
+        kind: dict[str, Any] = {"kind": "result of an evaluation", "is_kind": _is_result}
+        check_file(args.output, overwrite=args.overwrite, **kind)
+        check_file(_incomplete(args.output), overwrite=True, **kind)  # an evaluation that was cut off leaves one
     from lord_quant.evaluation.harness import evaluate
     from lord_quant.evaluation.preflight import read_settings
 
@@ -171,6 +172,17 @@ class _Parts:
 def _incomplete(output: Path) -> Path:
     """Returns where results wait until all are there."""
     return output.expanduser().with_name(f"{output.name}{PARTS_SUFFIX}")
+
+
+def _is_result(path: Path) -> bool:
+    """Tells whether a file looks like what an evaluation writes."""
+    from lord_quant.files.reading import parse_json
+
+    try:
+        found = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"metrics", "settings"} <= found.keys()
 
 
 def format_table(result: EvalResult) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 from lord_quant.commands.budget_options import add_budget_flags, frontier_of, planner_from, run_of
 from lord_quant.commands.options import add_plan_flags, add_run_flags
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
     import_hosts()
     from lord_quant.budgets.budget import PLANNED
-    from lord_quant.budgets.plan_file import apply_plan, write_plan
+    from lord_quant.budgets.plan_file import apply_plan, is_plan, write_plan
     from lord_quant.checkpoint import check_file
     from lord_quant.drawing.plot_data import collect
     from lord_quant.drawing.plots import check_plots, write_plots
@@ -63,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
     from lord_quant.runs.pipeline import make_plan
 
     about, below = {}, ""
-    file = check_file(args.save, overwrite=args.overwrite) if args.save else None
+    plan_kind: dict[str, Any] = {"kind": "plan", "is_kind": is_plan}
+    file = check_file(args.save, overwrite=args.overwrite, **plan_kind) if args.save is not None else None
     folder = check_plots(args.plots, overwrite=args.overwrite) if args.plots else None
     if file and folder and (file == folder or folder in file.parents or file in folder.parents):
         raise ConfigError(f"--save {args.save} and --plots {args.plots} lie in each other; wanted places apart")

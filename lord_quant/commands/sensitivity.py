@@ -55,7 +55,7 @@ def _measure(args: argparse.Namespace, world: World) -> None:
     from lord_quant.checkpoint import check_file
     from lord_quant.files.claim import claimed, forget_sensed, sensing_beside
     from lord_quant.losses.sensing import dense_job, sense, sensing_seconds, told_apart
-    from lord_quant.losses.statistics import save_statistics
+    from lord_quant.losses.statistics import is_statistics, save_statistics
     from lord_quant.progress import Progress
     from lord_quant.report import human_bytes, human_seconds
     from lord_quant.runs.execution import refuse_unshared
@@ -63,7 +63,7 @@ def _measure(args: argparse.Namespace, world: World) -> None:
     refuse_unshared(config, world)
     say = sys.stdout.write if world.first else str
     places = {"model": config.model, "dataset": config.calibration.dataset}
-    path = check_file(output, overwrite=args.overwrite, **places)
+    path = check_file(output, overwrite=args.overwrite, kind="file of statistics", is_kind=is_statistics, **places)
     places["output"], start = output, time.perf_counter()
     job = dense_job(config)
     if world.size > 1:

@@ -136,6 +136,17 @@ def save_statistics(statistics: Statistics, path: str | Path, blocks: int | None
         save_file(tensors, staging, metadata={METADATA: json.dumps(about)})
 
 
+def is_statistics(path: Path) -> bool:
+    """Tells whether a file looks like one of statistics, of whatever version."""
+    from safetensors import SafetensorError
+
+    try:
+        with open_tensors(str(path)) as handle:
+            return METADATA in (handle.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
 def load_statistics(path: str | Path) -> Statistics:
     """Reads what `save_statistics` wrote.
 

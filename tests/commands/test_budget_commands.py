@@ -8,6 +8,7 @@ import datetime
 import json
 import math
 import re
+import shutil
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -90,6 +91,35 @@ def test_a_flag_wins_over_a_plan_and_leaves_the_rest_of_it(model: Path, statisti
     path.write_text(yaml.safe_dump(plan | {"joint": {"fisher_samples": 2, "anchor": False}}))
     settings = settings_from(Namespace(model=str(model), config=None, plan=str(path), fisher_samples=3))
     assert settings["joint"] == {"fisher_samples": 3, "anchor": False} and settings["gptq"] == plan["gptq"]
+
+
+def test_overwriting_replaces_only_what_a_command_writes(
+    model: Path, data: list[str], statistics: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing that a command reads, or that is somebody's, however it is called."""
+    copy, thesis = shutil.copytree(model, tmp_path / "model"), tmp_path / "thesis.txt"
+    thesis.write_text("years of work")
+    own = tmp_path / "own.stats"
+    shutil.copy(statistics, own)
+    plan = ["plan", "--model", copy, "--statistics", own, "--target-bpw", "3", "--refine", "1", "--overwrite", "--save"]
+    sense = ["sensitivity", "--model", copy, *data, "--overwrite", "--output"]
+    measure_it = ["eval", "--model", copy, "--perplexity", thesis, "--overwrite", "--output"]
+    weights, before = copy / "model.safetensors", {}
+    for path in (thesis, own, copy / "config.json", weights):
+        before[path] = path.read_bytes()
+    for command, target in (
+        (plan, own),
+        (plan, weights),
+        (plan, thesis),
+        (sense, thesis),
+        (measure_it, thesis),
+        (measure_it, copy / "config.json"),
+    ):
+        assert run_command(*command, target) == OutputError.exit_code
+        assert "--overwrite replaces nothing else" in capfd.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
+    for _ in range(2):
+        assert run_command(*plan, tmp_path / "plan.yaml") == 0
 
 
 def test_a_prediction_is_of_the_plan_as_it_was_written(model: Path, statistics: Path, tmp_path: Path) -> None:
@@ -342,7 +372,7 @@ def test_a_second_pass_into_one_file_is_refused(
 
 
 def test_a_plan_is_written_where_a_link_leads(model: Path, statistics: Path, tmp_path: Path) -> None:
-    (tmp_path / "real.yaml").write_text("old")
+    (tmp_path / "real.yaml").write_text("planned: {}\n")
     (tmp_path / "link.yaml").symlink_to("real.yaml")
     run = ["--model", model, "--statistics", statistics, "--target-bpw", "2.6", "--refine", "1", "--overwrite"]
     assert run_command("plan", *run, "--save", tmp_path / "link.yaml") == 0
