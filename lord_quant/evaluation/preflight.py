@@ -150,8 +150,12 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         if value is not None and (not isinstance(value, int) or value < least):
             problems.append(f"{name} is {value!r}; wanted an integer of at least {least}")
     dtype = settings["dtype"]
-    if dtype != "auto" and not getattr(getattr(torch, str(dtype), None), "is_floating_point", False):
+    known = getattr(torch, str(dtype), None)
+    computes = isinstance(known, torch.dtype) and known.is_floating_point and known.itemsize > 1  # those of 8 bits do not
+    if dtype != "auto" and not computes:
         problems.append(f"dtype is {dtype!r}; wanted 'auto' or floats such as 'bfloat16'")
+    if isinstance(settings["seed"], int) and settings["seed"] >= 2**32:
+        problems.append(f"seed is {settings['seed']}; wanted an integer from 0 to {2**32 - 1}")
     if problems:
         raise EvaluationError("\n  ".join(["illegal evaluation settings:", *problems]))
 

@@ -226,6 +226,8 @@ EVAL = {
     "limit below nothing": evaluated(*PERPLEXITY, "--limit=-1", parts=("limit is -1.0",)),
     "seed below nothing": evaluated(*PERPLEXITY, "--seed=-1", parts=("seed is -1",)),
     "dtype that does not exist": evaluated(*PERPLEXITY, "--dtype", "float61", parts=("dtype is 'float61'",)),
+    "seed beyond 32 bits": evaluated(*PERPLEXITY, f"--seed={2**32}", parts=(f"seed is {2**32}", f"0 to {2**32 - 1}")),
+    "dtype of 8 bits": evaluated(*PERPLEXITY, "--dtype", "float8_e4m3fn", parts=("dtype is 'float8_e4m3fn'", "floats")),
     "dtype of integers": evaluated(*PERPLEXITY, "--dtype", "int8", parts=("dtype is 'int8'", "floats")),
     "device that is not there": evaluated(*PERPLEXITY, "--device", "gpu", parts=("'gpu'",), error="ConfigError"),
     "setting without a value": evaluated(*PERPLEXITY, "--gen-kwargs", "x", parts=("wanted KEY=VALUE",)),
